@@ -1,0 +1,40 @@
+# The two commands that anyone needs: `make lab` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+FIRST  := notebooks/00_start_here.ipynb
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model lab test run bench lint clean
+
+help:            ## show this list
+	@sed -n 's/^\([a-z]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+
+setup:           ## create .venv and install everything into it, at the pinned versions
+	@$(PYTHON) scripts/setup_env.py $(VENV)
+
+model: setup     ## fetch and verify the base model
+	@$(PY) -m labkit.models fetch smollm2-135m
+
+lab: model       ## set everything up and open JupyterLab on the first notebook
+	@$(PY) scripts/open_lab.py $(FIRST)
+
+test: model      ## set everything up and run all tests, notebooks included
+	@LABKIT_STATIC=1 $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $(ARGS)
+
+run: model       ## run one notebook without a browser: make run NB=notebooks/08_qlora_finetune.ipynb
+	@test -f "$(NB)" || { echo "error: NB='$(NB)' is no file; for example: make run NB=$(FIRST)"; exit 2; }
+	@mkdir -p build
+	@LABKIT_STATIC=1 $(PY) -m nbconvert --to notebook --execute --output-dir build \
+	    --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=3600 "$(NB)"
+
+bench: model     ## measure speed and memory against the peers, in one run, and print ratios
+	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+lint: setup      ## check style
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+clean:           ## remove .venv and everything made here; the fetched model stays in the user's cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
