@@ -1,0 +1,125 @@
+"""Four-bit weights in the format of bitsandbytes: the keys and bytes that its `Linear4bit` saves.
+
+A layer's `state_dict`, and so a checkpoint that transformers saved with `load_in_4bit`, holds for each weight
+
+    weight                                   (n / 2, 1) uint8        our `packed`
+    weight.absmax                            (n_blocks,) fp32        or uint8 codes under double quantization
+    weight.quant_map                         (16,) fp32              the codebook
+    weight.nested_absmax                     (n_blocks / 256,) fp32  only under double quantization, as is
+    weight.nested_quant_map                  (256,) fp32             the codebook of the scales
+    weight.quant_state.bitsandbytes__nf4     uint8                   the letters of a JSON object with the rest:
+                                                                     shape, dtype, blocksize, nested_offset, …
+
+Because the codes and scales agree bit for bit, nothing is computed here: tensors are renamed.
+
+Agrees with: bitsandbytes `functional.py`, `QuantState.as_dict` and `from_dict`.
+"""
+
+import json
+
+import torch
+from torch import Tensor
+
+from labkit.codebooks import codebook as levels_of
+from labkit.quant import BLOCKSIZES, NESTED_BLOCKSIZE, NestedScales, QuantizedTensor
+
+QUANT_TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes can read
+
+
+def to_bitsandbytes(q: QuantizedTensor, prefix: str = "weight") -> dict[str, Tensor]:
+    """The entries of a bitsandbytes `state_dict` for one weight.
+
+    Args:
+        q: a weight in "nf4" or "fp4".
+        prefix: the weight's name, for instance "model.layers.0.self_attn.q_proj.weight".
+
+    Returns:
+        Keys and tensors as `Linear4bit.state_dict()` has them, byte for byte.
+
+    Raises:
+        ValueError: the codebook is one that bitsandbytes does not have.
+    """
+    if q.codebook not in QUANT_TYPES:
+        raise ValueError(f"bitsandbytes has no codebook {q.codebook!r}; it reads {QUANT_TYPES}")
+    rest = {
+        "quant_type": q.codebook,
+        "blocksize": q.blocksize,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": list(q.shape),
+    }
+    entries = {
+        "": q.packed,
+        ".absmax": q.absmax,
+        ".quant_map": levels_of(q.codebook).to(q.packed.device, copy=True),
+    }
+    if isinstance(q.scales, NestedScales):
+        entries[".absmax"] = q.scales.codes
+        entries[".nested_absmax"] = q.scales.absmax
+        entries[".nested_quant_map"] = levels_of("dynamic8").to(q.packed.device, copy=True)
+        rest["nested_blocksize"] = NESTED_BLOCKSIZE
+        rest["nested_dtype"] = "float32"
+        rest["nested_offset"] = q.scales.offset.item()
+    letters = torch.tensor(list(json.dumps(rest).encode()), dtype=torch.uint8)
+    entries[f".quant_state.bitsandbytes__{q.codebook}"] = letters
+    return {prefix + key: value for key, value in entries.items()}
+
+
+def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> QuantizedTensor:
+    """Read one weight from a bitsandbytes `state_dict`.
+
+    Args:
+        state_dict: of a layer or a whole model; keys that do not begin with `prefix` are ignored.
+        prefix: the weight's name.
+
+    Returns:
+        A `QuantizedTensor` that shares memory with `state_dict`.
+
+    Raises:
+        KeyError: there is no 4-bit weight of this name.
+        ValueError: it was quantized with settings or codebooks that `labkit` does not have.
+    """
+    mark = ".quant_state.bitsandbytes__"
+    states = [key for key in state_dict if key.startswith(prefix + mark)]
+    if len(states) != 1 or prefix not in state_dict:
+        known = sorted(key.partition(mark)[0] for key in state_dict if mark in key)
+        raise KeyError(
+            f"no 4-bit weight {prefix!r} in this state_dict. "
+            + (
+                f"It holds: {', '.join(known[:5])}{', …' if len(known) > 5 else ''}"
+                if known
+                else "It holds none at all"
+            )
+        )
+    rest = json.loads(bytes(state_dict[states[0]].tolist()))
+    name, blocksize = rest["quant_type"], rest["blocksize"]
+    if name not in QUANT_TYPES or blocksize not in BLOCKSIZES:
+        raise ValueError(
+            f"{prefix}: quant_type={name!r}, blocksize={blocksize}; known are {QUANT_TYPES}, {BLOCKSIZES}"
+        )
+    check_map(state_dict[f"{prefix}.quant_map"], name, prefix)
+    scales = state_dict[f"{prefix}.absmax"]
+    if "nested_blocksize" in rest:
+        if rest["nested_blocksize"] != NESTED_BLOCKSIZE:
+            raise ValueError(
+                f"{prefix}: nested_blocksize={rest['nested_blocksize']}; only {NESTED_BLOCKSIZE} is known"
+            )
+        check_map(state_dict[f"{prefix}.nested_quant_map"], "dynamic8", prefix)
+        offset = torch.tensor(rest["nested_offset"], dtype=torch.float32, device=scales.device)
+        scales = NestedScales(scales, state_dict[f"{prefix}.nested_absmax"].float(), offset)
+    else:
+        scales = scales.float()
+    packed = (
+        state_dict[prefix].view(torch.uint8).view(-1, 1)
+    )  # saved as uint8, or as another dtype of the same bytes
+    return QuantizedTensor(
+        packed, scales, torch.Size(rest["shape"]), getattr(torch, rest["dtype"]), name, blocksize
+    )
+
+
+def check_map(levels: Tensor, name: str, prefix: str) -> None:
+    """Refuse a weight that was quantized with other levels than `labkit.codebooks` has (to within fp32 rounding)."""
+    error = (levels.float().cpu() - levels_of(name)).abs().max().item()
+    if error > 1e-6:
+        raise ValueError(
+            f"{prefix}: its {name} codebook differs from ours by {error:.2g}; its values would be wrong"
+        )
