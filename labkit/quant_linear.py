@@ -1,0 +1,206 @@
+"""A linear layer whose frozen weight stays in four bits, also between forward and backward.
+
+    forward:   y = x W'^T + b          W' = dequantize(packed), made, used, and dropped
+    backward:  dL/dx = dL/dy W'        W' made again from the same packed bytes
+
+The weight is frozen, so there is no dL/dW; but dL/dx needs W'. Were W' an ordinary tensor of the graph, autograd would
+keep it from forward to backward, for every layer at once: the full model in 16 or 32 bits, and nothing saved. So
+the autograd function below saves the *packed* weight and dequantizes twice. That costs time, one extra pass over
+the weights, and never more memory than one layer.
+
+This is what bitsandbytes' `MatMul4Bit` does. Source: QLoRA (Dettmers et al. 2023), equation 5.
+"""
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from labkit.quant import NestedScales, QuantizedTensor, quantize
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    """y = x W'^T with only the packed weight kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: QuantizedTensor) -> Tensor:
+        ctx.weight = weight  # packed bytes and scales: 4.13 bits a weight, and buffers of the layer already
+        return x @ weight.dequantize(x.dtype).T  # (..., in) @ (in, out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return grad @ ctx.weight.dequantize(grad.dtype), None  # (..., out) @ (out, in)
+
+
+class QuantLinear(nn.Module):
+    """`nn.Linear` with a frozen 4-bit weight. Gradients flow to x and to the bias only.
+
+    Its state is in buffers (`packed`, and `absmax` or `absmax_codes`, `absmax_absmax`, `absmax_offset`), so it moves
+    between devices, is saved in a `state_dict`, and is copied, like any module; `.half()` and `.bfloat16()` change
+    the dtype that it computes for, never the stored scales.
+
+    Args:
+        quantized: the weight, (out_features, in_features).
+        bias: (out_features,) or None.
+    """
+
+    def __init__(self, quantized: QuantizedTensor, bias: Tensor | None = None):
+        super().__init__()
+        if len(quantized.shape) != 2:
+            raise ValueError(f"a linear layer has a weight of two dimensions, not {tuple(quantized.shape)}")
+        self.out_features, self.in_features = quantized.shape
+        self.codebook, self.blocksize, self.dtype = quantized.codebook, quantized.blocksize, quantized.dtype
+        self.register_buffer("packed", quantized.packed)
+        scales = quantized.scales
+        self.double_quant = isinstance(scales, NestedScales)
+        if self.double_quant:
+            self.register_buffer("absmax_codes", scales.codes)
+            self.register_buffer("absmax_absmax", scales.absmax)
+            self.register_buffer("absmax_offset", scales.offset)
+        else:
+            self.register_buffer("absmax", scales)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        codebook: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        scale_rounding: str = "nearest",
+    ) -> "QuantLinear":
+        """Quantize the weight of `linear` (which is left as it is). Arguments as for `labkit.quantize`."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"QuantLinear.from_linear takes an nn.Linear, not {type(linear).__name__}")
+        layer = cls(quantize(linear.weight, codebook, blocksize, double_quant, scale_rounding), linear.bias)
+        return layer.train(linear.training)
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        """The 4-bit weight, made of this layer's buffers."""
+        if self.double_quant:
+            scales = NestedScales(self.absmax_codes, self.absmax_absmax, self.absmax_offset)
+        else:
+            scales = self.absmax
+        shape = torch.Size((self.out_features, self.in_features))
+        return QuantizedTensor(self.packed, scales, shape, self.dtype, self.codebook, self.blocksize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        y = _QuantizedMatmul.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An `nn.Linear` with the dequantized weight, frozen: what this layer computes, in 16 or 32 bits."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.dequantize(dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return linear.train(self.training)
+
+    def _apply(self, fn, recurse=True):
+        # .half() would round the fp32 scales: keep them, and take the new compute dtype from the bias-like probe
+        scales = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        super()._apply(fn, recurse)
+        for name, before in scales.items():
+            self._buffers[name] = before.to(self._buffers[name].device)
+        return self
+
+    def extra_repr(self) -> str:
+        nested = ", double_quant" if self.double_quant else ""
+        return f"{self.in_features}, {self.out_features}, {self.codebook}, blocksize={self.blocksize}{nested}"
+
+
+class LayerReport(dict):
+    """Bytes per layer name: `{name: (before, after)}`, with `.before`, `.after` and a table as its text."""
+
+    @property
+    def before(self) -> int:
+        return sum(b for b, _ in self.values())
+
+    @property
+    def after(self) -> int:
+        return sum(a for _, a in self.values())
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self), default=5)
+        rows = [f"{name:{width}}  {b / 1e6:9.3f} MB -> {a / 1e6:8.3f} MB" for name, (b, a) in self.items()]
+        total = f"{'total':{width}}  {self.before / 1e6:9.3f} MB -> {self.after / 1e6:8.3f} MB"
+        return "\n".join([*rows, total])
+
+
+def is_output_layer(model: nn.Module, module: nn.Module) -> bool:
+    """Is `module` the layer that makes logits (`lm_head`)? Its weight is often the embedding's, tied."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return module is output
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the submodule called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def quantize_model(
+    model: nn.Module,
+    codebook: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    skip: tuple[str, ...] = (),
+    progress: bool = True,
+) -> LayerReport:
+    """Replace every `nn.Linear` of `model` by a `QuantLinear`, one after the other, in place.
+
+    Each full weight is released before the next layer is quantized. The output layer (`lm_head`) and embeddings keep
+    their precision, and every other parameter is frozen.
+
+    Args:
+        model: any module with linear layers.
+        codebook, blocksize, double_quant: as for `labkit.quantize`.
+        skip: names, or last parts of names, of layers to leave alone.
+        progress: show a progress bar.
+
+    Returns:
+        A `LayerReport` of bytes before and after for each layer.
+
+    Raises:
+        ValueError: nothing to quantize (no linear layer, or quantized already), or `skip` matches no layer.
+    """
+    linears = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)
+    }
+    for wanted in skip:
+        if not any(f".{name}".endswith(f".{wanted}") for name in linears):
+            raise ValueError(f"skip={wanted!r} matches no linear layer of {type(model).__name__}")
+    names = [n for n in linears if not any(f".{n}".endswith(f".{s}") for s in skip)]
+    if not names:
+        already = any(isinstance(m, QuantLinear) for m in model.modules())
+        reason = (
+            "its linear layers are quantized already"
+            if already
+            else "it has no linear layer besides the output"
+        )
+        raise ValueError(f"nothing to quantize in {type(model).__name__}: {reason}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    report = LayerReport()
+    for name in tqdm(names, desc="quantize", unit="layer", disable=not progress, leave=False):
+        linear = linears.pop(name)
+        layer = QuantLinear.from_linear(linear, codebook, blocksize, double_quant)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+        replace_module(model, name, layer)
+        report[name] = (linear.weight.nbytes, layer.weight.nbytes)
+    return report
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every `QuantLinear` by an `nn.Linear` with the dequantized weight, in place; the inverse of
+    `quantize_model` up to the quantization error, which stays in the weights. Returns `model`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            replace_module(model, name, module.to_linear(dtype))
+    return model
