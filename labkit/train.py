@@ -1,0 +1,360 @@
+"""One training loop for full fine-tuning, LoRA and QLoRA: it trains whatever parameters ask for a gradient.
+
+A step: forward, mean loss over the supervised tokens, backward, clip, AdamW. Three things in it are easily got wrong.
+
+- *Logits only where they count.* The output layer makes one logit for each of 49,152 tokens at each position, but the
+  loss reads only those of the completion. `supervised_loss` hands the output layer only these positions.
+- *Accumulation.* The loss of a step is the sum over all its supervised tokens divided by their number in the whole
+  step. The mean of the means of micro-batches is another number when their lengths differ.
+- *Checkpointing over a frozen base.* The re-entrant kind looks for an input that requires a gradient, finds none in
+  a frozen embedding, and trains nothing. The non-re-entrant kind, used here, does not look.
+
+Source: AdamW (Loshchilov & Hutter 2017); gradient checkpointing (Chen et al. 2016).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from labkit import checkpoint
+from labkit.data import IGNORE, Batch, collate, encode_all, endless_batches, fingerprint
+
+SCHEDULES = ("linear", "cosine", "constant")
+LOGITS = ("supervised", "all")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite. `.history` holds the steps before; `.checkpoint` the last good one, or None."""
+
+    def __init__(self, message: str, history: "History", checkpoint_folder: Path | None):
+        super().__init__(message)
+        self.history, self.checkpoint = history, checkpoint_folder
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        lr: peak learning rate. For LoRA about ten times that of full fine-tuning.
+        steps: optimizer steps; default: as many as `epochs` take.
+        epochs: passes over the data, where `steps` is not given.
+        batch_size: examples in a forward pass; accumulation: forward passes in a step.
+        schedule: "linear" or "cosine" to zero, or "constant"; after `warmup`, a share of the steps, from zero up.
+        clip: largest norm of the gradient of all parameters together; None for no clipping.
+        weight_decay, betas, eps: of AdamW.
+        seed: of the order of the data and of dropout.
+        max_length: tokens; longer examples are left out and reported in the history.
+        checkpointing: recompute activations in backward instead of keeping them.
+        logits: "supervised" positions only, or "all" (as most trainers do; the same loss, more work).
+        eval_every: steps between measurements of the held-out loss; patience: stop after so many without a new best,
+            and go back to the weights of the best.
+        checkpoint_folder: where to keep the state of the run; a killed run that is started again goes on from there.
+        checkpoint_every: steps between checkpoints.
+        progress: show a bar with loss and tokens per second.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    lr: float = 1e-3
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulation: int = 1
+    schedule: str = "linear"
+    warmup: float = 0.05
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    seed: int = 0
+    max_length: int = 512
+    checkpointing: bool = False
+    logits: str = "supervised"
+    eval_every: int | None = None
+    patience: int | None = None
+    checkpoint_folder: str | Path | None = None
+    checkpoint_every: int = 25
+    progress: bool = True
+
+    def __post_init__(self):
+        positive = {
+            n: getattr(self, n)
+            for n in ("lr", "epochs", "batch_size", "accumulation", "checkpoint_every", "max_length")
+        }
+        positive |= {
+            n: v for n in ("steps", "clip", "eval_every", "patience") if (v := getattr(self, n)) is not None
+        }
+        for name, value in positive.items():
+            if not value > 0 or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} must be a positive number")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} is not known; choose one of {SCHEDULES}")
+        if self.logits not in LOGITS:
+            raise ValueError(f"logits={self.logits!r} is not known; choose one of {LOGITS}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"warmup={self.warmup!r} is a share of the steps: from 0 up to, not including, 1"
+            )
+        if self.patience and not self.eval_every:
+            raise ValueError("patience counts evaluations: give eval_every too")
+
+    def total_steps(self, n_examples: int) -> int:
+        """Optimizer steps of a run over `n_examples`."""
+        if self.steps is not None:
+            return self.steps
+        per_epoch = math.ceil(n_examples / self.batch_size) / self.accumulation
+        return max(1, round(self.epochs * per_epoch))
+
+
+@dataclass
+class History:
+    """What happened: one dict per step (step, loss, lr, grad_norm, tokens, supervised, seconds), one per evaluation."""
+
+    steps: list[dict] = field(default_factory=list)
+    evals: list[dict] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    stopped: str = "finished"
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.steps]
+
+    @property
+    def seconds(self) -> float:
+        """Time in training steps, without evaluations and checkpoints."""
+        return sum(row["seconds"] for row in self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(row["tokens"] for row in self.steps) / max(self.seconds, 1e-9)
+
+    def to_frame(self):
+        """The steps as a pandas DataFrame, with the held-out loss in the column `held_out` where it was measured."""
+        import pandas as pd
+
+        held_out = {row["step"]: row["loss"] for row in self.evals}
+        return pd.DataFrame([{**row, "held_out": held_out.get(row["step"])} for row in self.steps])
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of step 0 … total - 1: rises over the warm-up, then falls by the schedule."""
+    warm = math.ceil(config.warmup * total)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    left = (total - step) / max(1, total - warm)  # 1 after the warm-up, 1 / n at the last step
+    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
+        config.schedule
+    ]
+    return config.lr * factor
+
+
+def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") -> Tensor:
+    """Sum over the supervised tokens of -log p(token | everything before it), in nats.
+
+    Position t predicts token t + 1, so that targets are shifted by one. With logits="supervised" the output layer
+    sees only the positions whose prediction counts: (n_supervised, vocab) logits instead of (batch, time, vocab).
+    """
+    targets = batch.targets[:, 1:]  # (batch, time - 1)
+    keep = targets != IGNORE
+    if logits == "all":
+        scores = model(input_ids=batch.ids, use_cache=False).logits[:, :-1][keep]
+    else:
+        select = model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0][:, :-1][keep][None],)
+        )
+        try:
+            scores = model(input_ids=batch.ids, use_cache=False).logits[0]  # (n_supervised, vocab)
+        finally:
+            select.remove()
+    return F.cross_entropy(scores.float(), targets[keep], reduction="sum")
+
+
+def train(
+    model: nn.Module,
+    tokenizer,
+    data: Sequence[dict],
+    config: TrainConfig | None = None,
+    held_out: Sequence[dict] | None = None,
+) -> History:
+    """Train the parameters of `model` that require a gradient, in place.
+
+    Args:
+        model: a causal language model of transformers, with or without adapters.
+        tokenizer: its tokenizer.
+        data: records; see `labkit.data`.
+        config: see `TrainConfig`.
+        held_out: records for the held-out loss; needed for `eval_every`.
+
+    Returns:
+        A `History`. An interrupt (Ctrl-C, the stop button) ends the run early and returns what there is.
+
+    Raises:
+        ValueError: nothing to train on or nothing that trains, or a checkpoint of another run.
+        TrainingDiverged: the loss is NaN or infinite; says at which step and examples.
+    """
+    config = config or TrainConfig()
+    examples, left_out = encode_all(list(data), tokenizer, config.max_length)
+    if config.eval_every and not held_out:
+        raise ValueError("eval_every needs held_out records to measure the loss on")
+    held_out_examples = encode_all(list(held_out), tokenizer, config.max_length)[0] if held_out else []
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("no parameter of the model requires a gradient; call add_lora, or unfreeze some")
+    run = _Run(model, parameters, examples, held_out_examples, tokenizer.pad_token_id or 0, config)
+    run.history.left_out = left_out
+    return run.train()
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self, model, parameters: dict[str, nn.Parameter], examples, held_out, pad_id: int, config: TrainConfig
+    ):
+        self.model, self.parameters, self.examples, self.held_out = model, parameters, examples, held_out
+        self.pad_id, self.config, self.history = pad_id, config, History()
+        self.total = config.total_steps(len(examples))
+        self.device = next(iter(parameters.values())).device
+        adam = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(list(parameters.values()), **adam)
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+        self.folder = None if config.checkpoint_folder is None else Path(config.checkpoint_folder)
+        # what must be the same for a run to go on where another stopped
+        same = {
+            k: v
+            for k, v in asdict(config).items()
+            if k not in ("checkpoint_folder", "checkpoint_every", "progress")
+        }
+        self.identity = {
+            **same,
+            "betas": list(config.betas),
+            "data": fingerprint(examples),
+            "total": self.total,
+        }
+
+    def train(self) -> History:
+        config, model = self.config, self.model
+        was_training = model.training
+        model.train()
+        torch.manual_seed(config.seed)
+        first = self.resume()
+        lengths = [len(example) for example in self.examples]
+        batches = endless_batches(lengths, config.batch_size, config.seed)
+        batches = islice(batches, first * config.accumulation, None)
+        if config.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        bar = tqdm(total=self.total, initial=first, desc="train", unit="step", disable=not config.progress)
+        try:
+            for step in range(first, self.total):
+                if self.history.stopped != "finished":
+                    break
+                self.step(step, list(islice(batches, config.accumulation)))
+                self.after_step(step)
+                row = self.history.steps[-1]
+                bar.set_postfix(
+                    loss=f"{row['loss']:.3f}", tok_s=f"{self.history.tokens_per_second:.0f}", refresh=False
+                )
+                bar.update()
+        except KeyboardInterrupt:
+            self.history.stopped = "interrupted"
+        finally:
+            bar.close()
+            if config.checkpointing:
+                model.gradient_checkpointing_disable()
+            model.train(was_training)
+            self.optimizer.zero_grad(set_to_none=True)
+        if config.patience and self.best:
+            self.restore_best()
+        return self.history
+
+    def step(self, step: int, micro_batches: list[list[int]]) -> None:
+        """One optimizer step over the examples of `micro_batches`, and its row of the history."""
+        started = time.perf_counter()
+        batches = [
+            collate([self.examples[i] for i in indices], self.pad_id).to(self.device)
+            for indices in micro_batches
+        ]
+        supervised = sum(batch.n_supervised for batch in batches)
+        lr = learning_rate(step, self.total, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for batch in batches:
+            part = supervised_loss(self.model, batch, self.config.logits) / supervised
+            part.backward()
+            loss += part.item()
+        norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip or math.inf))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingDiverged(
+                self.diverged_message(step, loss, norm, micro_batches), self.history, self.folder
+            )
+        self.optimizer.step()
+        tokens = sum(len(self.examples[i]) for indices in micro_batches for i in indices)
+        seconds = time.perf_counter() - started
+        row = dict(
+            step=step + 1,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=tokens,
+            supervised=supervised,
+            seconds=seconds,
+        )
+        self.history.steps.append(row)
+
+    def diverged_message(self, step: int, loss: float, norm: float, micro_batches: list[list[int]]) -> str:
+        kept = (
+            f"the last good checkpoint is in {self.folder}" if self.folder else "no checkpoint_folder was set"
+        )
+        return (
+            f"loss {loss} with gradient norm {norm} at step {step + 1} of {self.total}, examples {micro_batches}; the "
+            f"weights are those of step {step}, and {kept}. Try a lower lr (now {self.config.lr:g}), clip=1.0, or a warm-up"
+        )
+
+    def after_step(self, step: int) -> None:
+        """Held-out loss, early stop and checkpoint, where they are due."""
+        config, last = self.config, step + 1 == self.total
+        if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
+            self.evaluate(step)
+        stopping = self.history.stopped != "finished"
+        if self.folder and ((step + 1) % config.checkpoint_every == 0 or last or stopping):
+            checkpoint.save(
+                self.folder, self.identity, step + 1, self.parameters, self.optimizer, self.history, self.best
+            )
+
+    def evaluate(self, step: int) -> None:
+        from labkit.evaluate import loss_of_examples
+
+        loss, tokens = loss_of_examples(self.model, self.held_out, self.pad_id, self.config.batch_size)
+        self.history.evals.append(dict(step=step + 1, loss=loss, tokens=tokens))
+        if self.config.patience:
+            if self.best is None or loss < self.best[0]:
+                self.best = (loss, {name: p.detach().clone() for name, p in self.parameters.items()})
+            since = [row["loss"] for row in self.history.evals]
+            if len(since) - 1 - since.index(min(since)) >= self.config.patience:
+                self.history.stopped = "early"
+
+    def restore_best(self) -> None:
+        with torch.no_grad():
+            for name, value in self.best[1].items():
+                self.parameters[name].copy_(value)
+
+    def resume(self) -> int:
+        """Load the checkpoint of this very run, if there is one; the number of steps that it had done."""
+        if self.folder is None or not checkpoint.exists(self.folder):
+            return 0
+        done, self.history, self.best = checkpoint.load(
+            self.folder, self.identity, self.parameters, self.optimizer
+        )
+        return done

@@ -1,0 +1,88 @@
+"""Measuring: held-out loss per token, greedy generation in batches, exact match."""
+
+import json
+
+import pytest
+import torch
+
+from labkit.data import ticket_chat, tickets
+from labkit.evaluate import chat_prompts, generate, held_out_loss, parse_json, score_json
+
+
+def test_held_out_loss_does_not_depend_on_the_batch_size_and_counts_its_tokens(
+    small_llama, tokenizer, records
+):
+    losses = [held_out_loss(small_llama, tokenizer, records, batch_size=b) for b in (1, 3, 16)]
+    expected = sum(len(tokenizer(r["messages"][-1]["content"] + "<|im_end|>")["input_ids"]) for r in records)
+    assert [tokens for _, tokens in losses] == [expected] * 3
+    assert [loss for loss, _ in losses] == pytest.approx([losses[0][0]] * 3, rel=1e-5)
+
+
+def test_batched_generation_equals_transformers_one_prompt_at_a_time(smollm2):
+    model, tokenizer = smollm2
+    chats = [
+        [{"role": "user", "content": q}]
+        for q in ("Hi!", "Count from one to five.", "What is the capital of Peru?")
+    ]
+    prompts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+    together = generate(model, tokenizer, prompts, max_new_tokens=16, batch_size=3, progress=False)
+    for prompt, answer in zip(prompts, together):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=2)
+        assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_generation_leaves_the_model_as_it_was_and_refuses_prompts_that_do_not_fit(small_llama, tokenizer):
+    small_llama.train()
+    generate(small_llama, tokenizer, ["a b c"], max_new_tokens=2, progress=False)
+    assert small_llama.training
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
+        generate(small_llama, tokenizer, ["a", ""], max_new_tokens=2, progress=False)
+    with pytest.raises(ValueError, match="1 to 1948 fit"):
+        generate(small_llama, tokenizer, ["word " * 2000], max_new_tokens=100, progress=False)
+
+
+def test_exact_match_is_strict():
+    gold = [{"a": "x", "b": True}] * 5
+    answers = [
+        '{"b": true, "a": "x"}',
+        '{"a": "x", "b": 1}',
+        '{"a": "x"}',
+        '{"a": "x", "b": true, "c": 1}',
+        "x",
+    ]
+    score = score_json(answers, gold)
+    assert (score.exact, score.valid_json, score.wrong) == (1, 4, [1, 2, 3, 4])
+    assert score.per_field == {"a": 0.8, "b": 0.6}
+    assert "1/5" in str(score)
+
+
+def test_nothing_is_mended():
+    assert (
+        parse_json("{'a': 1}") is None and parse_json('{"a": 1} extra') is None and parse_json("[1]") is None
+    )
+
+
+def test_missing_answers_are_an_error():
+    with pytest.raises(ValueError, match="1 answers for 2 gold objects"):
+        score_json(["{}"], [{}, {}])
+    with pytest.raises(ValueError, match="0 answers"):
+        score_json([], [])
+
+
+def test_prompts_end_where_the_assistant_begins(tokenizer):
+    ticket = tickets("test")[0]
+    prompt = chat_prompts([ticket_chat(ticket)], tokenizer)[0]
+    assert prompt.endswith("<|im_start|>assistant\n") and ticket["message"] in prompt
+    assert json.dumps(ticket["label"], ensure_ascii=False) not in prompt
+
+
+def test_a_prompt_and_its_completion_tokenize_the_same_apart_and_together(tokenizer, records):
+    from labkit.data import encode
+
+    for record in records:
+        one = encode(record, tokenizer)
+        whole = tokenizer.apply_chat_template(record["messages"], tokenize=False).rstrip()
+        assert one.prompt + one.completion == tokenizer(whole)["input_ids"]
+        assert one.completion[-1] == tokenizer.eos_token_id
+        assert torch.tensor(one.completion).ne(tokenizer.eos_token_id).sum() == len(one.completion) - 1
