@@ -1,0 +1,17 @@
+"""The furniture of the lab: what a notebook needs around its subject, one call each. Nothing of the subject is here.
+
+`profile` sizes for this machine · `predict` then reveal · `check` exercises · `plots` · `explore` widgets · `preflight` · `claim`
+"""
+
+import logging
+
+from labkit.lab import check, explore, plots
+from labkit.lab.claims import claim
+from labkit.lab.predictions import predict
+from labkit.lab.machine import gflops, preflight
+from labkit.lab.profiles import profile
+
+__all__ = ["check", "claim", "explore", "gflops", "plots", "predict", "preflight", "profile"]
+
+# PEFT imports bitsandbytes, which then reports that an optional kernel is missing: nothing a student can act on
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,160 @@
+"""Explorers: a panel of controls over a figure that is computed live. Headless, the same function draws a static one."""
+
+import html
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+from IPython.display import HTML, display
+from matplotlib import pyplot as plt
+
+from labkit.data import Encoded, collate, encode, ticket_chat
+from labkit.evaluate import parse_json
+from labkit.lab.interactive import is_interactive
+from labkit.lab.plots import COLOURS, canvas, finish
+from labkit.lora import adapter_strength
+
+
+def panel(draw: Callable, controls: dict, static: Sequence[dict]) -> None:
+    """Show `draw(**values)` with a widget for each of its arguments; headless, show it for the values in `static`.
+
+    Args:
+        draw: makes its figure or output, and shows it.
+        controls: {argument: ipywidgets widget}, made by the caller only when interactive; see `ticket_explorer`.
+        static: the calls to show headless.
+    """
+    if not is_interactive():
+        for values in static:
+            draw(**values)
+        return
+    from ipywidgets import VBox, interactive_output
+
+    display(VBox(list(controls.values())), interactive_output(draw, controls))
+
+
+@torch.no_grad()
+def token_probabilities(model, example: Encoded) -> torch.Tensor:
+    """Probability that the model gives to each token of the completion, (n_completion,), given all before it."""
+    device = next(model.parameters()).device
+    batch = collate([example], pad_id=0).to(device)
+    logits = model(input_ids=batch.ids, use_cache=False).logits[
+        0, len(example.prompt) - 1 : -1
+    ]  # (n_completion, vocab)
+    targets = torch.tensor(example.completion, device=device)
+    return logits.float().softmax(-1).gather(1, targets[:, None])[:, 0].cpu()
+
+
+def answer_table(message: str, answers: dict[str, str], gold: dict) -> HTML:
+    """The message, and a row for each answer beside the gold one; wrong fields are underlined."""
+    head = "".join(f"<th style='text-align:left'>{html.escape(name)}</th>" for name in ["", *gold])
+    rows = ""
+    for who, text in {**answers, "gold": json.dumps(gold)}.items():
+        parsed = parse_json(text)
+        if parsed is None:
+            cells = f"<td colspan='{len(gold)}' style='text-align:left'><i>no JSON:</i> {html.escape(text[:160])}</td>"
+        else:
+            cells = "".join(field_cell(parsed.get(name, "(missing)"), gold[name]) for name in gold)
+        rows += f"<tr><td style='text-align:left'><b>{html.escape(who)}</b></td>{cells}</tr>"
+    return HTML(f"<p style='max-width:48em'>“{html.escape(message)}”</p><table><tr>{head}</tr>{rows}</table>")
+
+
+def field_cell(value, gold) -> str:
+    wrong = json.dumps(value) != json.dumps(gold)
+    mark = "text-decoration:underline wavy;font-weight:bold;" if wrong else ""
+    return f"<td style='text-align:left;{mark}'>{html.escape(json.dumps(value, ensure_ascii=False))}</td>"
+
+
+def ticket_explorer(
+    model, tokenizer, tickets: Sequence[dict], base_answers: Sequence[str], answers: Sequence[str]
+) -> None:
+    """Pick a ticket: base, adapted and gold answers side by side; then turn the adapter up and down and see, token by
+    token, how probable it makes the gold answer. The probabilities are computed live.
+
+    Args:
+        model: the adapted model, not merged.
+        tokenizer: its tokenizer.
+        tickets, base_answers, answers: test tickets, and what was generated for each before and after training.
+
+    Raises:
+        ValueError: not one answer for each ticket.
+    """
+    if not len(tickets) == len(base_answers) == len(answers):
+        raise ValueError(
+            f"{len(tickets)} tickets with {len(base_answers)} and {len(answers)} answers; give one of each"
+        )
+
+    def draw(ticket: int, strength: float) -> None:
+        chosen = tickets[ticket]
+        display(
+            answer_table(
+                chosen["message"], {"base": base_answers[ticket], "adapted": answers[ticket]}, chosen["label"]
+            )
+        )
+        example = encode(ticket_chat(chosen), tokenizer)
+        with adapter_strength(model, 0):
+            before = token_probabilities(model, example)
+        with adapter_strength(model, strength):
+            after = token_probabilities(model, example)
+        figure, axes = canvas(width=9, height=2.9)
+        x = range(len(before))
+        axes.plot(x, before, ".", color=COLOURS["base"], markersize=7)
+        axes.plot(x, after, "-o", color=COLOURS["qlora"], markersize=4, linewidth=1)
+        pieces = [tokenizer.decode([token]) for token in example.completion]
+        axes.set_xticks(
+            x, [repr(p)[1:-1].strip() or "␣" for p in pieces], rotation=90, fontsize=8, family="monospace"
+        )
+        axes.set_ylim(-0.03, 1.05)
+        axes.margins(x=0.01)
+        title = f"Probability of each token of the gold answer: base grey, adapter × {strength:g} orange"
+        finish(axes, title, "", "probability")
+        display(figure)
+        plt.close(figure)
+
+    first_wrong = next((i for i, t in enumerate(tickets) if parse_json(answers[i]) != t["label"]), 0)
+    static = [{"ticket": 0, "strength": 1.0}, {"ticket": first_wrong, "strength": 1.0}]
+    controls = {}
+    if is_interactive():
+        from ipywidgets import FloatSlider, IntSlider
+
+        wide = {
+            "continuous_update": False,
+            "layout": {"width": "28em"},
+            "style": {"description_width": "7em"},
+        }
+        controls["ticket"] = IntSlider(0, 0, len(tickets) - 1, description="test ticket", **wide)
+        controls["strength"] = FloatSlider(1.0, min=0, max=2, step=0.1, description="adapter ×", **wide)
+    panel(draw, controls, static)
+
+
+CARDS = (8, 16, 24, 40, 80)  # gigabytes of common GPUs
+SIZES = {"135M": 0.135e9, "1.7B": 1.7e9, "7B": 6.7e9, "13B": 13e9, "70B": 69e9}
+BITS = {"fp32": 32, "bf16": 16, "8 bits": 8, "NF4, double quantization": 4.127}
+
+
+def weight_memory() -> None:
+    """Pick a model size: the bytes of its weights in four formats, against the memory of common cards."""
+
+    def draw(model: str) -> None:
+        figure, axes = canvas(width=8, height=2.8)
+        sizes = [SIZES[model] * bits / 8 / 1e9 for bits in BITS.values()]
+        bars = axes.barh(
+            list(BITS), sizes, color=[COLOURS["full"], COLOURS["lora"], COLOURS["constants"], COLOURS["nf4"]]
+        )
+        axes.bar_label(bars, fmt="{:.2f}" if max(sizes) < 10 else "{:.0f}", padding=3)
+        axes.invert_yaxis()
+        for card in CARDS:
+            if card < 1.1 * max(sizes):
+                axes.axvline(card, color=COLOURS["full"], linestyle=":", linewidth=1)
+                axes.annotate(f"{card} GB", (card, 3.62), fontsize=8, ha="center", annotation_clip=False)
+        axes.margins(x=0.1)
+        finish(axes, f"Weights of a {model} model; dotted: memory of common cards", "gigabytes", "")
+        axes.set_title(axes.get_title("left"), loc="left", fontweight="bold", fontsize=12, pad=12)
+        display(figure)
+        plt.close(figure)
+
+    controls = {}
+    if is_interactive():
+        from ipywidgets import SelectionSlider
+
+        controls["model"] = SelectionSlider(options=list(SIZES), value="7B", description="model")
+    panel(draw, controls, [{"model": "7B"}])

@@ -1,0 +1,139 @@
+"""Will the course run here, and how fast? Each line is fine, a warning, or a problem with what to do about it."""
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from labkit.hardware import best_device, memory_bytes
+from labkit.models import SOURCES, cache_folder, is_complete
+
+OK, WARNING, PROBLEM = "OK", "warning", "problem"
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "numba", "ipywidgets", "matplotlib", "jupyterlab")
+# measured on two cores of a server CPU, and scaled by the speed that is measured here
+REFERENCE_GFLOPS = 140.0
+COURSE_MINUTES = {"00_start_here": 0.5, "08_qlora_finetune": 6.0}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the report."""
+
+    what: str
+    state: str
+    found: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        mark = {OK: "OK     ", WARNING: "WARNING", PROBLEM: "PROBLEM"}[self.state]
+        return f"{mark}  {self.what:<10} {self.found}" + (f"  ->  {self.advice}" if self.advice else "")
+
+
+def gflops(seconds: float = 0.5) -> float:
+    """fp32 matrix-multiply speed of the best device in GFLOP/s, at a shape from the course's training step."""
+    device = best_device()
+    x, w = torch.randn(640, 576, device=device), torch.randn(1536, 576, device=device)
+    done = timed(lambda: x @ w.T, seconds)
+    return 2 * 640 * 576 * 1536 / done / 1e9
+
+
+def gigabytes_per_second(seconds: float = 0.5) -> float:
+    """Memory bandwidth of the best device in GB/s: bytes read and written by a copy of 64 MB."""
+    device = best_device()
+    source = torch.randn(1 << 24, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timed(lambda: target.copy_(source), seconds) / 1e9
+
+
+def timed(work, seconds: float) -> float:
+    """Shortest time of one call of `work` in about `seconds` of trying."""
+    shortest, started = float("inf"), time.perf_counter()
+    work()
+    while time.perf_counter() - started < seconds:
+        before = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        shortest = min(shortest, time.perf_counter() - before)
+    return shortest
+
+
+def python_line() -> Line:
+    found = platform.python_version()
+    if sys.version_info < (3, 11):
+        return Line("Python", PROBLEM, found, "install Python 3.11 or newer and run `make clean lab`")
+    return Line("Python", OK, found)
+
+
+def packages_line() -> Line:
+    versions, missing = [], []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Line(
+            "packages", PROBLEM, f"missing: {', '.join(missing)}", "run `make lab`, which installs them"
+        )
+    return Line("packages", OK, ", ".join(versions))
+
+
+def model_line() -> Line:
+    name, source = next(iter(SOURCES.items()))
+    if is_complete(cache_folder() / name, source):
+        return Line("model", OK, f"{name} is cached and complete: works offline")
+    return Line(
+        "model",
+        WARNING,
+        f"{name} is not here yet",
+        "the first use downloads 93 MB; fetch it now: `make model`",
+    )
+
+
+def memory_line() -> Line:
+    device = best_device()
+    total = memory_bytes(device)
+    found = f"{total / 2**30:.1f} GiB on {device}"
+    if device.type == "cpu" and total < 4 * 2**30:
+        return Line("memory", WARNING, found, "the training notebooks need about 3 GiB: close other programs")
+    return Line("memory", OK, found)
+
+
+def disk_line() -> Line:
+    folder = cache_folder()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < 2e9:
+        return Line(
+            "disk",
+            WARNING,
+            f"{free / 1e9:.1f} GB free",
+            "free some space, or set LABKIT_CACHE to another disk",
+        )
+    return Line("disk", OK, f"{free / 1e9:.0f} GB free")
+
+
+def speed_line() -> Line:
+    speed, bandwidth = gflops(), gigabytes_per_second()
+    minutes = {name: m * max(0.3, REFERENCE_GFLOPS / speed) for name, m in COURSE_MINUTES.items()}
+    listed = ", ".join(f"{name} {m:.1f}" for name, m in minutes.items())
+    found = f"{speed:.0f} GFLOP/s fp32, {bandwidth:.0f} GB/s; minutes to expect here: {listed}"
+    if speed < 30:
+        return Line("speed", WARNING, found, "start 08_qlora_finetune early, and lower train_examples in it")
+    return Line("speed", OK, found)
+
+
+def preflight() -> list[Line]:
+    """Look at Python, packages, model, memory, disk and speed; print a line for each and return them."""
+    makers = (python_line, packages_line, model_line, memory_line, disk_line, speed_line)
+    lines = []
+    for make in makers:
+        lines.append(make())
+        print(lines[-1])
+    return lines

@@ -1,0 +1,139 @@
+"""Figures of the course, in one style: readable at half width and in grey, labelled directly, one colour a concept."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# one colour a concept through the whole course; they also differ in brightness, for greyscale
+COLOURS = {
+    "base": "#8a8a8a",
+    "full": "#222222",
+    "lora": "#1f77b4",
+    "qlora": "#d95f02",
+    "nf4": "#7b3294",
+    "constants": "#c2a5cf",
+    "optimizer": "#66a61e",
+    "gradients": "#a6761d",
+    "control": "#bdbdbd",
+    "gold": "#e6ab02",
+}
+STYLE = {
+    "figure.dpi": 96,
+    "savefig.dpi": 96,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": False,
+}
+
+
+def canvas(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Sequence[Axes] | Axes]:
+    """A figure and its axes in the style of the course; sizes in inches."""
+    with plt.rc_context(STYLE):
+        return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def finish(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title and axis labels with units; the spines that carry nothing go."""
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def loss_curve(history, title: str, axes: Axes | None = None, colour: str = COLOURS["qlora"]) -> Axes:
+    """Training loss of each step, its running mean, and the held-out loss with its values.
+
+    Args:
+        history: a `labkit.train.History`.
+        title: what the figure shows.
+        axes: draw here; default: a new figure.
+    """
+    frame = history.to_frame()
+    if axes is None:
+        _, axes = canvas()
+    axes.plot(frame["step"], frame["loss"], color=colour, alpha=0.3, linewidth=1)
+    smooth = frame["loss"].rolling(15, min_periods=1, center=True).mean()
+    axes.plot(frame["step"], smooth, color=colour, linewidth=2)
+    axes.annotate(
+        "training",
+        (frame["step"].iloc[-1], smooth.iloc[-1]),
+        (4, 0),
+        textcoords="offset points",
+        color=colour,
+        va="center",
+    )
+    held = frame.dropna(subset="held_out")
+    if len(held):
+        axes.plot(held["step"], held["held_out"], "o", color=COLOURS["full"], markersize=6)
+        for step, loss in zip(held["step"], held["held_out"]):
+            axes.annotate(
+                f"{loss:.2f}", (step, loss), (0, 7), textcoords="offset points", ha="center", fontsize=9
+            )
+        axes.annotate(
+            "held-out", (held["step"].iloc[0], held["held_out"].iloc[0]), (9, -3), textcoords="offset points"
+        )
+    axes.set_yscale("log")
+    finish(axes, title, "step", "loss (nats per supervised token)")
+    return axes
+
+
+def memory_bars(rows: dict[str, dict[str, float]], title: str, axes: Axes | None = None) -> Axes:
+    """Stacked horizontal bars of megabytes: one bar per method, one segment per part, its size written on it.
+
+    Args:
+        rows: {method: {part: bytes}}; a part keeps its colour if its name is in `COLOURS`.
+    """
+    if axes is None:
+        _, axes = canvas(height=0.75 * len(rows) + 1.6)
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    spare = ["#4c72b0", "#9ecae1", "#dd8452", "#937860", "#cccccc", "#55a868"]
+    hatches = ["", "//", "..", "xx", "\\\\", "--"]
+    widest = max(sum(row.values()) for row in rows.values()) / 1e6
+    for n, part in enumerate(parts):
+        left = [sum(v for p, v in row.items() if parts.index(p) < n) / 1e6 for row in rows.values()]
+        size = [row.get(part, 0) / 1e6 for row in rows.values()]
+        colour = COLOURS.get(part, spare[n % len(spare)])
+        axes.barh(
+            list(rows),
+            size,
+            left=left,
+            color=colour,
+            edgecolor="white",
+            hatch=hatches[n % len(hatches)],
+            label=part,
+        )
+        for y, (start, width) in enumerate(zip(left, size)):
+            if width > 0.07 * widest:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+                axes.text(
+                    start + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=9, bbox=box
+                )
+    axes.invert_yaxis()
+    axes.legend(ncols=3, fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28))
+    finish(axes, title, "megabytes", "")
+    return axes
+
+
+def compare_bars(groups: dict[str, dict[str, float]], title: str, y: str, axes: Axes | None = None) -> Axes:
+    """Grouped bars with their values: {series: {category: value}}; a series keeps its colour if it has one."""
+    if axes is None:
+        _, axes = canvas()
+    categories = list(next(iter(groups.values())))
+    width = 0.8 / len(groups)
+    for n, (series, values) in enumerate(groups.items()):
+        x = [i + (n - (len(groups) - 1) / 2) * width for i in range(len(categories))]
+        bars = axes.bar(
+            x, [values[c] for c in categories], width * 0.95, color=COLOURS.get(series), label=series
+        )
+        axes.bar_label(bars, fmt="{:.0%}" if max(values.values()) <= 1 else "{:.3g}", fontsize=9, padding=1)
+    axes.set_xticks(range(len(categories)), categories)
+    axes.legend(frameon=False, fontsize=10, ncols=len(groups), loc="upper left", bbox_to_anchor=(0, 1.02))
+    axes.margins(y=0.18)
+    finish(axes, title, "", y)
+    return axes

@@ -1,0 +1,72 @@
+"""Sizes for this machine: small on a laptop, large on a GPU, and said out loud."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from labkit.hardware import best_device, compute_dtype, memory_bytes
+
+LARGER_MODEL = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the notebooks run with.
+
+    Attributes:
+        name: "cpu" or "gpu".
+        model: the base model to load; device, dtype: where and in what.
+        train_examples, batch_size, epochs: of a training run.
+        eval_batch: prompts generated at a time.
+        why: one line that explains the choice.
+    """
+
+    name: str
+    model: str
+    device: torch.device
+    dtype: torch.dtype
+    train_examples: int | None
+    batch_size: int
+    epochs: float
+    eval_batch: int
+    why: str
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"profile {self.name!r}: {self.model} on {self.device} in {dtype} ({self.why})"
+
+
+def profile(model: str | None = None, name: str | None = None) -> Profile:
+    """Pick the sizes for this machine and print them.
+
+    Args:
+        model: another base model than the default; LABKIT_MODEL does the same. On a GPU with 8 GB or more try
+            "HuggingFaceTB/SmolLM2-1.7B-Instruct".
+        name: "cpu" or "gpu" to overrule the choice; LABKIT_PROFILE does the same.
+
+    Raises:
+        ValueError: another name, or "gpu" on a machine without one.
+    """
+    device = best_device()
+    name = name or os.environ.get("LABKIT_PROFILE") or ("cpu" if device.type == "cpu" else "gpu")
+    if name not in ("cpu", "gpu"):
+        raise ValueError(f"profile {name!r} is not known; choose 'cpu' or 'gpu'")
+    if name == "gpu" and device.type == "cpu":
+        raise ValueError(
+            "profile 'gpu' was asked for, but PyTorch sees no GPU here; leave it out, or use 'cpu'"
+        )
+    model = model or os.environ.get("LABKIT_MODEL") or "smollm2-135m"
+    if name == "cpu":
+        threads = torch.get_num_threads()
+        why = (
+            f"{threads} threads, {memory_bytes() / 2**30:.0f} GiB; fp32, because most CPUs only emulate bf16"
+        )
+        chosen = Profile("cpu", model, torch.device("cpu"), torch.float32, None, 2, 1.0, 50, why)
+    else:
+        dtype = compute_dtype(device)
+        native = "has" if dtype == torch.bfloat16 else "does not have"
+        why = f"{memory_bytes(device) / 2**30:.0f} GiB; it {native} bf16 in hardware"
+        chosen = Profile("gpu", model, device, dtype, None, 8, 3.0, 100, why)
+    print(chosen)
+    return chosen
