@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 FIRST  := notebooks/00_start_here.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model lab test run bench lint clean
+.PHONY: help named setup model lab test run bench lint clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -21,10 +21,12 @@ lab: model       ## set everything up and open JupyterLab on the first notebook
 	@$(PY) scripts/open_lab.py $(FIRST)
 
 test: model      ## set everything up and run all tests, notebooks included
-	@LABKIT_STATIC=1 $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $(ARGS)
+	@LABKIT_STATIC=1 $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=2400 $(ARGS)
 
-run: model       ## run one notebook without a browser: make run NB=notebooks/08_qlora_finetune.ipynb
+named:
 	@test -f "$(NB)" || { echo "error: NB='$(NB)' is no file; for example: make run NB=$(FIRST)"; exit 2; }
+
+run: named model ## run one notebook without a browser: make run NB=notebooks/08_qlora_finetune.ipynb
 	@mkdir -p build
 	@LABKIT_STATIC=1 $(PY) -m nbconvert --to notebook --execute --output-dir build \
 	    --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=3600 "$(NB)"

@@ -79,7 +79,7 @@ def test_unknown_name_suggests_the_nearest():
 
 
 def test_hub_id_without_network_says_what_works_offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         models.ModelUnavailable, match=r"could not get 'nobody/no-such-model' from the hub.*smollm2-135m"
     ):
