@@ -76,7 +76,7 @@ def load(folder: Path, identity: dict, parameters: dict[str, nn.Parameter], opti
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()  # noqa: SIM118}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}); delete it to start the run from the beginning"

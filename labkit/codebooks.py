@@ -23,7 +23,7 @@ Agrees with: bitsandbytes `functional.py`: `create_normal_map`, `create_fp8_map`
 `get_4bit_type`.
 """
 
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -170,12 +170,12 @@ def interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 CODEBOOKS = {
-    "nf4": nf4,
-    "fp4": fp4,
-    "fp4-e3m0": fp4_e3m0,
-    "int4": int4,
-    "dynamic8": dynamic8,
-    "dynamic8-unsigned": partial(dynamic8, signed=False),
+    "nf4": nf4(),
+    "fp4": fp4(),
+    "fp4-e3m0": fp4_e3m0(),
+    "int4": int4(),
+    "dynamic8": dynamic8(),
+    "dynamic8-unsigned": dynamic8(signed=False),
 }
 
 
@@ -188,12 +188,14 @@ def codebook(name: str) -> Tensor:
     Raises:
         ValueError: the name is not known.
     """
-    family, _, blocksize = str(name).partition("-")
-    if family == "optimal" and blocksize.isdecimal():
-        return optimal(int(blocksize))
     if name not in CODEBOOKS:
-        raise ValueError(f"codebook={name!r} is not known; choose one of {sorted(CODEBOOKS)} or 'optimal-64'")
-    return CODEBOOKS[name]()
+        family, _, blocksize = str(name).partition("-")
+        if family != "optimal" or not blocksize.isdecimal():
+            raise ValueError(
+                f"codebook={name!r} is not known; choose one of {sorted(CODEBOOKS)} or 'optimal-64'"
+            )
+        CODEBOOKS[name] = optimal(int(blocksize))
+    return CODEBOOKS[name]
 
 
 def midpoints(levels: Tensor) -> Tensor:

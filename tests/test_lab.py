@@ -100,7 +100,9 @@ def test_prediction_headless_shows_the_choices_then_the_answer(monkeypatch, caps
 def test_prediction_with_widgets_tells_the_reader_what_they_said(monkeypatch):
     shown = []
     monkeypatch.setenv("LABKIT_STATIC", "0")
-    monkeypatch.setattr("labkit.lab.predictions.display", lambda item: shown.append(getattr(item, "data", item)))
+    monkeypatch.setattr(
+        "labkit.lab.predictions.display", lambda item: shown.append(getattr(item, "data", item))
+    )
     prediction = lab.predict("How many?", ["one", "two"])
     prediction.reveal("two", "Because.")
     assert "made no prediction" in shown[-1]

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from labkit.codebooks import codes_by_rank, dynamic8, midpoints
 
-SERIAL_BELOW = 1 << 16  # weights; below this, handing work to a thread costs more than it saves
+SERIAL_BELOW = (
+    1 << 20
+)  # weights; below this, waking a thread beside those of a matrix multiplication costs more than it saves
 HUGE_PAGES_FROM = 1 << 22  # bytes
 
 _lock = threading.Lock()
@@ -63,9 +65,10 @@ def _quantize(first, last, flat, mids, by_rank, blocksize, smallest, absmax, pac
     scaled = np.zeros(blocksize, np.float32)
     ranks = np.empty(blocksize, np.int32)
     repack = np.empty(256, np.uint8)  # a byte of two ranks to a byte of two codes
+    sorted_codes = True
     for byte in range(256):
         repack[byte] = (by_rank[byte >> 4] << 4) | by_rank[byte & 15]
-    sorted_codes = repack[1] == 1 and repack[16] == 16
+        sorted_codes &= repack[byte] == byte
     for block in range(first, last):
         start = block * blocksize
         values = flat[start : min(start + blocksize, n)]

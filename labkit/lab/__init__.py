@@ -7,8 +7,8 @@ import logging
 
 from labkit.lab import check, explore, plots
 from labkit.lab.claims import claim
-from labkit.lab.predictions import predict
 from labkit.lab.machine import gflops, preflight
+from labkit.lab.predictions import predict
 from labkit.lab.profiles import profile
 
 __all__ = ["check", "claim", "explore", "gflops", "plots", "predict", "preflight", "profile"]

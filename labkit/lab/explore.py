@@ -101,7 +101,11 @@ def ticket_explorer(
         axes.plot(x, after, "-o", color=COLOURS["qlora"], markersize=4, linewidth=1)
         pieces = [tokenizer.decode([token]) for token in example.completion]
         axes.set_xticks(
-            x, [repr(p)[1:-1].strip() or "␣" for p in pieces], rotation=90, fontsize=8, family="monospace"
+            x,
+            [repr(p)[1:-1].strip().replace("\ufffd", "·") or "␣" for p in pieces],
+            rotation=90,
+            fontsize=8,
+            family="monospace",
         )
         axes.set_ylim(-0.03, 1.05)
         axes.margins(x=0.01)

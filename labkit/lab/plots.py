@@ -34,8 +34,8 @@ STYLE = {
 
 def canvas(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Sequence[Axes] | Axes]:
     """A figure and its axes in the style of the course; sizes in inches."""
-    with plt.rc_context(STYLE):
-        return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    plt.rcParams.update(STYLE)
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
 
 
 def finish(axes: Axes, title: str, x: str, y: str) -> None:
@@ -60,24 +60,22 @@ def loss_curve(history, title: str, axes: Axes | None = None, colour: str = COLO
     axes.plot(frame["step"], frame["loss"], color=colour, alpha=0.3, linewidth=1)
     smooth = frame["loss"].rolling(15, min_periods=1, center=True).mean()
     axes.plot(frame["step"], smooth, color=colour, linewidth=2)
-    axes.annotate(
-        "training",
-        (frame["step"].iloc[-1], smooth.iloc[-1]),
-        (4, 0),
-        textcoords="offset points",
+    axes.text(
+        0.98,
+        0.92,
+        "training: each step, and running mean",
         color=colour,
-        va="center",
+        ha="right",
+        transform=axes.transAxes,
     )
     held = frame.dropna(subset="held_out")
     if len(held):
         axes.plot(held["step"], held["held_out"], "o", color=COLOURS["full"], markersize=6)
         for step, loss in zip(held["step"], held["held_out"]):
-            axes.annotate(
-                f"{loss:.2f}", (step, loss), (0, 7), textcoords="offset points", ha="center", fontsize=9
-            )
-        axes.annotate(
-            "held-out", (held["step"].iloc[0], held["held_out"].iloc[0]), (9, -3), textcoords="offset points"
-        )
+            where = {"xytext": (0, -17), "textcoords": "offset points", "ha": "center", "fontsize": 10}
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+            axes.annotate(f"{loss:.2f}", (step, loss), bbox=box, **where)
+        axes.text(0.98, 0.83, "● held-out", color=COLOURS["full"], ha="right", transform=axes.transAxes)
     axes.set_yscale("log")
     finish(axes, title, "step", "loss (nats per supervised token)")
     return axes

@@ -46,7 +46,12 @@ def peers():
     from torch import nn
 
     model, _ = models.load("smollm2-135m")
-    options = {"bias": False, "compute_dtype": torch.float32, "quant_type": "nf4", "compress_statistics": True}
+    options = {
+        "bias": False,
+        "compute_dtype": torch.float32,
+        "quant_type": "nf4",
+        "compress_statistics": True,
+    }
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, linear in list(block.named_children()):
@@ -59,7 +64,11 @@ def peers():
     return model, lambda batch: model(input_ids=batch.ids, labels=batch.targets, use_cache=False).loss
 
 
-MAKERS = {"QLoRA, labkit": lambda: ours(True), "LoRA, labkit": lambda: ours(False), "QLoRA, PEFT + bnb": peers}
+MAKERS = {
+    "QLoRA, labkit": lambda: ours(True),
+    "LoRA, labkit": lambda: ours(False),
+    "QLoRA, PEFT + bnb": peers,
+}
 
 
 def make_step(maker):
@@ -113,15 +122,21 @@ def main() -> None:
                 times[name].append(time.perf_counter() - started)
     command = [sys.executable, __file__, "--peak"]
     peaks = {
-        name: float(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout.split()[-1])
+        name: float(
+            subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout.split()[-1]
+        )
         for name in steps
     }
     reference = "QLoRA, PEFT + bnb"
-    print(f"{BATCH} × {TOKENS} tokens, r={RANK} on all linears, {torch.get_num_threads()} threads, median of {arguments.rounds}")
+    print(
+        f"{BATCH} × {TOKENS} tokens, r={RANK} on all linears, {torch.get_num_threads()} threads, median of {arguments.rounds}"
+    )
     for name in steps:
         median = statistics.median(times[name])
         ratio, memory = median / statistics.median(times[reference]), peaks[name] / peaks[reference]
-        print(f"{name:18} {median:6.2f} s ({ratio:.2f}×)   peak {peaks[name]:6.0f} MB ({memory:.2f}×)   loss {losses[name][-1]:.4f}")
+        print(
+            f"{name:18} {median:6.2f} s ({ratio:.2f}×)   peak {peaks[name]:6.0f} MB ({memory:.2f}×)   loss {losses[name][-1]:.4f}"
+        )
     lora, qlora = (statistics.median(times[name]) for name in ("LoRA, labkit", "QLoRA, labkit"))
     print(f"QLoRA against LoRA, both labkit: {qlora / lora:.2f}×")
 

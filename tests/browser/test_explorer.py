@@ -21,7 +21,8 @@ CELLS = [
 ]
 
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium here: the explorers were NOT tried in a browser (apt install chromium)"
+    CHROMIUM is None,
+    reason="no chromium here: the explorers were NOT tried in a browser (apt install chromium)",
 )
 
 
@@ -30,7 +31,14 @@ def lab_url(tmp_path_factory):
     """JupyterLab on a free port of localhost, with one notebook; stopped afterwards."""
     folder = tmp_path_factory.mktemp("lab")
     cells = [
-        {"cell_type": "code", "id": f"c{i}", "source": s, "metadata": {}, "outputs": [], "execution_count": None}
+        {
+            "cell_type": "code",
+            "id": f"c{i}",
+            "source": s,
+            "metadata": {},
+            "outputs": [],
+            "execution_count": None,
+        }
         for i, s in enumerate(CELLS)
     ]
     spec = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
