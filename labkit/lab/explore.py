@@ -149,7 +149,7 @@ def weight_memory() -> None:
         for card in CARDS:
             if card < 1.1 * max(sizes):
                 axes.axvline(card, color=COLOURS["full"], linestyle=":", linewidth=1)
-                axes.annotate(f"{card} GB", (card, 3.62), fontsize=8, ha="center", annotation_clip=False)
+                axes.annotate(f"{card} GB", (card, -0.55), fontsize=9, ha="center", annotation_clip=False)
         axes.margins(x=0.1)
         finish(axes, f"Weights of a {model} model; dotted: memory of common cards", "gigabytes", "")
         axes.set_title(axes.get_title("left"), loc="left", fontweight="bold", fontsize=12, pad=12)
