@@ -71,7 +71,8 @@ def bench(size: int, double_quant: bool, dtype: torch.dtype, repeats: int, bnb, 
         packed, state = bnb.quantize_4bit(weight, **settings)
         quantize["quantize bnb"] = lambda: bnb.quantize_4bit(weight, **settings)
         dequantize["bnb"] = lambda: bnb.dequantize_4bit(packed, state)
-    if to_nf4 is not None and double_quant:  # torchao always quantizes its scales
+    if to_nf4 is not None and double_quant and size * size // 64 % 256 == 0:
+        # torchao always quantizes its scales, and wants whole blocks of them
         theirs = to_nf4(weight)
         quantize["quantize torchao"] = lambda: to_nf4(weight)
         dequantize["torchao"] = lambda: theirs.get_original_weight()
