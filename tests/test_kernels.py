@@ -26,7 +26,7 @@ from labkit.quant import (
     unpack,
 )
 
-LARGE = 1 << 18  # weights: above the size from which threads share the work
+LARGE = cpu.SERIAL_BELOW  # weights: the size from which threads share the work
 
 
 def reference(flat, blocksize=64):
@@ -72,7 +72,7 @@ def test_work_is_split_over_torch_threads_and_not_for_small_tensors():
 
 
 def test_four_threads_at_once_get_their_own_results(two_threads):
-    weights = [torch.randn(512, 512) * (i + 1) for i in range(4)]
+    weights = [torch.randn(1024, 1024) * (i + 1) for i in range(4)]
     expected = [quantize(w) for w in weights]
     failures = []
 
