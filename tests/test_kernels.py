@@ -1,6 +1,7 @@
 """The kernels as PyTorch operations, under threads, forks, torch.compile and fake tensors, and on a GPU."""
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -42,9 +43,19 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["openmp", "pool"])
+def threading_by(request, monkeypatch):
+    """Once on PyTorch's OpenMP threads, where there are any, and once on Python's."""
+    if request.param == "pool":
+        monkeypatch.setattr(cpu, "_openmp", None)
+    elif cpu._openmp is None:
+        pytest.skip("PyTorch's OpenMP runtime is not found here: kernels run on Python threads")
+    return request.param
+
+
 @pytest.mark.parametrize("n", [LARGE, LARGE + 1, LARGE + 63, LARGE + 64 * 3 + 7])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads_gives_the_reference_bits(n, threads):
+def test_any_number_of_threads_gives_the_reference_bits(n, threads, threading_by):
     before = torch.get_num_threads()
     flat = torch.randn(n)
     packed, absmax, values = reference(flat)
@@ -57,7 +68,7 @@ def test_any_number_of_threads_gives_the_reference_bits(n, threads):
     assert torch.equal(got[0], packed) and torch.equal(got[1], absmax) and torch.equal(back, values)
 
 
-def test_work_is_split_over_torch_threads_and_not_for_small_tensors():
+def test_work_is_split_over_torch_threads_and_not_for_small_tensors(threading_by):
     before = torch.get_num_threads()
     try:
         for threads, n, expected in [(1, LARGE, 1), (3, LARGE, 3), (3, 64, 1)]:
@@ -71,7 +82,18 @@ def test_work_is_split_over_torch_threads_and_not_for_small_tensors():
         torch.set_num_threads(before)
 
 
-def test_four_threads_at_once_get_their_own_results(two_threads):
+def test_an_error_in_any_thread_is_raised(two_threads, threading_by):
+    for failing in (0, LARGE // 128):
+
+        def job(first, last, failing=failing):
+            if first <= failing < last:
+                raise ArithmeticError(f"block {failing}")
+
+        with pytest.raises(ArithmeticError, match=f"block {failing}"):
+            cpu.run_in_threads(job, LARGE // 64, LARGE)
+
+
+def test_four_threads_at_once_get_their_own_results(two_threads, threading_by):
     weights = [torch.randn(1024, 1024) * (i + 1) for i in range(4)]
     expected = [quantize(w) for w in weights]
     failures = []
@@ -107,10 +129,10 @@ class QuantizedItems(Dataset):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_forked_dataloader_workers_dequantize_although_the_parent_has_a_pool(two_threads):
+def test_forked_dataloader_workers_dequantize_although_the_parent_has_threads(two_threads, threading_by):
     items = QuantizedItems()
-    expected = [items[i] for i in range(4)]  # the parent's pool has threads now
-    assert cpu._pool is not None
+    expected = [items[i] for i in range(4)]  # the parent has threads now, which its children will not
+    assert threading_by == "openmp" or cpu._pool is not None
     loader = DataLoader(items, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))
 
@@ -218,6 +240,44 @@ def test_the_fast_path_can_be_turned_off_by_the_environment():
         environment = os.environ | {"LABKIT_FAST": value}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert result.stdout.strip() == expected, result.stderr
+
+
+ALL_SHAPES = """
+import torch
+from labkit import kernels
+from labkit.codebooks import codebook
+from labkit.kernels import lookup
+from labkit.quant import dequantize_blocks, pack, quantize_blocks
+
+torch.manual_seed(0)
+for n in (1, 2, 15, 16, 17, 63, 64, 65, 1001, 4096, 4113):
+    for name in ("nf4", "fp4"):
+        for blocksize in (32, 64, 4096):
+            for scale in (1.0, 1e-39):
+                flat, levels = torch.randn(n) * scale, codebook(name)
+                codes, absmax = quantize_blocks(flat, levels, blocksize)
+                values = dequantize_blocks(codes, absmax, levels, blocksize)
+                got = kernels.quantize_4bit(flat, levels, blocksize)
+                assert torch.equal(got[0], pack(codes, int(got[0][-1] & 15))) and torch.equal(got[1], absmax)
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    back = kernels.dequantize_4bit(*got, levels, blocksize, n, dtype)
+                    expected = values.to(dtype)
+                    assert torch.equal(back.view(torch.uint8), expected.view(torch.uint8)), (n, name, blocksize, dtype)
+print(lookup.LANES)
+"""
+AVX2 = "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe,+cx16"
+
+
+@pytest.mark.parametrize(("cpu_name", "features", "lanes"), [("haswell", AVX2, 8), ("generic", "+sse2", 0)])
+def test_kernels_compiled_for_lesser_processors_give_the_reference_bits(cpu_name, features, lanes):
+    if platform.machine() not in ("x86_64", "AMD64") or (lanes and not torch.cpu._is_avx2_supported()):
+        pytest.skip("this processor cannot run code for that one")
+    environment = os.environ | {"NUMBA_CPU_NAME": cpu_name, "NUMBA_CPU_FEATURES": features}
+    result = subprocess.run(
+        [sys.executable, "-c", ALL_SHAPES], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == lanes
 
 
 INTERPRETED = """

@@ -1,17 +1,19 @@
 """Four-bit quantize and dequantize for a CPU, compiled by numba on first use and cached beside the package.
 
 Dequantizing is bound by memory: half a byte is read and four are written for each weight, so the work per weight must
-be next to nothing. One byte is looked up as a *pair* of levels, moved as a single 64-bit word, and the block that was
-just written, still in the first-level cache, is multiplied by its scale. Quantizing is bound by the search for the
-nearest level: fifteen compares and adds, which the compiler turns into vector instructions, beat a branching binary
-search.
+be next to nothing. A block has one scale and sixteen levels, so the sixteen products are made (and rounded to the
+dtype) first, and a weight is one look-up in a table that fits a vector register: see `lookup.py`. Quantizing is bound
+by the search for the nearest level: fifteen compares and adds, which the compiler turns into vector instructions, beat
+a branching binary search.
 
-Why Python threads over a kernel that releases the interpreter lock, and not numba's own `parallel=True`: its thread
-layers are either not safe to call from two threads at once or not safe to fork, and DataLoader workers do both.
+Why PyTorch's own OpenMP threads, called through C: after a matrix multiplication they stay awake for a while, waiting
+for more, and any other thread would have to share a core with one of them. Where that runtime is not found, and in a
+forked process, where it must not be used, Python threads over a kernel that releases the interpreter lock do the work.
 
 Agrees, bit for bit, with: `labkit.quant.quantize_blocks` and `dequantize_blocks`.
 """
 
+import ctypes
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,37 +24,77 @@ import torch
 from torch import Tensor
 
 from labkit.codebooks import codes_by_rank, dynamic8, midpoints
+from labkit.kernels.lookup import LANES, look_up
 
-SERIAL_BELOW = (
-    1 << 20
-)  # weights; below this, waking a thread beside those of a matrix multiplication costs more than it saves
+SERIAL_BELOW = 1 << 18  # weights; below this, handing work to a thread costs more than it saves
 HUGE_PAGES_FROM = 1 << 22  # bytes
 
+Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def find_openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime in this process, PyTorch's on Linux; None if there is none with GNU's entry point."""
+    try:
+        library = ctypes.CDLL(None)
+        library.GOMP_parallel.argtypes = (Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        library.GOMP_parallel.restype = None
+    except (AttributeError, OSError, TypeError):
+        return None
+    return library
+
+
+_openmp = find_openmp()
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 
 
-def _forget_pool() -> None:
-    global _lock, _pool
-    _lock, _pool = threading.Lock(), None  # a forked child inherits the pool but not its threads
+def _after_fork() -> None:
+    """A forked child has no threads but its first; OpenMP would wait for the others forever."""
+    global _openmp, _lock, _pool
+    _openmp, _lock, _pool = None, threading.Lock(), None
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def run_in_threads(job, n_blocks: int, n: int) -> None:
     """Call `job(first_block, last_block)` so that all `n_blocks` are covered, split over torch's thread count."""
-    global _pool
     threads = 1 if n < SERIAL_BELOW else min(torch.get_num_threads(), n_blocks)
+    edges = [n_blocks * i // threads for i in range(threads + 1)]
     if threads == 1:
         job(0, n_blocks)
-        return
+    elif _openmp is not None:
+        run_in_openmp(job, edges)
+    else:
+        run_in_pool(job, edges)
+
+
+def run_in_openmp(job, edges: list[int]) -> None:
+    """`job(edges[i], edges[i + 1])` for every i, on the threads that PyTorch's own operations use."""
+    failures = []
+
+    def body(_):
+        try:  # fewer threads may come than were asked for
+            for i in range(_openmp.omp_get_thread_num(), len(edges) - 1, _openmp.omp_get_num_threads()):
+                job(edges[i], edges[i + 1])
+        except BaseException as failure:  # may not leave through C
+            failures.append(failure)
+
+    _openmp.GOMP_parallel(Body(body), None, len(edges) - 1, 0)
+    if failures:
+        raise failures[0]
+
+
+def run_in_pool(job, edges: list[int]) -> None:
+    """The same on Python threads."""
+    global _pool
+    others = len(edges) - 2
     with _lock:
-        if _pool is None or _pool._max_workers < threads - 1:
-            _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="labkit-kernel")
+        if _pool is None or _pool._max_workers < others:
+            _pool = ThreadPoolExecutor(others, thread_name_prefix="labkit-kernel")
         pool = _pool
-    edges = [n_blocks * i // threads for i in range(threads + 1)]
-    waiting = [pool.submit(job, edges[i], edges[i + 1]) for i in range(1, threads)]
+    waiting = [pool.submit(job, edges[i], edges[i + 1]) for i in range(1, others + 1)]
     job(edges[0], edges[1])
     for other in waiting:
         other.result()
@@ -103,51 +145,29 @@ def _quantize(first, last, flat, mids, by_rank, blocksize, smallest, absmax, pac
 
 
 @numba.njit(nogil=True, cache=True)
-def _pairs(levels):
-    """(256,) 64-bit words: the two levels of each byte, side by side."""
-    pairs = np.empty(512, np.float32)
-    for byte in range(256):
-        pairs[2 * byte] = levels[byte >> 4]
-        pairs[2 * byte + 1] = levels[byte & 15]
-    return pairs.view(np.uint64)
-
-
-@numba.njit(nogil=True, cache=True)
 def _dequantize(first, last, packed, absmax, levels, blocksize, out):
-    pairs = _pairs(levels)
-    n = out.size
-    words = out[: n // 2 * 2].view(np.uint64)
+    scaled = np.empty(16, np.float32)
+    table = scaled.view(np.uint32)
     half = blocksize // 2
-    for block in range(first, last):
-        scale = absmax[block]
-        block_words = words[block * half : (block + 1) * half]
-        codes = packed[block * half : block * half + block_words.size]
-        for i in range(codes.size):
-            block_words[i] = pairs[codes[i]]
-        values = out[block * blocksize : block * blocksize + 2 * codes.size]
-        for i in range(values.size):
-            values[i] *= scale
-    if n % 2 == 1 and last * blocksize >= n:
-        out[n - 1] = levels[packed[n // 2] >> 4] * absmax[last - 1]
-
-
-@numba.njit(nogil=True, cache=True)
-def _dequantize_bf16(first, last, packed, absmax, levels, blocksize, out):
-    pairs = _pairs(levels)
-    half = blocksize // 2
-    words = np.empty(half, np.uint64)
-    values, bits = words.view(np.float32), words.view(np.uint32)
     for block in range(first, last):
         scale = absmax[block]
         codes = packed[block * half : (block + 1) * half]
-        for i in range(codes.size):
-            words[i] = pairs[codes[i]]
-        for i in range(values.size):
-            values[i] *= scale
-        result = out[block * blocksize : (block + 1) * blocksize]
-        for i in range(result.size):  # bfloat16 is the upper half of a float32, rounded to even
-            tie = (bits[i] >> np.uint32(16)) & np.uint32(1)
-            result[i] = (bits[i] + np.uint32(0x7FFF) + tie) >> np.uint32(16)
+        values = out[block * blocksize : (block + 1) * blocksize]
+        done = 0
+        if LANES > 0:
+            done = values.size // LANES * LANES
+            for i in range(0, done, LANES):
+                look_up(codes, i // 2, levels, scale, values, i)
+        if done == values.size:
+            continue
+        for k in range(16):
+            scaled[k] = levels[k] * scale
+        if out.itemsize == 2:  # bfloat16 is the upper half of a float32, rounded to even
+            for k in range(16):
+                even = (table[k] >> np.uint32(16)) & np.uint32(1)
+                table[k] = (table[k] + np.uint32(0x7FFF) + even) >> np.uint32(16)
+        for i in range(done, values.size):
+            values[i] = table[codes[i // 2] & 15] if i % 2 else table[codes[i // 2] >> 4]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -189,10 +209,8 @@ def dequantize_4bit(
         dequantize_4bit(packed, scales, levels, blocksize, whole, nested, offset)
         out.copy_(whole)
         return
-    kernel, result = _dequantize, out
-    if out.dtype == torch.bfloat16:
-        kernel, result = _dequantize_bf16, out.view(torch.uint16)
-    bytes_, table, result = packed.numpy().reshape(-1), levels.numpy(), result.numpy()
+    bytes_, table = packed.numpy().reshape(-1), levels.numpy()
+    result = out.view(torch.uint16 if out.dtype == torch.bfloat16 else torch.uint32).numpy()
     absmax = (scales if nested is None else torch.empty(scales.numel())).numpy()
     if nested is not None:
         inputs = scales.numpy(), nested.numpy(), offset.numpy()[()], dynamic8().numpy()
@@ -200,7 +218,7 @@ def dequantize_4bit(
     def job(first: int, last: int) -> None:
         if nested is not None:  # each thread makes the scales of its own blocks, which then are in its cache
             _dequantize_scales(first, last, *inputs, absmax)
-        kernel(first, last, bytes_, absmax, table, blocksize, result)
+        _dequantize(first, last, bytes_, absmax, table, blocksize, result)
 
     run_in_threads(job, scales.numel(), out.numel())
 
