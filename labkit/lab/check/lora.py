@@ -1,8 +1,4 @@
-"""Exercise checks: fresh inputs, and when the result is wrong, which mistake it looks like.
-
-Each check knows the right answer and the wrong ones that people really give. A result that equals none of them is
-shown next to what was expected.
-"""
+"""Checks of the exercises on LoRA and on training."""
 
 import math
 import random
@@ -10,55 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-TRIES = 5
-
-
-class NotYet(AssertionError):
-    """The exercise is not solved yet; the message says what the result looks like."""
-
-
-def compare(
-    name: str, theirs: Callable, right: Callable, mistakes: dict[str, Callable], inputs: Callable[[], tuple]
-) -> None:
-    """Call `theirs` on fresh inputs and compare with `right`; on a difference look for it among `mistakes`.
-
-    Raises:
-        NotYet: the first difference, named if it is known.
-    """
-    suspects = dict(mistakes)
-    for _ in range(TRIES):
-        arguments = inputs()
-        try:
-            got = theirs(*arguments)
-        except Exception as error:
-            raise NotYet(f"{name}: your function raised {type(error).__name__}: {error}") from error
-        if got is None or got is Ellipsis:
-            raise NotYet(f"{name}: your function returned {got!r}; has the stub been filled in?")
-        expected = right(*arguments)
-        if same(got, expected):
-            continue
-        for message, mistake in suspects.items():
-            if same(got, mistake(*arguments)):
-                raise NotYet(f"{name}: {message}")
-        raise NotYet(f"{name}: for {describe(arguments)} expected {describe(expected)}, got {describe(got)}")
-    print(f"{name}: correct, on {TRIES} fresh inputs.")
-
-
-def same(a, b) -> bool:
-    """Equal up to rounding, for numbers, lists and tensors."""
-    try:
-        a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def describe(value) -> str:
-    if isinstance(value, torch.Tensor) and value.numel() > 8:
-        return f"a tensor of shape {tuple(value.shape)} with mean {value.double().mean():.4g}"
-    if isinstance(value, tuple):
-        return ", ".join(describe(v) for v in value)
-    return str(value.tolist() if isinstance(value, torch.Tensor) else value)
+from labkit.lab.check.compare import compare
 
 
 def lora_forward(function: Callable) -> None:
@@ -142,48 +90,6 @@ def supervise(function: Callable) -> None:
             "use -100, cross_entropy's ignore_index; 0 is a real token": lambda p, c: [0] * len(p) + c,
         },
         inputs,
-    )
-
-
-def bits_per_weight(function: Callable) -> None:
-    """`function(blocksize, nested_blocksize)`: bits a weight with 4-bit codes, 8-bit scales and fp32 scales of scales."""
-
-    def inputs():
-        return random.choice([32, 64, 128, 256]), random.choice([128, 256, 512])
-
-    compare(
-        "bits_per_weight",
-        function,
-        lambda b, n: 4 + 8 / b + 32 / (b * n),
-        {
-            "that is without double quantization: the scales are 8 bits now, not 32": lambda b, n: 4 + 32 / b,
-            "the fp32 scales of the scales are missing: one for each nested block of blocksize * nested_blocksize weights": (
-                lambda b, n: 4 + 8 / b
-            ),
-            "the second level serves nested_blocksize *scales*, that is blocksize * nested_blocksize weights": (
-                lambda b, n: 4 + 8 / b + 32 / n
-            ),
-            "these are the bits of the scales alone; the 4-bit code of the weight itself is missing": lambda b, n: (
-                8 / b + 32 / (b * n)
-            ),
-            "that is in bytes; the question asks for bits": lambda b, n: (4 + 8 / b + 32 / (b * n)) / 8,
-        },
-        inputs,
-    )
-
-
-def weight_bytes(function: Callable) -> None:
-    """`function(parameters, bits)`: bytes that the weights take."""
-    compare(
-        "weight_bytes",
-        function,
-        lambda parameters, bits: parameters * bits / 8,
-        {
-            "that is bits; there are eight of them to a byte": lambda p, b: p * b,
-            "that divides by 1024 or 10^6 somewhere; give plain bytes": lambda p, b: p * b / 8 / 1e6,
-            "bits are divided by 4; a byte has eight": lambda p, b: p * b / 4,
-        },
-        lambda: (random.randint(10**6, 10**9), random.choice([4, 8, 16, 32])),
     )
 
 

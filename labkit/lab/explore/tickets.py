@@ -1,8 +1,8 @@
-"""Explorers: a panel of controls over a figure that is computed live. Headless, the same function draws a static one."""
+"""Look into a model that learned to read tickets: its answers side by side, and its certainty token by token."""
 
 import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from IPython.display import HTML, display
@@ -10,26 +10,10 @@ from matplotlib import pyplot as plt
 
 from labkit.data import Encoded, collate, encode, ticket_chat
 from labkit.evaluate import parse_json
+from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora import adapter_strength
-
-
-def panel(draw: Callable, controls: dict, static: Sequence[dict]) -> None:
-    """Show `draw(**values)` with a widget for each of its arguments; headless, show it for the values in `static`.
-
-    Args:
-        draw: makes its figure or output, and shows it.
-        controls: {argument: ipywidgets widget}, made by the caller only when interactive; see `ticket_explorer`.
-        static: the calls to show headless.
-    """
-    if not is_interactive():
-        for values in static:
-            draw(**values)
-        return
-    from ipywidgets import VBox, interactive_output
-
-    display(VBox(list(controls.values())), interactive_output(draw, controls))
 
 
 @torch.no_grad()
@@ -128,37 +112,3 @@ def ticket_explorer(
         controls["ticket"] = IntSlider(0, 0, len(tickets) - 1, description="test ticket", **wide)
         controls["strength"] = FloatSlider(1.0, min=0, max=2, step=0.1, description="adapter ×", **wide)
     panel(draw, controls, static)
-
-
-CARDS = (8, 16, 24, 40, 80)  # gigabytes of common GPUs
-SIZES = {"135M": 0.135e9, "1.7B": 1.7e9, "7B": 6.7e9, "13B": 13e9, "70B": 69e9}
-BITS = {"fp32": 32, "bf16": 16, "8 bits": 8, "NF4, double quantization": 4.127}
-
-
-def weight_memory() -> None:
-    """Pick a model size: the bytes of its weights in four formats, against the memory of common cards."""
-
-    def draw(model: str) -> None:
-        figure, axes = canvas(width=8, height=2.8)
-        sizes = [SIZES[model] * bits / 8 / 1e9 for bits in BITS.values()]
-        bars = axes.barh(
-            list(BITS), sizes, color=[COLOURS["full"], COLOURS["lora"], COLOURS["constants"], COLOURS["nf4"]]
-        )
-        axes.bar_label(bars, fmt="{:.2f}" if max(sizes) < 10 else "{:.0f}", padding=3)
-        axes.invert_yaxis()
-        for card in CARDS:
-            if card < 1.1 * max(sizes):
-                axes.axvline(card, color=COLOURS["full"], linestyle=":", linewidth=1)
-                axes.annotate(f"{card} GB", (card, -0.55), fontsize=9, ha="center", annotation_clip=False)
-        axes.margins(x=0.1)
-        finish(axes, f"Weights of a {model} model; dotted: memory of common cards", "gigabytes", "")
-        axes.set_title(axes.get_title("left"), loc="left", fontweight="bold", fontsize=12, pad=12)
-        display(figure)
-        plt.close(figure)
-
-    controls = {}
-    if is_interactive():
-        from ipywidgets import SelectionSlider
-
-        controls["model"] = SelectionSlider(options=list(SIZES), value="7B", description="model")
-    panel(draw, controls, [{"model": "7B"}])

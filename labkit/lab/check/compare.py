@@ -1,0 +1,59 @@
+"""Exercise checks: fresh inputs, and when the result is wrong, which mistake it looks like.
+
+Each check knows the right answer and the wrong ones that people really give. A result that equals none of them is
+shown next to what was expected.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+TRIES = 5
+
+
+class NotYet(AssertionError):
+    """The exercise is not solved yet; the message says what the result looks like."""
+
+
+def compare(
+    name: str, theirs: Callable, right: Callable, mistakes: dict[str, Callable], inputs: Callable[[], tuple]
+) -> None:
+    """Call `theirs` on fresh inputs and compare with `right`; on a difference look for it among `mistakes`.
+
+    Raises:
+        NotYet: the first difference, named if it is known.
+    """
+    suspects = dict(mistakes)
+    for _ in range(TRIES):
+        arguments = inputs()
+        try:
+            got = theirs(*arguments)
+        except Exception as error:
+            raise NotYet(f"{name}: your function raised {type(error).__name__}: {error}") from error
+        if got is None or got is Ellipsis:
+            raise NotYet(f"{name}: your function returned {got!r}; has the stub been filled in?")
+        expected = right(*arguments)
+        if same(got, expected):
+            continue
+        for message, mistake in suspects.items():
+            if same(got, mistake(*arguments)):
+                raise NotYet(f"{name}: {message}")
+        raise NotYet(f"{name}: for {describe(arguments)} expected {describe(expected)}, got {describe(got)}")
+    print(f"{name}: correct, on {TRIES} fresh inputs.")
+
+
+def same(a, b) -> bool:
+    """Equal up to rounding, for numbers, lists and tensors."""
+    try:
+        a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def describe(value) -> str:
+    if isinstance(value, torch.Tensor) and value.numel() > 8:
+        return f"a tensor of shape {tuple(value.shape)} with mean {value.double().mean():.4g}"
+    if isinstance(value, tuple):
+        return ", ".join(describe(v) for v in value)
+    return str(value.tolist() if isinstance(value, torch.Tensor) else value)
