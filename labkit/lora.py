@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from labkit.quant_linear import QuantLinear, is_output_layer, replace_module
 
@@ -132,11 +133,13 @@ class LoRALinear(nn.Module):
         y = self.base(x)  # (..., out)
         if self.merged_from is not None:
             return y
-        z = self.dropout(x).to(self.lora_A.dtype) @ self.lora_A.T  # (..., r)
+        if self.training:
+            x = self.dropout(x)
+        z = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r)
         if y.dtype != self.lora_A.dtype:
-            return y + (self.scaling * (z @ self.lora_B.T)).to(y.dtype)
+            return y + (self.scaling * F.linear(z, self.lora_B)).to(y.dtype)
         # the same sum in one pass over y, which in fp32 is worth a tenth of a training step
-        rows = y.reshape(-1, self.out_features), z.reshape(-1, self.r)
+        rows = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
         return torch.addmm(*rows, self.lora_B.T, alpha=self.scaling).view_as(y)
 
     def extra_repr(self) -> str:

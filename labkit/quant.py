@@ -111,22 +111,29 @@ class QuantizedTensor:
                     f"out is {tuple(out.shape)} {out.dtype}, contiguous={out.is_contiguous()}; this weight needs a "
                     f"contiguous tensor of shape {tuple(self.shape)} and dtype {dtype}"
                 )
-        levels, n, dtype, scales = (
-            levels_of(self.codebook),
-            self.shape.numel(),
-            dtype or self.dtype,
-            self.scales,
-        )
+        dtype, n = dtype or self.dtype, self.shape.numel()
         if not kernels.fast_for(self.packed):
+            levels = levels_of(self.codebook)
             flat = dequantize_blocks(unpack(self.packed, n), self.absmax, levels, self.blocksize).to(dtype)
             return flat.view(self.shape) if out is None else out.copy_(flat.view(self.shape))
-        nested = (None, None)
+        weight, nested = self.kernel_arguments()
+        values = kernels.dequantize_4bit(*weight, n, dtype, *nested, out)
+        return values.view(self.shape) if out is None else out
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x @ dequantize().T` for few rows x, (rows, in) fp32, without making the dequantized weight.
+
+        Only where `kernels.multiplies` says that there is a kernel; see `kernels.multiply_4bit` for what differs.
+        """
+        weight, nested = self.kernel_arguments()
+        return kernels.multiply_4bit(x, *weight, self.shape[0], *nested)
+
+    def kernel_arguments(self) -> tuple[tuple, tuple]:
+        """This weight as the kernels take it: (packed, scales, levels, blocksize) and (nested, offset)."""
+        scales, nested = self.scales, (None, None)
         if isinstance(scales, NestedScales):
             scales, nested = scales.codes, (scales.absmax, scales.offset)
-        to = None if out is None else out.view(-1)
-        return kernels.dequantize_4bit(
-            self.packed, scales, levels, self.blocksize, n, dtype, *nested, to
-        ).view(self.shape)
+        return (self.packed, scales, levels_of(self.codebook), self.blocksize), nested
 
     def error(self, weight: Tensor) -> dict[str, float]:
         """How far this is from `weight`: the errors of its values and, against their size, of the whole.
@@ -287,6 +294,8 @@ def quantize_scales(absmax: Tensor, rounding: str = "nearest") -> NestedScales:
     offset = absmax.mean()
     if rounding == "lookup":
         codes, nested = lookup_blocks(absmax - offset)
+    elif kernels.quantizes_scales(absmax):
+        codes, nested = kernels.quantize_scales(absmax - offset)
     else:
         codes, nested = quantize_blocks(absmax - offset, levels_of("dynamic8"), NESTED_BLOCKSIZE)
     return NestedScales(codes, nested, offset)

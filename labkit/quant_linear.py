@@ -8,29 +8,79 @@ keep it from forward to backward, for every layer at once: the full model in 16 
 the autograd function below saves the *packed* weight and dequantizes twice. That costs time, one extra pass over
 the weights, and never more memory than one layer.
 
+Why W' is written to the same memory in every layer: new memory costs page faults, as much time as dequantizing itself,
+and what was just written is still in the processor's cache when the multiplication reads it.
+
+**A few tokens without gradients** (text is generated one token at a time) take another path on a CPU in fp32: for one
+row of x, writing all of W' is most of the work, so a kernel adds up the products as it looks the weights up. They are
+the same products, added in another order: results differ from the other path in the last bits, as they do between any
+two matrix libraries. `FEW_ROWS = 0` turns this path off.
+
 This is what bitsandbytes' `MatMul4Bit` does. Source: QLoRA (Dettmers et al. 2023), equation 5.
 """
 
+import threading
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from labkit import kernels
 from labkit.quant import NestedScales, QuantizedTensor, quantize
 
+FEW_ROWS = 16  # rows of x up to which not writing W' was faster than a matrix multiplication with it
+SCRATCH_BYTES = 1 << 26  # a larger W' gets new memory: nothing of its size is kept when the layer is done
 
-class _QuantizedMatmul(torch.autograd.Function):
-    """y = x W'^T with only the packed weight kept for backward."""
+
+class _Scratch(threading.local):
+    """Memory for one W', which each thread keeps and every layer overwrites."""
+
+    def __init__(self):
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.views: dict[tuple, Tensor] = {}  # of the memory, by shape and dtype
+
+    def dequantize(self, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        """W' in `dtype`, good until the next call in this thread."""
+        # with gradients enabled (create_graph=True) autograd would keep W', and find another layer's in it
+        if (
+            torch.is_grad_enabled()
+            or weight.packed.device.type != "cpu"
+            or kernels.is_traced(weight.packed)
+            or weight.shape.numel() * dtype.itemsize > SCRATCH_BYTES
+        ):
+            return weight.dequantize(dtype)
+        view = self.views.get((weight.shape, dtype))
+        return weight.dequantize(dtype, self.new_view(weight.shape, dtype) if view is None else view)
+
+    def new_view(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        size = shape.numel() * dtype.itemsize
+        with torch.inference_mode(False):  # a tensor that is made inside could never be used outside
+            if self.memory.numel() < size:
+                self.memory, self.views = torch.empty(size, dtype=torch.uint8), {}
+            view = self.views[shape, dtype] = self.memory[:size].view(dtype).view(shape)
+        return view
+
+
+_scratch = _Scratch()
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """y = x W'^T + b with only the packed weight kept for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: QuantizedTensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight  # packed bytes and scales: 4.13 bits a weight, and buffers of the layer already
-        return x @ weight.dequantize(x.dtype).T  # (..., in) @ (in, out)
+        return F.linear(x, _scratch.dequantize(weight, x.dtype), bias)  # (..., in) to (..., out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        return grad @ ctx.weight.dequantize(grad.dtype), None  # (..., out) @ (out, in)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        to_x, _, to_bias = ctx.needs_input_grad
+        grad_x = (
+            grad @ _scratch.dequantize(ctx.weight, grad.dtype) if to_x else None
+        )  # (..., out) @ (out, in)
+        return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None
 
 
 class QuantLinear(nn.Module):
@@ -61,6 +111,7 @@ class QuantLinear(nn.Module):
         else:
             self.register_buffer("absmax", scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self._weight = quantized
 
     @classmethod
     def from_linear(
@@ -79,18 +130,35 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedTensor:
-        """The 4-bit weight, made of this layer's buffers."""
+        """The 4-bit weight, made of this layer's buffers; the same object while they and the dtype are the same."""
+        last, names = self._weight, ("absmax",)
+        tensors = last.packed, last.scales
         if self.double_quant:
-            scales = NestedScales(self.absmax_codes, self.absmax_absmax, self.absmax_offset)
-        else:
-            scales = self.absmax
-        shape = torch.Size((self.out_features, self.in_features))
-        return QuantizedTensor(self.packed, scales, shape, self.dtype, self.codebook, self.blocksize)
+            names = ("absmax_codes", "absmax_absmax", "absmax_offset")
+            tensors = last.packed, last.scales.codes, last.scales.absmax, last.scales.offset
+        now = [self._buffers[name] for name in ("packed", *names)]
+        if last.dtype is not self.dtype or any(a is not b for a, b in zip(tensors, now)):
+            packed, *scales = now
+            scales = NestedScales(*scales) if self.double_quant else scales[0]
+            self._weight = replace(last, packed=packed, scales=scales, dtype=self.dtype)
+        return self._weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        y = _QuantizedMatmul.apply(x, self.weight)
+        if not self.multiplies_directly(x):
+            return _QuantizedLinear.apply(x, self.weight, self.bias)
+        y = self.weight.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def multiplies_directly(self, x: Tensor) -> bool:
+        """Are there so few rows, and no gradients to come, that W' need not be made at all?"""
+        return (
+            x.shape[-1:] == (self.in_features,)
+            and 0 < x.numel() <= FEW_ROWS * self.in_features
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and kernels.multiplies(x, self.in_features)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An `nn.Linear` with the dequantized weight, frozen: what this layer computes, in 16 or 32 bits."""
@@ -106,7 +174,11 @@ class QuantLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         super()._apply(fn, recurse)
         for name, before in scales.items():
-            self._buffers[name] = before.to(self._buffers[name].device)
+            device = self._buffers[name].device
+            self._buffers[name] = (
+                torch.empty_like(before, device=device) if before.is_meta else before.to(device)
+            )
+        self._weight = self.weight  # lets go of the buffers as they were
         return self
 
     def extra_repr(self) -> str:
@@ -151,15 +223,17 @@ def quantize_model(
     double_quant: bool = True,
     skip: tuple[str, ...] = (),
     progress: bool = True,
+    scale_rounding: str = "nearest",
 ) -> LayerReport:
     """Replace every `nn.Linear` of `model` by a `QuantLinear`, one after the other, in place.
 
-    Each full weight is released before the next layer is quantized. The output layer (`lm_head`) and embeddings keep
+    Each full weight is released before the next layer is quantized; weights that are views of a mapped file, as
+    safetensors loads them, all together after the last. The output layer (`lm_head`) and embeddings keep
     their precision, and every other parameter is frozen.
 
     Args:
         model: any module with linear layers.
-        codebook, blocksize, double_quant: as for `labkit.quantize`.
+        codebook, blocksize, double_quant, scale_rounding: as for `labkit.quantize`.
         skip: names, or last parts of names, of layers to leave alone.
         progress: show a progress bar.
 
@@ -186,15 +260,27 @@ def quantize_model(
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {reason}")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    detach_from_file(model, {id(linears[name].weight) for name in names})
     report = LayerReport()
     for name in tqdm(names, desc="quantize", unit="layer", disable=not progress, leave=False):
         linear = linears.pop(name)
-        layer = QuantLinear.from_linear(linear, codebook, blocksize, double_quant)
+        layer = QuantLinear.from_linear(linear, codebook, blocksize, double_quant, scale_rounding)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         replace_module(model, name, layer)
         report[name] = (linear.weight.nbytes, layer.weight.nbytes)
     return report
+
+
+def detach_from_file(model: nn.Module, leave: set[int]) -> None:
+    """Copy the parameters and buffers of `model`, one after the other, but for those with an id in `leave`.
+
+    The weights of a model that was loaded from a file are views of the file, mapped into memory as a whole. One view
+    keeps all of it there: without this, the embedding would hold on to every weight that was quantized.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in leave and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -6,17 +6,20 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
 
+import numba
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
 from labkit import kernels
-from labkit.codebooks import nf4
-from labkit.kernels import cpu
+from labkit.codebooks import dynamic8, midpoints, nf4
+from labkit.kernels import cpu, tasks, threads
+from labkit.kernels.vectors import next_part, pointer
 from labkit.quant import (
     BLOCKSIZES,
     dequantize_blocks,
@@ -27,7 +30,7 @@ from labkit.quant import (
     unpack,
 )
 
-LARGE = cpu.SERIAL_BELOW  # weights: the size from which threads share the work
+LARGE = threads.SERIAL_BELOW  # weights: the size from which threads share the work
 
 
 def reference(flat, blocksize=64):
@@ -47,8 +50,8 @@ def two_threads():
 def threading_by(request, monkeypatch):
     """Once on PyTorch's OpenMP threads, where there are any, and once on Python's."""
     if request.param == "pool":
-        monkeypatch.setattr(cpu, "_openmp", None)
-    elif cpu._openmp is None:
+        monkeypatch.setattr(threads, "_openmp", None)
+    elif threads._openmp is None:
         pytest.skip("PyTorch's OpenMP runtime is not found here: kernels run on Python threads")
     return request.param
 
@@ -68,29 +71,29 @@ def test_any_number_of_threads_gives_the_reference_bits(n, threads, threading_by
     assert torch.equal(got[0], packed) and torch.equal(got[1], absmax) and torch.equal(back, values)
 
 
-def test_work_is_split_over_torch_threads_and_not_for_small_tensors(threading_by):
+@numba.cfunc(tasks.TASK)
+def _record(arguments):
+    """A task that counts, from the address a[2] on, how often each part was taken."""
+    a = numba.carray(arguments, 32)
+    part = next_part(a)
+    while part < a[1]:
+        counts = numba.carray(pointer(a[2]), a[1], np.int64)
+        counts[part] += 1
+        part = next_part(a)
+
+
+@pytest.mark.parametrize(
+    ("number", "n", "parts"), [(1, LARGE, 1), (3, LARGE, 12), (3, LARGE - 1, 1), (64, LARGE, 16)]
+)
+def test_work_is_cut_into_parts_that_are_taken_once_each(number, n, parts, threading_by):
     before = torch.get_num_threads()
+    counts = np.zeros(parts + 1, np.int64)
+    torch.set_num_threads(number)
     try:
-        for threads, n, expected in [(1, LARGE, 1), (3, LARGE, 3), (3, 64, 1)]:
-            torch.set_num_threads(threads)
-            parts: list[tuple[int, int]] = []
-            cpu.run_in_threads(lambda first, last, parts=parts: parts.append((first, last)), n // 64, n)
-            parts.sort()
-            assert len(parts) == expected and parts[0][0] == 0 and parts[-1][1] == n // 64
-            assert all(left[1] == right[0] for left, right in pairwise(parts))
+        threads.run(_record.address, 16 if number == 64 else n // 64, n, counts.ctypes.data)
     finally:
         torch.set_num_threads(before)
-
-
-def test_an_error_in_any_thread_is_raised(two_threads, threading_by):
-    for failing in (0, LARGE // 128):
-
-        def job(first, last, failing=failing):
-            if first <= failing < last:
-                raise ArithmeticError(f"block {failing}")
-
-        with pytest.raises(ArithmeticError, match=f"block {failing}"):
-            cpu.run_in_threads(job, LARGE // 64, LARGE)
+    assert counts.tolist() == [1] * parts + [0]
 
 
 def test_four_threads_at_once_get_their_own_results(two_threads, threading_by):
@@ -113,6 +116,106 @@ def test_four_threads_at_once_get_their_own_results(two_threads, threading_by):
     assert not failures
 
 
+@pytest.mark.parametrize("n", [1, 2, 255, 256, 257, 511, 5184, 66_000])
+@pytest.mark.parametrize("size", [1.0, 1e-39, 1e30])
+def test_scales_are_quantized_to_the_reference_bits(n, size, two_threads, threading_by):
+    flat = torch.randn(n) * size
+    flat[: n // 3] = (flat[: n // 3] * 16 / size).round() / 16 * size  # some that fall on a midpoint
+    flat[n // 2 : n // 2 + 300] = 0
+    flat[n - n // 4 :] = dynamic8()[torch.arange(n // 4) % 256] * size
+    codes, absmax = quantize_blocks(flat, dynamic8(), 256)
+    got = kernels.quantize_scales(flat)
+    assert torch.equal(got[0], codes) and torch.equal(got[1], absmax)
+
+
+def test_scales_on_and_beside_every_midpoint_get_the_reference_codes():
+    middle = midpoints(dynamic8())
+    infinity = torch.tensor(torch.inf)
+    values = torch.cat(
+        [middle, torch.nextafter(middle, infinity), torch.nextafter(middle, -infinity), dynamic8()]
+    )
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % 255)).view(-1, 255)
+    flat = torch.cat([torch.ones(len(blocks), 1), blocks], dim=1).view(
+        -1
+    )  # absmax 1: values stay as they are
+    codes, _ = quantize_blocks(flat, dynamic8(), 256)
+    assert torch.equal(kernels.quantize_scales(flat)[0], codes)
+
+
+directly = pytest.mark.skipif(cpu.LANES == 0, reason="no kernel that multiplies for this processor")
+
+
+@directly
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.integers(1, 18),
+    height=st.integers(1, 40),
+    steps=st.integers(1, 12),
+    codebook=st.sampled_from(["nf4", "fp4", "int4", "optimal-64"]),
+    blocksize=st.sampled_from(BLOCKSIZES),
+    double_quant=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_product_equals_that_with_the_dequantized_weight(
+    tokens, height, steps, codebook, blocksize, double_quant, seed
+):
+    torch.manual_seed(seed)
+    width = steps * tasks.STEP  # blocks end within rows, with them, or reach over several
+    q = quantize(torch.randn(height, width), codebook, blocksize, double_quant)
+    x = torch.randn(tokens, width)
+    exact = x.double() @ q.dequantize().double().T
+    # the bound of a sum of `width` products in fp32, whatever the order
+    bound = 2**-23 * width * (x.abs().double() @ q.dequantize().abs().double().T)
+    assert ((q.multiply(x).double() - exact).abs() <= bound).all()
+
+
+@directly
+def test_product_does_not_depend_on_threads_or_on_other_rows(threading_by):
+    q = quantize(torch.randn(600, 512))
+    x = torch.randn(11, 512)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results += [
+                q.multiply(x),
+                torch.cat([q.multiply(row[None]) for row in x]),
+                q.multiply(x.flip(0)).flip(0),
+            ]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@directly
+def test_product_in_many_threads_at_once(two_threads, threading_by):
+    q, x = quantize(torch.randn(512, 512)), torch.randn(3, 512)
+    expected, failures = q.multiply(x), []
+
+    def work():
+        failures.extend(not torch.equal(q.multiply(x), expected) for _ in range(50))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(failures) == 200 and not any(failures)
+
+
+def test_kernels_refuse_what_they_could_not_read():
+    packed, absmax = kernels.quantize_4bit(torch.randn(256), nf4(), 64)
+    for wrong in [
+        (packed[:100], absmax),
+        (packed, absmax[:3]),
+        (packed, absmax.double()),
+        (packed, absmax.byte()),
+    ]:
+        with pytest.raises(ValueError, match="256 weights in blocks of 64 need 128 contiguous bytes"):
+            kernels.dequantize_4bit(*wrong, nf4(), 64, 256)
+
+
 class QuantizedItems(Dataset):
     """Quantizes in the worker process, with two threads of its own.
 
@@ -132,7 +235,7 @@ class QuantizedItems(Dataset):
 def test_forked_dataloader_workers_dequantize_although_the_parent_has_threads(two_threads, threading_by):
     items = QuantizedItems()
     expected = [items[i] for i in range(4)]  # the parent has threads now, which its children will not
-    assert threading_by == "openmp" or cpu._pool is not None
+    assert threading_by == "openmp" or threads._pool is not None
     loader = DataLoader(items, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))
 
@@ -246,7 +349,7 @@ ALL_SHAPES = """
 import torch
 from labkit import kernels
 from labkit.codebooks import codebook
-from labkit.kernels import lookup
+from labkit.kernels import cpu
 from labkit.quant import dequantize_blocks, pack, quantize_blocks
 
 torch.manual_seed(0)
@@ -263,7 +366,13 @@ for n in (1, 2, 15, 16, 17, 63, 64, 65, 1001, 4096, 4113):
                     back = kernels.dequantize_4bit(*got, levels, blocksize, n, dtype)
                     expected = values.to(dtype)
                     assert torch.equal(back.view(torch.uint8), expected.view(torch.uint8)), (n, name, blocksize, dtype)
-print(lookup.LANES)
+                if cpu.LANES and scale == 1:
+                    x = torch.randn(5, 96)
+                    got = kernels.quantize_4bit(torch.randn(7 * 96), levels, blocksize)
+                    weight = kernels.dequantize_4bit(*got, levels, blocksize, 7 * 96).view(7, 96).double()
+                    y = kernels.multiply_4bit(x, *got, levels, blocksize, 7)
+                    torch.testing.assert_close(y.double(), x.double() @ weight.T, rtol=1e-5, atol=1e-5)
+print(cpu.LANES)
 """
 AVX2 = "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe,+cx16"
 

@@ -1,7 +1,8 @@
 """The fast path: the operations of `labkit.quant`, bit for bit, without reading speed for the student in mind.
 
 `set_fast(False)` turns it off everywhere; the environment variable LABKIT_FAST=0 does so from the start. On a device
-without a kernel the readable PyTorch code runs. `cpu.py` has the kernels for a CPU (numba), `triton.py` for CUDA.
+without a kernel the readable PyTorch code runs. `cpu.py` has the kernels for a CPU (numba: `tasks.py`, `vectors.py` and
+`threads.py`), `triton.py` those for CUDA.
 
 The operations are registered with PyTorch as `labkit::quantize_4bit` and `labkit::dequantize_4bit`, each with a
 "fake" version that only says what shape and dtype come out. That is what lets `torch.compile`, which cannot look into
@@ -72,10 +73,10 @@ def dequantize_4bit(
         dtype: float32, float16 or bfloat16.
         nested: (ceil(n_blocks / 256),) fp32 scales of the scales.
         offset: () fp32 mean of the scales.
-        out: (n,) contiguous tensor of `dtype` to write to, instead of a new one.
+        out: contiguous tensor of n values of `dtype` to write to, instead of a new one.
 
     Returns:
-        (n,) values in `dtype`. See `labkit.quant.dequantize_blocks`.
+        `out`, or (n,) values in `dtype`. See `labkit.quant.dequantize_blocks`.
     """
     if out is None:
         if is_traced(packed):
@@ -88,6 +89,61 @@ def dequantize_4bit(
     else:
         kernels_for(packed).dequantize_4bit(packed, scales, levels, blocksize, out, nested, offset)
     return out
+
+
+def quantizes_scales(flat: Tensor) -> bool:
+    """Is there a kernel for `quantize_scales` of these?"""
+    return _fast and flat.device.type == "cpu" and not is_traced(flat)
+
+
+def quantize_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) fp32 in blocks of 256 to codes of `dynamic8`, (n,) uint8, and fp32 absmax; where `quantizes_scales` says so.
+
+    See `labkit.quant.quantize_blocks`.
+    """
+    from labkit.kernels import cpu
+
+    return cpu.quantize_scales(flat.contiguous())
+
+
+def multiplies(x: Tensor, width: int) -> bool:
+    """Is there a kernel that multiplies these rows of `width` numbers by a 4-bit weight without dequantizing it?"""
+    if not _fast or x.device.type != "cpu" or x.dtype != torch.float32 or is_traced(x):
+        return False
+    from labkit.kernels import cpu
+
+    return cpu.multiplies(width)
+
+
+def multiply_4bit(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    levels: Tensor,
+    blocksize: int,
+    height: int,
+    nested: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """`x @ dequantized.T`, from the packed codes; where `multiplies(x, width)` says so, and without gradients.
+
+    The weights are the very numbers that `dequantize_4bit` makes, but the terms of a sum are added in another order
+    than by a matrix multiplication, so that results differ in rounding. The order is always the same: a row of the
+    result does not depend on the other rows, or on the number of threads.
+
+    Args:
+        x: (tokens, width) fp32.
+        packed, scales, levels, blocksize, nested, offset: the weight, (height, width); see `dequantize_4bit`.
+        height: number of rows of the weight.
+
+    Returns:
+        (tokens, height) fp32.
+    """
+    from labkit.kernels import cpu
+
+    y = torch.empty(x.shape[0], height)
+    cpu.multiply_4bit(x.contiguous(), packed, scales, levels, blocksize, y, nested, offset)
+    return y
 
 
 def is_traced(tensor: Tensor) -> bool:

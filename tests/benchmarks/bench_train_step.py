@@ -1,18 +1,23 @@
 """One training step of SmolLM2-135M: QLoRA here, LoRA here, and QLoRA by PEFT over bitsandbytes, on the same batch.
 
-The three alternate in one run, so that a busy machine slows all of them; medians and their ratios are printed. Then each
-takes the same steps in a process of its own, for the peak of its resident memory above what it had after the imports.
+The three alternate in one run, so that a busy machine slows all of them; medians and their ratios are printed. Each also
+takes three steps in a process of its own, for the peak of its resident memory: the largest that the operating system
+saw from the start to the end (`VmHWM` on Linux, else `ru_maxrss`), less what was resident after the imports. It counts
+everything: loading the model, quantizing it, training, and memory that was freed but not given back.
 
-    python tests/benchmarks/bench_train_step.py
+    python tests/benchmarks/bench_train_step.py [--only time|memory] [--rounds 5]
 """
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from labkit import models
 from labkit.data import Batch
@@ -39,28 +44,30 @@ def ours(quantized: bool):
     return model, lambda batch: supervised_loss(model, batch) / batch.n_supervised
 
 
-def peers():
-    """PEFT over bitsandbytes' Linear4bit, with the loss as transformers computes it."""
+def bitsandbytes_model():
+    """SmolLM2-135M with bitsandbytes' Linear4bit for every linear layer but the output: NF4, double-quantized."""
     import bitsandbytes as bnb
-    from peft import LoraConfig, get_peft_model
-    from torch import nn
 
     model, _ = models.load("smollm2-135m")
-    options = {
-        "bias": False,
-        "compute_dtype": torch.float32,
-        "quant_type": "nf4",
-        "compress_statistics": True,
-    }
+    options = {"compute_dtype": torch.float32, "quant_type": "nf4", "compress_statistics": True}
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, linear in list(block.named_children()):
                 if isinstance(linear, nn.Linear):
-                    four_bit = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **options)
+                    four_bit = bnb.nn.Linear4bit(
+                        linear.in_features, linear.out_features, bias=False, **options
+                    )
                     four_bit.load_state_dict({"weight": linear.weight.data})
                     setattr(block, name, four_bit.to("cpu"))
+    return model
+
+
+def peers():
+    """PEFT over bitsandbytes' Linear4bit, with the loss as transformers computes it."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config).train()
+    model = get_peft_model(bitsandbytes_model(), config).train()
     return model, lambda batch: model(input_ids=batch.ids, labels=batch.targets, use_cache=False).loss
 
 
@@ -69,6 +76,7 @@ MAKERS = {
     "LoRA, labkit": lambda: ours(False),
     "QLoRA, PEFT + bnb": peers,
 }
+REFERENCE = "QLoRA, PEFT + bnb"
 
 
 def make_step(maker):
@@ -86,10 +94,17 @@ def make_step(maker):
     return step
 
 
+def peak_resident() -> int:
+    """Bytes: the most that this process ever had in memory."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would also count the parent before the fork
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def peak_memory(name: str, steps: int) -> None:
     """Print the peak resident memory of `steps` steps above that after the imports, in MB; run in a fresh process."""
-    import resource
-
     import bitsandbytes  # noqa: F401  # so that every method starts from the same imports
     import peft  # noqa: F401
     import psutil
@@ -100,45 +115,54 @@ def peak_memory(name: str, steps: int) -> None:
     step, batch = make_step(MAKERS[name]), make_batch()
     for _ in range(steps):
         step(batch)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6)
+    print((peak_resident() - before) / 1e6)
+
+
+def peaks() -> dict[str, float]:
+    """MB of each method, from a process of its own."""
+    command = [sys.executable, __file__, "--peak"]
+    run = lambda name: subprocess.run([*command, name], capture_output=True, text=True, check=True)  # noqa: E731
+    return {name: float(run(name).stdout.split()[-1]) for name in MAKERS}
+
+
+def times(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of the steps of each method, taken in turns, and the last losses."""
+    steps, batch = {name: make_step(maker) for name, maker in MAKERS.items()}, make_batch()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    losses = {}
+    for i in range(rounds + 1):  # the first round warms up and is not counted
+        for name, step in steps.items():
+            started = time.perf_counter()
+            losses[name] = step(batch)
+            if i:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds, losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("time", "memory"))
     parser.add_argument("--peak", help="internal: print the peak memory of one method")
     arguments = parser.parse_args()
     if arguments.peak:
         peak_memory(arguments.peak, steps=3)
         return
-    steps, batch = {name: make_step(maker) for name, maker in MAKERS.items()}, make_batch()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(arguments.rounds + 1):  # the first round warms up and is not counted
-        for name, step in steps.items():
-            started = time.perf_counter()
-            losses[name].append(step(batch))
-            if i:
-                times[name].append(time.perf_counter() - started)
-    command = [sys.executable, __file__, "--peak"]
-    peaks = {
-        name: float(
-            subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout.split()[-1]
-        )
-        for name in steps
-    }
-    reference = "QLoRA, PEFT + bnb"
-    print(
-        f"{BATCH} × {TOKENS} tokens, r={RANK} on all linears, {torch.get_num_threads()} threads, median of {arguments.rounds}"
-    )
-    for name in steps:
-        median = statistics.median(times[name])
-        ratio, memory = median / statistics.median(times[reference]), peaks[name] / peaks[reference]
-        print(
-            f"{name:18} {median:6.2f} s ({ratio:.2f}×)   peak {peaks[name]:6.0f} MB ({memory:.2f}×)   loss {losses[name][-1]:.4f}"
-        )
-    lora, qlora = (statistics.median(times[name]) for name in ("LoRA, labkit", "QLoRA, labkit"))
-    print(f"QLoRA against LoRA, both labkit: {qlora / lora:.2f}×")
+    threads = torch.get_num_threads()
+    print(f"{BATCH} × {TOKENS} tokens, {SUPERVISED} supervised, r={RANK} on all linears, {threads} threads")
+    if arguments.only != "time":
+        peak = peaks()
+        for name in MAKERS:
+            print(f"{name:18} peak {peak[name]:6.0f} MB ({peak[name] / peak[REFERENCE]:.2f}×)", flush=True)
+    if arguments.only != "memory":
+        seconds, losses = times(arguments.rounds)
+        median = {name: statistics.median(taken) for name, taken in seconds.items()}
+        for name, taken in seconds.items():
+            print(
+                f"{name:18} median {median[name]:5.2f} s ({median[name] / median[REFERENCE]:.2f}×), "
+                f"fastest {min(taken):5.2f} s   loss after {arguments.rounds + 1} steps {losses[name]:.4f}"
+            )
+        print(f"QLoRA against LoRA, both labkit: {median['QLoRA, labkit'] / median['LoRA, labkit']:.3f}×")
 
 
 if __name__ == "__main__":

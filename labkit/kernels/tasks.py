@@ -1,0 +1,300 @@
+"""The loops of the CPU kernels, compiled by numba on first use and cached beside the package.
+
+*Dequantizing* is bound by memory: half a byte is read and four are written for each weight, so the work per weight
+must be next to nothing. A block has one scale and sixteen levels, so the sixteen products are made (and rounded to the
+dtype) first, and a weight is one look-up in a table that fits a vector register: see `vectors.py`.
+
+*Quantizing* is bound by the search for the nearest level: fifteen compares and adds, which the compiler turns into
+vector instructions, beat a branching binary search.
+
+*Multiplying* one or a few vectors by the matrix does not write the weights anywhere: they go from the look-up into a
+sum. An fp32 layer reads four bytes a weight to do so, this one half a byte; generating text, that is most of the work.
+
+The functions with `_task` in their name are tasks for `threads.py`. They take addresses, cut the work, and call the
+loop; `cpu.py` puts their arguments together, in the order in which they stand here.
+"""
+
+import numba
+import numpy as np
+from numba.core import types
+
+from labkit.kernels.vectors import (
+    LANES,
+    first_codes,
+    load_codes,
+    load_floats,
+    look_up,
+    multiply_add,
+    next_part,
+    pointer,
+    scaled_levels,
+    store_pairs,
+    to_bfloat16,
+    total,
+    zeros,
+)
+
+SMALLEST = np.float32(1e-38)  # `labkit.quant.SMALLEST_ABSMAX`
+STEP = 32  # weights: 16 bytes, the two codes of each in a vector; every block size is a multiple
+TASK = types.void(types.CPointer(types.int64))
+
+
+@numba.njit
+def _quantize(first, last, flat, mids, by_rank, blocksize, absmax, packed):
+    n = flat.size
+    bits, absmax_bits = flat.view(np.int32), absmax.view(np.int32)
+    scaled = np.zeros(blocksize, np.float32)
+    ranks = np.empty(blocksize, np.int32)
+    repack = np.empty(256, np.uint8)  # a byte of two ranks to a byte of two codes
+    sorted_codes = True
+    for byte in range(256):
+        repack[byte] = (by_rank[byte >> 4] << 4) | by_rank[byte & 15]
+        sorted_codes &= repack[byte] == byte
+    for block in range(first, last):
+        start = block * blocksize
+        values = flat[start : min(start + blocksize, n)]
+        # without their sign bit floats sort like integers, and an integer maximum is a vector instruction;
+        # infinity and NaN sort above every number, so that they show in absmax
+        magnitudes = bits[start : start + values.size]
+        largest = np.int32(0)
+        for i in range(magnitudes.size):
+            largest = max(largest, magnitudes[i] & np.int32(0x7FFFFFFF))
+        absmax_bits[block] = largest
+        floor = SMALLEST if absmax[block] < SMALLEST else absmax[block]  # NaN stays NaN
+        if values.size == blocksize:
+            reciprocal = np.float32(1) / floor
+            for i in range(blocksize):
+                scaled[i] = values[i] * reciprocal
+        else:
+            absmax[block] = floor
+            for i in range(values.size):
+                scaled[i] = values[i] / floor
+            scaled[values.size] = 0  # the second half of an odd tail's last byte
+        for i in range(blocksize):
+            rank = np.int32(0)
+            for k in range(15):
+                rank += np.int32(scaled[i] > mids[k])
+            ranks[i] = rank
+        out = packed[start // 2 : (start + values.size + 1) // 2]
+        for i in range(out.size):
+            out[i] = (ranks[2 * i] << 4) | ranks[2 * i + 1]
+        if not sorted_codes:
+            for i in range(out.size):
+                out[i] = repack[out[i]]
+
+
+@numba.njit
+def _quantize_scales(first, last, flat, mids, by_rank, absmax, codes):
+    """The same in blocks of 256, with a codebook of 256 levels: here a binary search, without branches, is best."""
+    bits, absmax_bits = flat.view(np.int32), absmax.view(np.int32)
+    for block in range(first, last):
+        start, stop = block * 256, min(block * 256 + 256, flat.size)
+        largest = np.int32(0)
+        for i in range(start, stop):
+            largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+        absmax_bits[block] = largest
+        floor = SMALLEST if absmax[block] < SMALLEST else absmax[block]
+        if stop - start < 256:
+            absmax[block] = floor
+        reciprocal = np.float32(1) / floor
+        for i in range(start, stop):
+            scaled = flat[i] * reciprocal if stop - start == 256 else flat[i] / floor
+            rank = 0
+            for step in (128, 64, 32, 16, 8, 4, 2, 1):
+                rank += 0 if mids[rank + step - 1] >= scaled else step
+            codes[i] = by_rank[rank]
+
+
+@numba.njit
+def _scale(block, scales):
+    """The scale of a block; made of its code first if the scales are quantized themselves."""
+    absmax, codes, nested, offset, levels = scales
+    return levels[codes[block]] * nested[block >> 8] + offset[0] if codes.size else absmax[block]
+
+
+@numba.njit
+def _dequantize(first, last, packed, scales, levels, blocksize, out):
+    scaled = np.empty(16, np.float32)
+    table = scaled.view(np.uint32)
+    for block in range(first, last):
+        scale = _scale(block, scales)
+        start = block * blocksize
+        stop = min(start + blocksize, out.size)
+        done = start
+        if LANES > 0:
+            done += (stop - start) // STEP * STEP
+            scaled_table = scaled_levels(levels, scale)
+            if out.itemsize == 2:
+                scaled_table = to_bfloat16(scaled_table)
+            for i in range(start, done, STEP):
+                codes = load_codes(packed, i // 2)
+                store_pairs(out, i, look_up(scaled_table, first_codes(codes)), look_up(scaled_table, codes))
+        if done == stop:
+            continue
+        for k in range(16):
+            scaled[k] = levels[k] * scale
+        if out.itemsize == 2:  # bfloat16 is the upper half of a float32, rounded to even
+            for k in range(16):
+                even = (table[k] >> np.uint32(16)) & np.uint32(1)
+                table[k] = (table[k] + np.uint32(0x7FFF) + even) >> np.uint32(16)
+        for i in range(done, stop):
+            out[i] = table[packed[i // 2] & 15] if i % 2 else table[packed[i // 2] >> 4]
+
+
+@numba.njit
+def _split(x):
+    """The numbers that meet the first codes of the bytes, and those that meet the second: x[::2] and x[1::2]."""
+    evens, odds = np.empty(x.size // 2, np.float32), np.empty(x.size // 2, np.float32)
+    for i in range(evens.size):
+        evens[i], odds[i] = x[2 * i], x[2 * i + 1]
+    return evens, odds
+
+
+@numba.njit
+def _multiply_one(at, end, evens, odds, x_at, packed, scales, levels, blocksize):
+    """The sum of weights[at:end] * x[x_at:]."""
+    a, b = zeros(), zeros()
+    block = at // blocksize
+    x_at = (x_at - at) // 2
+    while at < end:
+        table = scaled_levels(levels, _scale(block, scales))
+        block += 1
+        stop = min(end, block * blocksize)
+        for i in range(at // 2, stop // 2, STEP // 2):
+            codes = load_codes(packed, i)
+            a = multiply_add(look_up(table, first_codes(codes)), load_floats(evens, x_at + i), a)
+            b = multiply_add(look_up(table, codes), load_floats(odds, x_at + i), b)
+        at = stop
+    return total(a, b)
+
+
+@numba.njit
+def _multiply_four(at, end, evens, odds, x_at, packed, scales, levels, blocksize):
+    """The same, in the same order, for four rows of x at once, so that a weight is looked up once for all."""
+    a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
+    b0, b1, b2, b3 = zeros(), zeros(), zeros(), zeros()
+    block, step = at // blocksize, (end - at) // 2
+    x_at = (x_at - at) // 2
+    while at < end:
+        table = scaled_levels(levels, _scale(block, scales))
+        block += 1
+        stop = min(end, block * blocksize)
+        for i in range(at // 2, stop // 2, STEP // 2):
+            codes = load_codes(packed, i)
+            first, second = look_up(table, first_codes(codes)), look_up(table, codes)
+            k = x_at + i
+            a0 = multiply_add(first, load_floats(evens, k), a0)
+            b0 = multiply_add(second, load_floats(odds, k), b0)
+            a1 = multiply_add(first, load_floats(evens, k + step), a1)
+            b1 = multiply_add(second, load_floats(odds, k + step), b1)
+            a2 = multiply_add(first, load_floats(evens, k + 2 * step), a2)
+            b2 = multiply_add(second, load_floats(odds, k + 2 * step), b2)
+            a3 = multiply_add(first, load_floats(evens, k + 3 * step), a3)
+            b3 = multiply_add(second, load_floats(odds, k + 3 * step), b3)
+        at = stop
+    return total(a0, b0), total(a1, b1), total(a2, b2), total(a3, b3)
+
+
+@numba.njit
+def _multiply(first, last, x, width, packed, scales, levels, blocksize, y):
+    """y[:, row] = x @ weight[row] for some rows; x is (tokens, width)."""
+    tokens = x.size // width
+    height = y.size // tokens
+    evens, odds = _split(x)
+    for row in range(first, last):
+        weight = row * width, (row + 1) * width
+        token = 0
+        while token + 4 <= tokens:
+            sums = _multiply_four(*weight, evens, odds, token * width, packed, scales, levels, blocksize)
+            for k in range(4):
+                y[(token + k) * height + row] = sums[k]
+            token += 4
+        while token < tokens:
+            at = token * width
+            y[token * height + row] = _multiply_one(
+                *weight, evens, odds, at, packed, scales, levels, blocksize
+            )
+            token += 1
+
+
+@numba.cfunc(TASK, cache=True)
+def quantize_task(arguments):
+    a = numba.carray(arguments, 10)
+    parts, n, n_blocks, blocksize = a[1], a[2], a[3], a[4]
+    flat = numba.carray(pointer(a[5]), n, np.float32)
+    mids = numba.carray(pointer(a[6]), 15, np.float32)
+    by_rank = numba.carray(pointer(a[7]), 16, np.uint8)
+    absmax = numba.carray(pointer(a[8]), n_blocks, np.float32)
+    packed = numba.carray(pointer(a[9]), (n + 1) // 2, np.uint8)
+    part = next_part(a)
+    while part < parts:
+        first, last = n_blocks * part // parts, n_blocks * (part + 1) // parts
+        _quantize(first, last, flat, mids, by_rank, blocksize, absmax, packed)
+        part = next_part(a)
+
+
+@numba.cfunc(TASK, cache=True)
+def quantize_scales_task(arguments):
+    a = numba.carray(arguments, 9)
+    parts, n, n_blocks = a[1], a[2], a[3]
+    flat = numba.carray(pointer(a[4]), n, np.float32)
+    mids = numba.carray(pointer(a[5]), 255, np.float32)
+    by_rank = numba.carray(pointer(a[6]), 256, np.uint8)
+    codes = numba.carray(pointer(a[7]), n, np.uint8)
+    absmax = numba.carray(pointer(a[8]), n_blocks, np.float32)
+    part = next_part(a)
+    while part < parts:
+        first, last = n_blocks * part // parts, n_blocks * (part + 1) // parts
+        _quantize_scales(first, last, flat, mids, by_rank, absmax, codes)
+        part = next_part(a)
+
+
+@numba.njit
+def _scales(a):
+    """Where the scales are, as `weight_arguments` said: in `absmax`, or else in the other four."""
+    n_blocks = a[3]
+    quantized = a[7] != 0
+    return (
+        numba.carray(pointer(a[6]), 0 if quantized else n_blocks, np.float32),
+        numba.carray(pointer(a[7]), n_blocks if quantized else 0, np.uint8),
+        numba.carray(pointer(a[8]), (n_blocks + 255) // 256, np.float32),
+        numba.carray(pointer(a[9]), 1, np.float32),
+        numba.carray(pointer(a[10]), 256, np.float32),
+    )
+
+
+@numba.cfunc(TASK, cache=True)
+def dequantize_task(arguments):
+    a = numba.carray(arguments, 14)
+    parts, n, n_blocks, blocksize = a[1], a[2], a[3], a[4]
+    packed = numba.carray(pointer(a[5]), (n + 1) // 2, np.uint8)
+    scales = _scales(a)
+    levels = numba.carray(pointer(a[11]), 16, np.float32)
+    part = next_part(a)
+    while part < parts:
+        first, last = n_blocks * part // parts, n_blocks * (part + 1) // parts
+        if a[13] == 4:
+            out = numba.carray(pointer(a[12]), n, np.uint32)
+            _dequantize(first, last, packed, scales, levels, blocksize, out)
+        else:
+            out = numba.carray(pointer(a[12]), n, np.uint16)
+            _dequantize(first, last, packed, scales, levels, blocksize, out)
+        part = next_part(a)
+
+
+@numba.cfunc(TASK, cache=True)
+def multiply_task(arguments):
+    a = numba.carray(arguments, 16)
+    parts, n, blocksize, width, tokens = a[1], a[2], a[4], a[13], a[15]
+    height = n // width
+    packed = numba.carray(pointer(a[5]), (n + 1) // 2, np.uint8)
+    scales = _scales(a)
+    levels = numba.carray(pointer(a[11]), 16, np.float32)
+    x = numba.carray(pointer(a[12]), tokens * width, np.float32)
+    y = numba.carray(pointer(a[14]), tokens * height, np.float32)
+    part = next_part(a)
+    while part < parts:
+        first, last = height * part // parts, height * (part + 1) // parts
+        if LANES > 0:  # elsewhere there is nothing to compile, and `multiplies` says no
+            _multiply(first, last, x, width, packed, scales, levels, blocksize, y)
+        part = next_part(a)

@@ -1,0 +1,82 @@
+"""Run a compiled task on the threads that PyTorch's own operations use.
+
+A task is a C function, `void task(int64_t *arguments)`, that numba compiled. `arguments[0]` counts the parts of the
+work that are taken, `arguments[1]` is their number, and the rest are addresses and sizes that the task knows. Every
+thread that calls the task takes one part after the other until none is left; so it is no matter how many threads come,
+or that one comes late, and no thread runs a line of Python or waits for the interpreter lock.
+
+Why PyTorch's own OpenMP threads, called through C: after a matrix multiplication they stay awake for a while, waiting
+for more, and any other thread would have to share a core with one of them. Where that runtime is not found, and in a
+forked process, where it must not be used, Python threads call the same task.
+"""
+
+import ctypes
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+SERIAL_BELOW = 1 << 16  # weights; below this, handing work to a thread costs more than it saves
+PARTS_PER_THREAD = 4
+
+Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def find_openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime in this process, PyTorch's on Linux; None if there is none with GNU's entry point."""
+    try:
+        library = ctypes.CDLL(None)
+        library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        library.GOMP_parallel.restype = None
+    except (AttributeError, OSError, TypeError):
+        return None
+    return library
+
+
+_openmp = find_openmp()
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+
+
+def _after_fork() -> None:
+    """A forked child has no threads but its first; OpenMP would wait for the others forever."""
+    global _openmp, _lock, _pool
+    _openmp, _lock, _pool = None, threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def run(task: int, units: int, weights: int, *arguments: int) -> None:
+    """Run a task to its end.
+
+    Args:
+        task: address of the C function.
+        units: the largest number of parts that the work can be cut into.
+        weights: how many weights are worked on; few are not worth more than one thread.
+        arguments: what `arguments[2:]` shall be.
+    """
+    threads = 1 if weights < SERIAL_BELOW else min(torch.get_num_threads(), units)
+    parts = 1 if threads == 1 else min(units, PARTS_PER_THREAD * threads)
+    block = (ctypes.c_int64 * (2 + len(arguments)))(0, parts, *arguments)
+    if threads == 1:
+        Task(task)(ctypes.addressof(block))
+    elif _openmp is not None:
+        _openmp.GOMP_parallel(task, ctypes.addressof(block), threads, 0)
+    else:
+        run_in_pool(Task(task), ctypes.addressof(block), threads)
+
+
+def run_in_pool(task, block: int, threads: int) -> None:
+    """Call the task in this thread and in `threads - 1` others."""
+    global _pool
+    with _lock:
+        if _pool is None or _pool._max_workers < threads - 1:
+            _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="labkit-kernel")
+        pool = _pool
+    others = [pool.submit(task, block) for _ in range(threads - 1)]
+    task(block)
+    for other in others:
+        other.result()
