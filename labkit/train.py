@@ -226,7 +226,8 @@ class _Run:
         self.total = config.total_steps(len(examples))
         self.device = next(iter(parameters.values())).device
         adam = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-        self.optimizer = torch.optim.AdamW(list(parameters.values()), **adam)
+        # fused: one pass over an adapter's several hundred small tensors instead of a dozen over each
+        self.optimizer = torch.optim.AdamW(list(parameters.values()), **adam, fused=True)
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.folder = None if config.checkpoint_folder is None else Path(config.checkpoint_folder)
         # what must be the same for a run to go on where another stopped
