@@ -1,16 +1,34 @@
 """Exercise checks: `check.<name>(your_function)` tries it on fresh inputs, and names the mistake that it looks like."""
 
 from labkit.lab.check.compare import NotYet
+from labkit.lab.check.double_quantization import constant_bytes, double_quantize, dynamic_decade, pair_table
 from labkit.lab.check.lora import greedy_token, lora_forward, lora_parameters, supervise, training_flops
-from labkit.lab.check.quantization import bits_per_weight, weight_bytes
+from labkit.lab.check.quantization import (
+    bits_per_weight,
+    nearest_code,
+    normal_float,
+    outlier_victims,
+    scale_blocks,
+    unpack_nibbles,
+    weight_bytes,
+)
 
 __all__ = [
     "NotYet",
     "bits_per_weight",
+    "constant_bytes",
+    "double_quantize",
+    "dynamic_decade",
     "greedy_token",
     "lora_forward",
     "lora_parameters",
+    "nearest_code",
+    "normal_float",
+    "outlier_victims",
+    "pair_table",
+    "scale_blocks",
     "supervise",
     "training_flops",
+    "unpack_nibbles",
     "weight_bytes",
 ]

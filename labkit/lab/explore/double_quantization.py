@@ -1,0 +1,124 @@
+"""The price of the scales: block size × block size of the scales × model, with the error measured on real weights."""
+
+from collections.abc import Mapping
+
+from IPython.display import display
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from labkit.codebooks import dynamic8, nf4
+from labkit.lab.explore.panel import panel
+from labkit.lab.interactive import is_interactive
+from labkit.lab.plots import COLOURS, canvas, finish
+from labkit.quant import dequantize_blocks, quantize_blocks
+
+# weights in the linear layers of the decoder, without embeddings and output layer: LLaMA 1 and 2, 33B and 65B LLaMA 1
+LINEAR_WEIGHTS = {
+    "7B": 6_476_005_376,
+    "13B": 12_687_769_600,
+    "33B": 32_102_154_240,
+    "65B": 64_760_053_760,
+    "70B": 68_451_041_280,
+}
+BLOCKSIZES = (32, 64, 128, 256, 512)
+NESTED_BLOCKSIZES = (16, 64, 256, 1024, 4096)
+
+
+def measure(weight: Tensor, blocksize: int, nested_blocksize: int) -> dict[str, float]:
+    """Quantize to NF4, then the scales to the dynamic map in blocks of any size; count bytes and measure errors.
+
+    Args:
+        weight: fp32, any shape.
+        blocksize: weights to a scale.
+        nested_blocksize: scales to a scale of scales. `labkit.quantize` has 256, as bitsandbytes.
+
+    Returns:
+        "constant bytes", "constant bytes, fp32" (without double quantization), "bits" and "bits, fp32" of all constants
+        per weight, "error" and "error, fp32": norm of the error over norm of the weight.
+    """
+    flat, levels = weight.detach().reshape(-1).float(), nf4()
+    codes, absmax = quantize_blocks(flat, levels, blocksize)
+    offset = absmax.mean()
+    scale_codes, nested = quantize_blocks(absmax - offset, dynamic8(), nested_blocksize)
+    back = dequantize_blocks(scale_codes, nested, dynamic8(), nested_blocksize) + offset
+
+    def error(scales: Tensor) -> float:
+        return ((dequantize_blocks(codes, scales, levels, blocksize) - flat).norm() / flat.norm()).item()
+
+    size = scale_codes.nbytes + nested.nbytes + offset.nbytes
+    return {
+        "constant bytes": size,
+        "constant bytes, fp32": absmax.nbytes,
+        "bits": 8 * size / flat.numel(),
+        "bits, fp32": 8 * absmax.nbytes / flat.numel(),
+        "error": error(back),
+        "error, fp32": error(absmax),
+    }
+
+
+def constants_explorer(weights: Mapping[str, Tensor]) -> None:
+    """Choose the two block sizes, a model and a weight. Left: bits of constants per weight, and their gigabytes in that
+    model. Right: the error of that weight at every block size, measured live, with and without double quantization.
+
+    Args:
+        weights: {name: weight}; a million weights each answer at once.
+
+    Raises:
+        ValueError: no weight.
+    """
+    if not weights:
+        raise ValueError("give at least one weight to measure on, as {name: tensor}")
+
+    def draw(weight: str, blocksize: int, nested_blocksize: int, model: str) -> None:
+        sizes = sorted({*BLOCKSIZES, blocksize})
+        rows = {size: measure(weights[weight], size, nested_blocksize) for size in sizes}
+        chosen, n = rows[blocksize], LINEAR_WEIGHTS[model]
+        figure, (left, right) = canvas(width=9, height=3.2, columns=2)
+        # exact for whole blocks, which these models have
+        bits = {
+            "fp32 scales": 32 / blocksize,
+            "double quantization": 8 / blocksize + 32 / (blocksize * nested_blocksize),
+        }
+        bars = left.barh(
+            list(bits), list(bits.values()), color=[COLOURS["base"], COLOURS["constants"]], height=0.6
+        )
+        left.bar_label(
+            bars, [f"{b:.3f} bit: {b * n / 8e9:.2f} GB" for b in bits.values()], padding=3, fontsize=10
+        )
+        left.set_xlim(0, 1.75 * max(bits.values()))
+        left.invert_yaxis()
+        finish(left, f"Constants of a {model} model", "bits per weight", "")
+        for key, colour, style in (("error, fp32", "base", "o-"), ("error", "nf4", "s--")):
+            right.plot(sizes, [rows[size][key] for size in sizes], style, color=COLOURS[colour], markersize=6)
+        right.axvline(blocksize, color=COLOURS["control"], linewidth=1, zorder=0)
+        added = chosen["error"] / chosen["error, fp32"] - 1
+        right.text(
+            0.03, 0.97, f"block {blocksize}: double quantization adds {added:+.2%}\n● grey: fp32 scales, ■ violet: 8-bit",
+            transform=right.transAxes, va="top", fontsize=9.5,
+        )  # fmt: skip
+        right.set_xscale("log", base=2)
+        right.set_xticks(sizes, [str(size) for size in sizes])
+        low, high = right.get_ylim()
+        right.set_ylim(low, high + 0.3 * (high - low))
+        finish(right, f"Error of {weight}", "block size (weights to a scale)", "|error| / |weight|")
+        display(figure)
+        plt.close(figure)
+
+    controls = {}
+    if is_interactive():
+        from ipywidgets import Dropdown, SelectionSlider
+
+        wide = {"style": {"description_width": "8em"}, "layout": {"width": "28em"}}
+        controls = {
+            "weight": Dropdown(options=list(weights), description="weight", **wide),
+            "blocksize": SelectionSlider(options=BLOCKSIZES, value=64, description="block size", **wide),
+            "nested_blocksize": SelectionSlider(
+                options=NESTED_BLOCKSIZES, value=256, description="block of scales", **wide
+            ),
+            "model": SelectionSlider(options=list(LINEAR_WEIGHTS), value="7B", description="model", **wide),
+        }
+    panel(
+        draw,
+        controls,
+        [{"weight": next(iter(weights)), "blocksize": 64, "nested_blocksize": 256, "model": "7B"}],
+    )

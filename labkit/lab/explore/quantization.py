@@ -1,0 +1,111 @@
+"""Four bits under the hands: codebook, block size and an outlier, on a real weight."""
+
+import torch
+from IPython.display import display
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from labkit.codebooks import codebook as levels_of
+from labkit.lab.explore.panel import panel
+from labkit.lab.interactive import is_interactive
+from labkit.lab.plots import COLOURS, canvas, finish
+from labkit.quant import dequantize_blocks, quantize_blocks
+
+NAMES = ("int4", "fp4", "fp4-e3m0", "nf4", "optimal-64")
+WHOLE = "whole tensor"
+BLOCKSIZES = (32, 64, 256, 1024, 4096, WHOLE)
+OUTLIERS = (0, 10, 30, 100, 300)  # the size of one planted weight, in standard deviations; 0 plants none
+MOST = 1 << 18  # weights of a tensor that are looked at; more would make the controls sluggish
+
+
+def rounded(flat: Tensor, codebook: str, blocksize: int) -> Tensor:
+    """`flat` (n,) fp32 after quantization and dequantization, any block size."""
+    codes, absmax = quantize_blocks(flat, levels_of(codebook), blocksize)
+    return dequantize_blocks(codes, absmax, levels_of(codebook), blocksize)
+
+
+def with_outlier(flat: Tensor, outlier: float) -> tuple[Tensor, Tensor]:
+    """A copy with the middle weight `outlier` standard deviations large (0: as it is), and a mask without it."""
+    planted, others = flat.clone(), torch.ones(len(flat), dtype=torch.bool)
+    if outlier:
+        planted[len(flat) // 2] = outlier * flat.std()
+        others[len(flat) // 2] = False
+    return planted, others
+
+
+def relative_error(flat: Tensor, codebook: str, blocksize: int, outlier: float = 0) -> float:
+    """Norm of the error over norm of the weights, the planted outlier itself left out of both."""
+    planted, others = with_outlier(flat, outlier)
+    error = rounded(planted, codebook, blocksize) - planted
+    return (error[others].norm() / planted[others].norm()).item()
+
+
+def codebook_explorer(weights: dict[str, Tensor]) -> None:
+    """Pick a weight, a codebook, a block size, and plant one outlier: where the scaled weights fall between the levels,
+    and the error of each codebook, computed live.
+
+    Args:
+        weights: {name: weight of any shape}; of large ones the first 262,144 weights are used.
+
+    Raises:
+        ValueError: no weights.
+    """
+    if not weights:
+        raise ValueError("weights is empty; give at least one, {name: tensor}")
+
+    def draw(weight: str, codebook: str, blocksize: int | str, outlier: float) -> None:
+        flat = weights[weight].detach().float().cpu().reshape(-1)[:MOST]  # (n,)
+        size = len(flat) if blocksize == WHOLE else blocksize
+        planted, _ = with_outlier(flat, outlier)
+        scale = torch.cat([block.abs().max()[None] for block in planted.split(size)])
+        scaled = planted / scale.clamp(min=1e-38).repeat_interleave(size)[: len(planted)]  # (n,) in [-1, 1]
+        levels = levels_of(codebook)
+        used = quantize_blocks(planted, levels, size)[0].unique().numel()
+
+        figure, (left, right) = canvas(width=9, height=3.3, columns=2)
+        counts, edges = torch.histogram(scaled, bins=120, range=(-1, 1))
+        share = 100 * counts / len(scaled)
+        left.stairs(share.numpy(), edges.numpy(), fill=True, color=COLOURS["base"])
+        left.vlines(levels.numpy(), 0, share.max().item() * 1.06, color=COLOURS["nf4"], linewidth=1)
+        finish(
+            left,
+            f"Weights between the levels: {used} of 16 used",
+            "weight / absmax of its block",
+            "% of the weights",
+        )
+        errors = [100 * relative_error(flat, name, size, outlier) for name in NAMES]
+        colours = [COLOURS["nf4"] if name == codebook else COLOURS["control"] for name in NAMES]
+        bars = right.barh(NAMES, errors, color=colours)
+        right.bar_label(bars, fmt="{:.1f} %", padding=3)
+        right.invert_yaxis()
+        right.margins(x=0.2)
+        where = WHOLE if blocksize == WHOLE else f"blocks of {blocksize}"
+        finish(
+            right,
+            f"Error, {where}, " + (f"outlier {outlier} σ" if outlier else "no outlier"),
+            "% of the norm",
+            "",
+        )
+        display(figure)
+        plt.close(figure)
+
+    first = next(iter(weights))
+    static = [
+        {"weight": first, "codebook": "nf4", "blocksize": 64, "outlier": 30},
+        {"weight": first, "codebook": "nf4", "blocksize": WHOLE, "outlier": 30},
+    ]
+    controls = {}
+    if is_interactive():
+        from ipywidgets import Dropdown, SelectionSlider
+
+        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
+        slider = {"continuous_update": False, **wide}
+        controls["weight"] = Dropdown(options=list(weights), description="weight", **wide)
+        controls["codebook"] = Dropdown(options=NAMES, value="nf4", description="codebook", **wide)
+        controls["blocksize"] = SelectionSlider(
+            options=BLOCKSIZES, value=64, description="block size", **slider
+        )
+        controls["outlier"] = SelectionSlider(
+            options=OUTLIERS, value=0, description="outlier, in σ", **slider
+        )
+    panel(draw, controls, static)

@@ -1,0 +1,209 @@
+"""The furniture of `06_nf4_from_scratch`: checks that name mistakes, and its explorer in both of its forms."""
+
+import pytest
+import torch
+
+from labkit.codebooks import nf4
+from labkit.lab import check, explore
+from labkit.quant import pack, quantize, unpack
+
+
+def halves(n_below, n_above, offset, zeros=1):
+    def quantiles(n):
+        return torch.special.ndtri(torch.linspace(offset, 0.5, n + 1)[:-1].double())
+
+    return torch.cat([-quantiles(n_below), torch.zeros(zeros), quantiles(n_above)]).sort().values
+
+
+def normal_float(bits, offset):
+    levels = halves(2 ** (bits - 1) - 1, 2 ** (bits - 1), offset)
+    return levels / levels.max()
+
+
+def over(flat, blocksize, scale):
+    return torch.cat([block / scale(block) for block in flat.split(blocksize)])
+
+
+def absmax(block):
+    return block.abs().max().clamp(min=1e-38)
+
+
+def mid(levels):
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def right_and_wrong():
+    """Each check with the right function, and wrong ones with what the message must say."""
+    yield (
+        check.outlier_victims,
+        lambda p, n, b: (p - p % b, min(p - p % b + b, n)),
+        [
+            (lambda p, n, b: (p - p % b, p - p % b + b), "last block may be shorter"),
+            (lambda p, n, b: (p - b // 2, p + b // 2), "do not move with the outlier"),
+            (lambda p, n, b: (0, n), "one scale for the whole tensor"),
+            (lambda p, n, b: (p // b, p // b + 1), "number of the block"),
+            (lambda p, n, b: (p - p % b, min(p - p % b + b, n) - 1), "one past the last"),
+        ],
+    )
+    yield (
+        check.unpack_nibbles,
+        unpack,
+        [
+            (lambda p, n: torch.cat([p & 15, p >> 4], dim=1).view(-1)[:n], "nibbles are swapped: the first"),
+            (lambda p, n: torch.cat([p >> 4, p & 15], dim=1).view(-1), "n is odd"),
+            (lambda p, n: torch.cat([p & 15, p >> 4], dim=1).view(-1), "swapped, and the padding"),
+            (lambda p, n: torch.cat([p >> 4, p & 15]).view(-1)[:n], "all high nibbles come first"),
+            (lambda p, n: torch.cat([p >> 4, p], dim=1).view(-1)[:n], "mask it with `& 15`"),
+            (lambda p, n: torch.cat([p & 240, p & 15], dim=1).view(-1)[:n], "use `>> 4`"),
+        ],
+    )
+    yield (
+        check.nearest_code,
+        lambda x, levels: (
+            (x[:, None] - levels).abs().argmin(dim=1)
+        ),  # argmin takes the first, so the lower, of a tie
+        [
+            (lambda x, levels: (x[:, None] >= mid(levels)).sum(dim=1), "ties go to the lower level"),
+            (lambda x, levels: (x[:, None] > levels).sum(dim=1), "decision is taken at the midpoints"),
+            (lambda x, levels: ((x[:, None] >= levels).sum(dim=1) - 1).clamp(min=0), "rounds down"),
+            (lambda x, levels: levels[(x[:, None] > mid(levels)).sum(dim=1)], "what is stored is its index"),
+            (lambda x, levels: (x[:, None] - levels).argmin(dim=1), "needs its absolute value"),
+            (lambda x, levels: ((x + 1) / 2 * 15).round(), "evenly spaced"),
+        ],
+    )
+    yield (
+        check.scale_blocks,
+        lambda flat, b: over(flat, b, absmax),
+        [
+            (lambda flat, b: over(flat, b, lambda block: block.abs().max()), "block of zeros became NaN"),
+            (
+                lambda flat, b: over(flat, b, lambda block: block.max().clamp(min=1e-38)),
+                "largest \\*magnitude\\*",
+            ),
+            (lambda flat, b: flat / flat.abs().max(), "one scale for the whole tensor"),
+            (lambda flat, b: over(flat[: len(flat) // b * b], b, absmax), "incomplete last block is missing"),
+            (lambda flat, b: over(flat, b, torch.std), "standard deviation"),
+            (lambda flat, b: torch.cat([x * absmax(x) for x in flat.split(b)]), "to get into .*divide"),
+        ],
+    )
+    yield (
+        check.normal_float,
+        normal_float,
+        [
+            (lambda k, o: halves(2 ** (k - 1) - 1, 2 ** (k - 1), o), "not divided by the largest"),
+            (lambda k, o: (x := halves(2 ** (k - 1), 2 ** (k - 1), o, 0)) / x.max(), "no code for zero"),
+            (lambda k, o: (x := halves(2 ** (k - 1), 2 ** (k - 1), o)) / x.max(), "one level too many"),
+            (
+                lambda k, o: (x := halves(2 ** (k - 1), 2 ** (k - 1) - 1, o)) / x.max(),
+                "yours is the negative",
+            ),
+            (lambda k, o: normal_float(k, 1.0), "outermost level is infinite"),
+            (
+                lambda k, o: (x := torch.special.ndtri(torch.linspace(1 - o, o, 2**k).double())) / x.max(),
+                "no exact zero; take the two sides apart",
+            ),
+        ],
+    )
+
+
+CASES = list(right_and_wrong())
+
+
+@pytest.mark.parametrize(("checker", "right", "wrong"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+def test_a_check_accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys):
+    for _ in range(20):
+        checker(right)
+    assert "correct" in capsys.readouterr().out
+    for function, message in wrong:
+        for _ in range(20):  # inputs are drawn afresh each time: the name must not depend on luck
+            with pytest.raises(check.NotYet, match=message):
+                checker(function)
+
+
+@pytest.mark.parametrize(("checker", "right", "wrong"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+def test_a_check_survives_stubs_exceptions_and_nonsense(checker, right, wrong):
+    with pytest.raises(check.NotYet, match="stub been filled in"):
+        checker(lambda *_: None)
+    with pytest.raises(check.NotYet, match="raised ZeroDivisionError"):
+        checker(lambda *_: 1 / 0)
+    with pytest.raises(check.NotYet, match="expected"):
+        checker(lambda *_: "a string")
+
+
+def test_a_fixed_offset_is_named_when_another_is_asked_for():
+    for _ in range(20):
+        with pytest.raises(check.NotYet, match="yours is fixed"):
+            check.normal_float(lambda bits, offset: normal_float(bits, 0.9677083))
+
+
+def test_the_solutions_of_the_checks_are_what_labkit_computes():
+    assert torch.allclose(normal_float(4, 0.9677083).float(), nf4(), rtol=0, atol=1e-6)
+    codes = torch.randint(0, 16, (33,), dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes), 33), codes)
+
+
+# The explorer
+
+
+def shown_figures(monkeypatch, **values):
+    """What `codebook_explorer` draws headless, or for `values`; {what: figures}."""
+    figures = []
+    monkeypatch.setattr("labkit.lab.explore.quantization.display", figures.append)
+    monkeypatch.setattr("labkit.lab.explore.quantization.plt.close", lambda figure: None)
+    if values:
+        monkeypatch.setattr(
+            "labkit.lab.explore.quantization.panel",
+            lambda draw, controls, static: draw(**{**static[0], **values}),
+        )
+    torch.manual_seed(0)
+    explore.codebook_explorer({"normal": torch.randn(96, 100), "zeros": torch.zeros(70)})
+    return figures
+
+
+def bar_widths(figure):
+    return {
+        label.get_text(): bar.get_width()
+        for label, bar in zip(figure.axes[1].get_yticklabels(), figure.axes[1].patches)
+    }
+
+
+def test_the_bars_of_the_explorer_are_the_errors_of_quantize(monkeypatch):
+    (figure,) = shown_figures(monkeypatch, outlier=0)
+    torch.manual_seed(0)
+    weight = torch.randn(96, 100)
+    for name, percent in bar_widths(figure).items():
+        expected = quantize(weight, name, 64, double_quant=False).error(weight)["relative_norm"]
+        assert percent == pytest.approx(100 * expected, rel=1e-4)
+
+
+def test_one_outlier_ruins_a_tensor_wide_scale_but_not_blocks(monkeypatch):
+    blocks, whole = shown_figures(monkeypatch)  # the static form shows both
+    assert bar_widths(blocks)["nf4"] < 15 < 50 < bar_widths(whole)["nf4"]
+
+
+def test_the_explorer_survives_a_weight_of_zeros_and_every_control(monkeypatch):
+    from labkit.lab.explore.quantization import BLOCKSIZES, NAMES, OUTLIERS
+
+    for value in (
+        [{"codebook": n} for n in NAMES]
+        + [{"blocksize": b} for b in BLOCKSIZES]
+        + [{"outlier": o} for o in OUTLIERS]
+    ):
+        assert len(shown_figures(monkeypatch, **value)) == 1
+    (figure,) = shown_figures(monkeypatch, weight="zeros", outlier=0)
+    assert "1 of 16 used" in figure.axes[0].get_title(loc="left")
+
+
+def test_the_explorer_has_a_control_for_each_argument(monkeypatch):
+    monkeypatch.setenv("LABKIT_STATIC", "0")
+    given = []
+    monkeypatch.setattr(
+        "labkit.lab.explore.quantization.panel", lambda draw, controls, static: given.append(controls)
+    )
+    explore.codebook_explorer({"a": torch.randn(64)})
+    assert set(given[0]) == {"weight", "codebook", "blocksize", "outlier"}
+
+
+def test_the_explorer_needs_a_weight():
+    with pytest.raises(ValueError, match="weights is empty"):
+        explore.codebook_explorer({})
