@@ -75,7 +75,7 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
         A `QuantizedTensor` that shares memory with `state_dict`.
 
     Raises:
-        KeyError: there is no 4-bit weight of this name.
+        KeyError: there is no 4-bit weight of this name, or a part of it is missing.
         ValueError: it was quantized with settings or codebooks that `labkit` does not have.
     """
     mark = ".quant_state.bitsandbytes__"
@@ -96,9 +96,22 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
         raise ValueError(
             f"{prefix}: quant_type={name!r}, blocksize={blocksize}; known are {QUANT_TYPES}, {BLOCKSIZES}"
         )
+    nested = "nested_blocksize" in rest
+    parts = ("quant_map", "absmax", *(("nested_quant_map", "nested_absmax") if nested else ()))
+    missing = [part for part in parts if f"{prefix}.{part}" not in state_dict]
+    if missing:
+        raise KeyError(
+            f"the 4-bit weight {prefix!r} lacks {', '.join(f'{prefix}.{part}' for part in missing)}, without which its "
+            "values are lost; was the checkpoint cut short, or filtered by name?"
+        )
     check_map(state_dict[f"{prefix}.quant_map"], name, prefix)
     scales = state_dict[f"{prefix}.absmax"]
-    if "nested_blocksize" in rest:
+    if scales.is_floating_point() == nested:
+        raise ValueError(
+            f"{prefix}.absmax is {scales.dtype}, but its description is of a weight {'with' if nested else 'without'} "
+            "double quantization; the two do not belong together"
+        )
+    if nested:
         if rest["nested_blocksize"] != NESTED_BLOCKSIZE:
             raise ValueError(
                 f"{prefix}: nested_blocksize={rest['nested_blocksize']}; only {NESTED_BLOCKSIZE} is known"

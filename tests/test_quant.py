@@ -381,3 +381,16 @@ def test_what_cannot_be_written_or_read_is_refused():
     entries["a.weight.quant_map"] = entries["a.weight.quant_map"].flip(0)
     with pytest.raises(ValueError, match=r"a[.]weight: its nf4 codebook differs"):
         from_bitsandbytes(entries, "a.weight")
+
+
+def test_a_checkpoint_that_lacks_a_part_is_refused_and_the_part_named():
+    entries = to_bitsandbytes(quantize(torch.randn(64, 64)), "a.weight")
+    for part in ("quant_map", "absmax", "nested_quant_map", "nested_absmax"):
+        rest = {key: value for key, value in entries.items() if key != f"a.weight.{part}"}
+        with pytest.raises(KeyError, match=rf"lacks a[.]weight[.]{part}, without"):
+            from_bitsandbytes(rest, "a.weight")
+    plain = to_bitsandbytes(quantize(torch.randn(64, 64), double_quant=False), "a.weight")
+    for absmax, other in ((entries, plain), (plain, entries)):
+        mixed = other | {"a.weight.absmax": absmax["a.weight.absmax"]}
+        with pytest.raises(ValueError, match="the two do not belong together"):
+            from_bitsandbytes(mixed, "a.weight")
