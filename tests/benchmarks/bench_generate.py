@@ -21,8 +21,8 @@ from labkit.quant_linear import quantize_model
 PROMPT = "The three things to know about low-rank adaptation are"
 
 
-def contenders() -> dict:
-    """Models by name; all from the same base."""
+def contenders() -> tuple:
+    """The tokenizer, and models by name; all from the same base."""
     base, tokenizer = models.load("smollm2-135m")
     four_bit = copy.deepcopy(base)
     quantize_model(four_bit, progress=False)
