@@ -16,7 +16,7 @@ OK, WARNING, PROBLEM = "OK", "warning", "problem"
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numba", "ipywidgets", "matplotlib", "jupyterlab")
 # measured on two cores of a server CPU, and scaled by the speed that is measured here
 REFERENCE_GFLOPS = 140.0
-COURSE_MINUTES = {"00_start_here": 0.7, "07_double_quantization": 0.7, "08_qlora_finetune": 10.0}
+COURSE_MINUTES = {"00_start_here": 0.7, "07_double_quantization": 0.7, "08_qlora_finetune": 7.1}
 
 
 @dataclass(frozen=True)

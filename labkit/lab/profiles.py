@@ -62,7 +62,7 @@ def profile(model: str | None = None, name: str | None = None) -> Profile:
         why = (
             f"{threads} threads, {memory_bytes() / 2**30:.0f} GiB; fp32, because most CPUs only emulate bf16"
         )
-        chosen = Profile("cpu", model, torch.device("cpu"), torch.float32, None, 2, 1.2, 100, why)
+        chosen = Profile("cpu", model, torch.device("cpu"), torch.float32, None, 2, 1.0, 100, why)
     else:
         dtype = compute_dtype(device)
         native = "has" if dtype == torch.bfloat16 else "does not have"
