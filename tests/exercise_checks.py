@@ -1,0 +1,26 @@
+"""What every exercise check must do; the tests of each lesson's checks call these with their own cases."""
+
+import pytest
+
+from labkit.lab import check
+
+
+def accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, times: int = 1) -> None:
+    """`times`: inputs are drawn afresh each time, and neither the verdict nor the name may depend on luck."""
+    for _ in range(times):
+        checker(right)
+    assert "correct" in capsys.readouterr().out
+    for function, message in wrong:
+        for _ in range(times):
+            with pytest.raises(check.NotYet, match=message):
+                checker(function)
+
+
+def survives_stubs_exceptions_and_nonsense(checker, nonsense: str = "") -> None:
+    """`nonsense`: what the message on an answer of another type must say."""
+    with pytest.raises(check.NotYet, match="stub been filled in"):
+        checker(lambda *_: None)
+    with pytest.raises(check.NotYet, match="raised ZeroDivisionError"):
+        checker(lambda *_: 1 / 0)
+    with pytest.raises(check.NotYet, match=nonsense):
+        checker(lambda *_: "a string")
