@@ -337,7 +337,8 @@ class _Run:
     def evaluate(self, step: int) -> None:
         from labkit.evaluate import loss_of_examples
 
-        loss, tokens = loss_of_examples(self.model, self.held_out, self.pad_id, self.config.batch_size)
+        # four times the batch: nothing is kept for a backward pass
+        loss, tokens = loss_of_examples(self.model, self.held_out, self.pad_id, 4 * self.config.batch_size)
         self.history.evals.append(dict(step=step + 1, loss=loss, tokens=tokens))
         if self.config.patience:
             if self.best is None or loss < self.best[0]:

@@ -16,7 +16,7 @@ def accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, t
                 checker(function)
 
 
-def survives_stubs_exceptions_and_nonsense(checker, nonsense: str = "") -> None:
+def survives_stubs_exceptions_and_nonsense(checker, nonsense: str = "expected") -> None:
     """`nonsense`: what the message on an answer of another type must say."""
     with pytest.raises(check.NotYet, match="stub been filled in"):
         checker(lambda *_: None)

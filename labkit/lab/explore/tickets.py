@@ -98,8 +98,9 @@ def ticket_explorer(
         display(figure)
         plt.close(figure)
 
-    first_wrong = next((i for i, t in enumerate(tickets) if parse_json(answers[i]) != t["label"]), 0)
-    static = [{"ticket": 0, "strength": 1.0}, {"ticket": first_wrong, "strength": 1.0}]
+    right = [parse_json(answer) == ticket["label"] for ticket, answer in zip(tickets, answers)]
+    shown = [right.index(verdict) for verdict in (True, False) if verdict in right]  # the first of each
+    static = [{"ticket": ticket, "strength": 1.0} for ticket in shown]
     controls = {}
     if is_interactive():
         from ipywidgets import FloatSlider, IntSlider
