@@ -26,6 +26,18 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32
 
 
+def product_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype for products with *frozen* weights (`compute_dtype` of a `QuantLinear`).
+
+    On a GPU that of everything else. On a CPU fp32, but for one with matrix units (Intel's AMX, 2023 and later): they
+    multiply bf16 several times as fast, and only the large products gain, so that everything between stays in fp32.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
+        return torch.bfloat16
+    return compute_dtype(device)
+
+
 def memory_bytes(device: torch.device | str = "cpu") -> int:
     """Total memory of a GPU, or of the machine, in bytes."""
     device = torch.device(device)

@@ -16,7 +16,11 @@ row of x, writing all of W' is most of the work, so a kernel adds up the product
 the same products, added in another order: results differ from the other path in the last bits, as they do between any
 two matrix libraries. `FEW_ROWS = 0` turns this path off.
 
-This is what bitsandbytes' `MatMul4Bit` does. Source: QLoRA (Dettmers et al. 2023), equation 5.
+**Two dtypes** (QLoRA's "storage" and "computation" data types): the weight is stored in 4 bits, and the product is taken
+in `compute_dtype`, to which x and W' are rounded first. None, the default, means that of x. bf16 pays where the processor
+has matrix units for it (`labkit.hardware.product_dtype` knows); the rest of the network may stay in fp32.
+
+This is what bitsandbytes' `MatMul4Bit` does. Source: QLoRA (Dettmers et al. 2023), section 3, equation 5.
 """
 
 import threading
@@ -67,20 +71,22 @@ _scratch = _Scratch()
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """y = x W'^T + b with only the packed weight kept for backward."""
+    """y = x W'^T + b, the product in `dtype`, with only the packed weight kept for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight  # packed bytes and scales: 4.13 bits a weight, and buffers of the layer already
-        return F.linear(x, _scratch.dequantize(weight, x.dtype), bias)  # (..., in) to (..., out)
+    def forward(ctx, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.weight, ctx.dtype = weight, dtype  # packed bytes and scales: the layer's own buffers
+        bias = None if bias is None else bias.to(dtype)
+        y = F.linear(x.to(dtype), _scratch.dequantize(weight, dtype), bias)  # (..., in) to (..., out)
+        return y if dtype == x.dtype else y.to(x.dtype)  # what autocast has chosen stays
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        to_x, _, to_bias = ctx.needs_input_grad
-        grad_x = (
-            grad @ _scratch.dequantize(ctx.weight, grad.dtype) if to_x else None
-        )  # (..., out) @ (out, in)
-        return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        to_x, _, to_bias, _ = ctx.needs_input_grad
+        grad_x = None
+        if to_x:  # (..., out) @ (out, in)
+            grad_x = (grad.to(ctx.dtype) @ _scratch.dequantize(ctx.weight, ctx.dtype)).to(grad.dtype)
+        return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None
 
 
 class QuantLinear(nn.Module):
@@ -93,10 +99,21 @@ class QuantLinear(nn.Module):
     Args:
         quantized: the weight, (out_features, in_features).
         bias: (out_features,) or None.
+        compute_dtype: of the product; None for that of x.
     """
 
-    def __init__(self, quantized: QuantizedTensor, bias: Tensor | None = None):
+    def __init__(
+        self,
+        quantized: QuantizedTensor,
+        bias: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ):
         super().__init__()
+        if compute_dtype is not None and not compute_dtype.is_floating_point:
+            raise ValueError(
+                f"compute_dtype={compute_dtype} is none to multiply in; choose torch.float32, bfloat16 or float16, or None"
+            )
+        self.compute_dtype = compute_dtype
         if len(quantized.shape) != 2:
             raise ValueError(f"a linear layer has a weight of two dimensions, not {tuple(quantized.shape)}")
         self.out_features, self.in_features = quantized.shape
@@ -121,12 +138,14 @@ class QuantLinear(nn.Module):
         blocksize: int = 64,
         double_quant: bool = True,
         scale_rounding: str = "nearest",
+        compute_dtype: torch.dtype | None = None,
     ) -> "QuantLinear":
-        """Quantize the weight of `linear` (which is left as it is). Arguments as for `labkit.quantize`."""
+        """Quantize the weight of `linear` (which is left as it is). Arguments as for `labkit.quantize`, and
+        `compute_dtype` as above."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"QuantLinear.from_linear takes an nn.Linear, not {type(linear).__name__}")
-        layer = cls(quantize(linear.weight, codebook, blocksize, double_quant, scale_rounding), linear.bias)
-        return layer.train(linear.training)
+        quantized = quantize(linear.weight, codebook, blocksize, double_quant, scale_rounding)
+        return cls(quantized, linear.bias, compute_dtype).train(linear.training)
 
     @property
     def weight(self) -> QuantizedTensor:
@@ -146,7 +165,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         if not self.multiplies_directly(x):
-            return _QuantizedLinear.apply(x, self.weight, self.bias)
+            return _QuantizedLinear.apply(x, self.weight, self.bias, self.compute_dtype or x.dtype)
         y = self.weight.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -155,6 +174,7 @@ class QuantLinear(nn.Module):
         return (
             x.shape[-1:] == (self.in_features,)
             and 0 < x.numel() <= FEW_ROWS * self.in_features
+            and self.compute_dtype in (None, x.dtype)
             and not (torch.is_grad_enabled() and x.requires_grad)
             and kernels.multiplies(x, self.in_features)
             and not torch.is_autocast_enabled(x.device.type)
@@ -183,7 +203,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         nested = ", double_quant" if self.double_quant else ""
-        return f"{self.in_features}, {self.out_features}, {self.codebook}, blocksize={self.blocksize}{nested}"
+        compute = f", compute_dtype={self.compute_dtype}" if self.compute_dtype else ""
+        return f"{self.in_features}, {self.out_features}, {self.codebook}, blocksize={self.blocksize}{nested}{compute}"
 
 
 class LayerReport(dict):
@@ -224,6 +245,7 @@ def quantize_model(
     skip: tuple[str, ...] = (),
     progress: bool = True,
     scale_rounding: str = "nearest",
+    compute_dtype: torch.dtype | None = None,
 ) -> LayerReport:
     """Replace every `nn.Linear` of `model` by a `QuantLinear`, one after the other, in place.
 
@@ -236,6 +258,7 @@ def quantize_model(
         codebook, blocksize, double_quant, scale_rounding: as for `labkit.quantize`.
         skip: names, or last parts of names, of layers to leave alone.
         progress: show a progress bar.
+        compute_dtype: of the products with the quantized weights; None for that of what comes in.
 
     Returns:
         A `LayerReport` of bytes before and after for each layer.
@@ -264,7 +287,9 @@ def quantize_model(
     report = LayerReport()
     for name in tqdm(names, desc="quantize", unit="layer", disable=not progress, leave=False):
         linear = linears.pop(name)
-        layer = QuantLinear.from_linear(linear, codebook, blocksize, double_quant, scale_rounding)
+        layer = QuantLinear.from_linear(
+            linear, codebook, blocksize, double_quant, scale_rounding, compute_dtype
+        )
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         replace_module(model, name, layer)

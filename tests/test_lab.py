@@ -126,11 +126,27 @@ def test_claims_are_recorded_in_the_output_and_gathered(tmp_path, monkeypatch):
         lab.claim("C1", "x", "confirmed", " ")
 
 
+@pytest.mark.parametrize(
+    ("units", "dtype", "says"),
+    [
+        (True, torch.bfloat16, "multiply in bfloat16: this processor has matrix units"),
+        (False, torch.float32, "multiply in float32: this processor has no matrix units"),
+    ],
+)
+def test_products_in_four_bit_layers_take_the_dtype_of_the_matrix_units(
+    monkeypatch, capsys, units, dtype, says
+):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": units})
+    chosen = lab.profile(name="cpu")
+    assert (chosen.dtype, chosen.product_dtype) == (torch.float32, dtype)
+    assert says in capsys.readouterr().out
+
+
 def test_profile_is_cpu_without_a_gpu_and_says_why(monkeypatch, capsys):
     monkeypatch.setattr("labkit.lab.profiles.best_device", lambda: torch.device("cpu"))
     chosen = lab.profile()
     assert (chosen.name, chosen.dtype, chosen.model) == ("cpu", torch.float32, "smollm2-135m")
-    assert "emulate bf16" in capsys.readouterr().out
+    assert "on cpu in float32 (" in capsys.readouterr().out
     monkeypatch.setenv("LABKIT_MODEL", "some/model")
     assert lab.profile().model == "some/model"
     with pytest.raises(ValueError, match="PyTorch sees no GPU"):
@@ -195,3 +211,13 @@ def test_answer_table_marks_wrong_fields_and_escapes_html():
 def test_explorer_needs_an_answer_for_each_ticket(small_llama, tokenizer):
     with pytest.raises(ValueError, match="1 tickets with 0 and 1 answers"):
         explore.ticket_explorer(small_llama, tokenizer, [{}], [], ["x"])
+
+
+@pytest.mark.parametrize(("dtype", "longer"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_preflight_expects_more_minutes_without_matrix_units(monkeypatch, dtype, longer):
+    monkeypatch.setattr(machine, "product_dtype", lambda _: dtype)
+    monkeypatch.setattr(machine, "gflops", lambda: machine.REFERENCE_GFLOPS)
+    monkeypatch.setattr(machine, "gigabytes_per_second", lambda: 10.0)
+    name = "08_qlora_finetune"
+    minutes = (machine.WITHOUT_MATRIX_UNITS if longer else machine.COURSE_MINUTES)[name]
+    assert f"{name} {minutes:.1f}" in machine.speed_line().found

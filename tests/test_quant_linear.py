@@ -50,6 +50,30 @@ def test_output_equals_bitsandbytes_linear4bit():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_another_dtype_equal_bitsandbytes_compute_dtype(bias, dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 64, bias)
+    theirs = bnb.nn.Linear4bit(128, 64, bias, compute_dtype=dtype, quant_type="nf4")
+    theirs.load_state_dict(linear.state_dict())
+    theirs = theirs.to("cpu")
+    ours = QuantLinear.from_linear(linear, compute_dtype=dtype, scale_rounding="lookup")
+    x = torch.randn(20, 128, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    out, reference = ours(x), theirs(y)
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (reference * weights).sum().backward()
+    assert out.dtype == x.grad.dtype == torch.float32
+    assert torch.equal(out, reference) and torch.equal(x.grad, y.grad)
+    assert not torch.equal(out, QuantLinear.from_linear(linear)(x))  # it did round
+    assert torch.equal(copy.deepcopy(ours)(x), out) and "compute_dtype" in repr(ours)
+    with torch.no_grad():  # few rows too: what was asked for is what is computed
+        torch.testing.assert_close(ours(x[:1]), reference[:1], rtol=1e-2, atol=1e-2)
+        assert torch.equal(ours(x[:1]), ours(x[:1]).to(dtype).float())
+
+
 def test_autograd_keeps_no_dense_weight():
     layer, _ = layer_and_dense()
     saved = []
@@ -106,6 +130,8 @@ def test_mistakes_are_named(small_llama):
         quantize_model(small_llama, progress=False)
     with pytest.raises(TypeError, match="takes an nn.Linear"):
         QuantLinear.from_linear(nn.Conv1d(4, 4, 1))
+    with pytest.raises(ValueError, match="compute_dtype=torch.int8 is none to multiply in"):
+        QuantLinear.from_linear(nn.Linear(4, 4), compute_dtype=torch.int8)
 
 
 def test_generates_inside_transformers(small_llama):

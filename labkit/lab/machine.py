@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from labkit.hardware import best_device, memory_bytes
+from labkit.hardware import best_device, memory_bytes, product_dtype
 from labkit.models import SOURCES, cache_folder, is_complete
 
 OK, WARNING, PROBLEM = "OK", "warning", "problem"
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numba", "ipywidgets", "matplotlib", "jupyterlab")
-# measured on two cores of a server CPU, and scaled by the speed that is measured here
+# measured on two cores of a server CPU with matrix units, and scaled by the speed that is measured here
 REFERENCE_GFLOPS = 140.0
-COURSE_MINUTES = {"00_start_here": 0.7, "07_double_quantization": 0.7, "08_qlora_finetune": 7.1}
+COURSE_MINUTES = {"00_start_here": 0.7, "07_double_quantization": 0.7, "08_qlora_finetune": 4.9}
+WITHOUT_MATRIX_UNITS = {"08_qlora_finetune": 6.6}  # on the same two cores, with products in fp32
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,12 @@ def disk_line() -> Line:
 
 def speed_line() -> Line:
     speed, bandwidth = gflops(), gigabytes_per_second()
-    minutes = {name: m * max(0.3, REFERENCE_GFLOPS / speed) for name, m in COURSE_MINUTES.items()}
+    base = (
+        COURSE_MINUTES
+        if product_dtype(best_device()) == torch.bfloat16
+        else COURSE_MINUTES | WITHOUT_MATRIX_UNITS
+    )
+    minutes = {name: m * max(0.3, REFERENCE_GFLOPS / speed) for name, m in base.items()}
     listed = ", ".join(f"{name} {m:.1f}" for name, m in minutes.items())
     found = f"{speed:.0f} GFLOP/s fp32, {bandwidth:.0f} GB/s; minutes to expect here: {listed}"
     if speed < 30:

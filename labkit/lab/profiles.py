@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from labkit.hardware import best_device, compute_dtype, memory_bytes
+from labkit.hardware import best_device, compute_dtype, memory_bytes, product_dtype
 
 LARGER_MODEL = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 
@@ -17,6 +17,7 @@ class Profile:
     Attributes:
         name: "cpu" or "gpu".
         model: the base model to load; device, dtype: where and in what.
+        product_dtype: of products with frozen 4-bit weights.
         train_examples, batch_size, epochs: of a training run.
         eval_batch: prompts generated at a time.
         why: one line that explains the choice.
@@ -26,6 +27,7 @@ class Profile:
     model: str
     device: torch.device
     dtype: torch.dtype
+    product_dtype: torch.dtype
     train_examples: int | None
     batch_size: int
     epochs: float
@@ -33,8 +35,11 @@ class Profile:
     why: str
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"profile {self.name!r}: {self.model} on {self.device} in {dtype} ({self.why})"
+        return f"profile {self.name!r}: {self.model} on {self.device} in {short(self.dtype)} ({self.why})"
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def profile(model: str | None = None, name: str | None = None) -> Profile:
@@ -59,14 +64,16 @@ def profile(model: str | None = None, name: str | None = None) -> Profile:
     model = model or os.environ.get("LABKIT_MODEL") or "smollm2-135m"
     if name == "cpu":
         threads = torch.get_num_threads()
-        why = (
-            f"{threads} threads, {memory_bytes() / 2**30:.0f} GiB; fp32, because most CPUs only emulate bf16"
+        products = product_dtype("cpu")
+        units = (
+            "has matrix units for that" if products == torch.bfloat16 else "has no matrix units for bfloat16"
         )
-        chosen = Profile("cpu", model, torch.device("cpu"), torch.float32, None, 2, 1.0, 100, why)
+        why = f"{threads} threads, {memory_bytes() / 2**30:.0f} GiB; 4-bit layers multiply in {short(products)}: this processor {units}"
+        chosen = Profile("cpu", model, torch.device("cpu"), torch.float32, products, None, 2, 1.0, 100, why)
     else:
         dtype = compute_dtype(device)
         native = "has" if dtype == torch.bfloat16 else "does not have"
         why = f"{memory_bytes(device) / 2**30:.0f} GiB; it {native} bf16 in hardware"
-        chosen = Profile("gpu", model, device, dtype, None, 8, 3.0, 100, why)
+        chosen = Profile("gpu", model, device, dtype, dtype, None, 8, 3.0, 100, why)
     print(chosen)
     return chosen
