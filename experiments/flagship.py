@@ -31,6 +31,7 @@ TRAINING = labkit.TrainConfig(lr=2e-3, epochs=1.0, batch_size=2)
 # what differs from the flagship, which is the first
 VARIANTS = {
     "qlora": {},
+    "qlora, batch 1": {"batch_size": 1, "lr": 1e-3},
     "lora": {"quantized": False},
     "qlora, dropout 0.1": {"dropout": 0.1},
     "qlora, clip 0.3": {"clip": 0.3},
@@ -52,17 +53,22 @@ def run(variant: str, seed: int) -> dict:
     train, validation, test = (
         [ticket_chat(t) for t in tickets(split)] for split in ("train", "validation", "test")
     )
-    training = replace(TRAINING, seed=seed, clip=changes.get("clip", TRAINING.clip))
+    training = replace(TRAINING, seed=seed, **{k: v for k, v in changes.items() if hasattr(TRAINING, k)})
     history = labkit.train(model, tokenizer, train, training)
     loss, tokens = evaluate.held_out_loss(model, tokenizer, validation)
-    answers = evaluate.generate(model, tokenizer, evaluate.chat_prompts(test, tokenizer), max_new_tokens=52)
-    score = evaluate.score_json(answers, [t["label"] for t in tickets("test")])
+    scores = {}
+    for split, chats in (("validation", validation), ("test", test)):
+        answers = evaluate.generate(
+            model, tokenizer, evaluate.chat_prompts(chats, tokenizer), max_new_tokens=52
+        )
+        scores[split] = evaluate.score_json(answers, [t["label"] for t in tickets(split)])
     norms = [row["grad_norm"] for row in history.steps]
     return {
         "variant": variant,
         "seed": seed,
-        "exact_match": score.exact_match,
-        "per_field": score.per_field,
+        "exact_match": scores["test"].exact_match,
+        "per_field": scores["test"].per_field,
+        "validation_exact_match": scores["validation"].exact_match,
         "held_out_loss": loss,
         "held_out_tokens": tokens,
         "train_loss_last_50": sum(history.losses[-50:]) / 50,

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from labkit.data import Encoded, collate, encode_all
-from labkit.train import supervised_loss
+from labkit.loss import supervised_loss
 
 
 def held_out_loss(

@@ -2,8 +2,7 @@
 
 A step: forward, mean loss over the supervised tokens, backward, clip, AdamW. Three things in it are easily got wrong.
 
-- *Logits only where they count.* The output layer makes one logit for each of 49,152 tokens at each position, but the
-  loss reads only those of the completion. `supervised_loss` hands the output layer only these positions.
+- *Logits only where they count*: `labkit.loss`.
 - *Accumulation.* The loss of a step is the sum over all its supervised tokens divided by their number in the whole
   step. The mean of the means of micro-batches is another number when their lengths differ.
 - *Checkpointing over a frozen base.* The re-entrant kind looks for an input that requires a gradient, finds none in
@@ -21,14 +20,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from labkit import checkpoint
-from labkit.data import IGNORE, Batch, collate, encode_all, endless_batches, fingerprint
+from labkit.data import collate, encode_all, endless_batches, fingerprint
+from labkit.loss import LOGITS, supervised_loss
 
 SCHEDULES = ("linear", "cosine", "constant")
-LOGITS = ("supervised", "all")
 
 
 class TrainingDiverged(RuntimeError):
@@ -156,27 +154,6 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
         config.schedule
     ]
     return config.lr * factor
-
-
-def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") -> Tensor:
-    """Sum over the supervised tokens of -log p(token | everything before it), in nats.
-
-    Position t predicts token t + 1, so that targets are shifted by one. With logits="supervised" the output layer
-    sees only the positions whose prediction counts: (n_supervised, vocab) logits instead of (batch, time, vocab).
-    """
-    targets = batch.targets[:, 1:]  # (batch, time - 1)
-    keep = targets != IGNORE
-    if logits == "all":
-        scores = model(input_ids=batch.ids, use_cache=False).logits[:, :-1][keep]
-    else:
-        select = model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0][:, :-1][keep][None],)
-        )
-        try:
-            scores = model(input_ids=batch.ids, use_cache=False).logits[0]  # (n_supervised, vocab)
-        finally:
-            select.remove()
-    return F.cross_entropy(scores.float(), targets[keep], reduction="sum")
 
 
 def train(

@@ -18,8 +18,8 @@ from labkit import kernels, quant_linear
 from labkit.data import Batch
 from labkit.kernels import cpu
 from labkit.lora import LoRAConfig, add_lora
+from labkit.loss import supervised_loss
 from labkit.quant_linear import QuantLinear, dequantize_model, is_output_layer, quantize_model, replace_module
-from labkit.train import supervised_loss
 from tests.conftest import make_small_llama
 
 IDS = torch.arange(40).view(2, 20)

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from labkit.data import collate, encode_all
 from labkit.lora import LoRAConfig, add_lora, lora_layers
+from labkit.loss import supervised_loss
 from labkit.quant_linear import quantize_model
-from labkit.train import TrainConfig, TrainingDiverged, learning_rate, supervised_loss, train
+from labkit.train import TrainConfig, TrainingDiverged, learning_rate, train
 from tests.conftest import make_small_llama
 
 QUIET = {"progress": False, "batch_size": 2, "steps": 6, "lr": 1e-2}

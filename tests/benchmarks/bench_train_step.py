@@ -1,7 +1,8 @@
 """One training step of SmolLM2-135M: QLoRA here, LoRA here, and QLoRA by PEFT over bitsandbytes, on the same batch.
 
-The three alternate in one run, so that a busy machine slows all of them; medians and their ratios are printed. Each also
-takes three steps in a process of its own, for the peak of its resident memory: the largest that the operating system
+All alternate in one run, so that a busy machine slows all of them; medians and their ratios are printed. Where the
+processor has matrix units for bf16, both QLoRAs also run with products in bf16, and are compared with each other. Each
+also takes three steps in a process of its own, for the peak of its resident memory: the largest that the operating system
 saw from the start to the end (`VmHWM` on Linux, else `ru_maxrss`), less what was resident after the imports. It counts
 everything: loading the model, quantizing it, training, and memory that was freed but not given back.
 
@@ -21,9 +22,10 @@ from torch import nn
 
 from labkit import models
 from labkit.data import Batch
+from labkit.hardware import product_dtype
 from labkit.lora import LoRAConfig, add_lora
+from labkit.loss import supervised_loss
 from labkit.quant_linear import quantize_model
-from labkit.train import supervised_loss
 
 BATCH, TOKENS, SUPERVISED, RANK = 8, 80, 40, 16
 
@@ -36,20 +38,20 @@ def make_batch() -> Batch:
     return Batch(ids, targets)
 
 
-def ours(quantized: bool):
+def ours(quantized: bool, products: torch.dtype | None = None):
     model, _ = models.load("smollm2-135m")
     if quantized:
-        quantize_model(model, progress=False)
+        quantize_model(model, compute_dtype=products, progress=False)
     add_lora(model, LoRAConfig(r=RANK, alpha=32)).train()
     return model, lambda batch: supervised_loss(model, batch) / batch.n_supervised
 
 
-def bitsandbytes_model():
+def bitsandbytes_model(products: torch.dtype = torch.float32):
     """SmolLM2-135M with bitsandbytes' Linear4bit for every linear layer but the output: NF4, double-quantized."""
     import bitsandbytes as bnb
 
     model, _ = models.load("smollm2-135m")
-    options = {"compute_dtype": torch.float32, "quant_type": "nf4", "compress_statistics": True}
+    options = {"compute_dtype": products, "quant_type": "nf4", "compress_statistics": True}
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, linear in list(block.named_children()):
@@ -62,12 +64,12 @@ def bitsandbytes_model():
     return model
 
 
-def peers():
+def peers(products: torch.dtype = torch.float32):
     """PEFT over bitsandbytes' Linear4bit, with the loss as transformers computes it."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(bitsandbytes_model(), config).train()
+    model = get_peft_model(bitsandbytes_model(products), config).train()
     return model, lambda batch: model(input_ids=batch.ids, labels=batch.targets, use_cache=False).loss
 
 
@@ -76,7 +78,16 @@ MAKERS = {
     "LoRA, labkit": lambda: ours(False),
     "QLoRA, PEFT + bnb": peers,
 }
-REFERENCE = "QLoRA, PEFT + bnb"
+if product_dtype("cpu") == torch.bfloat16:
+    MAKERS |= {
+        "QLoRA bf16, labkit": lambda: ours(True, torch.bfloat16),
+        "QLoRA bf16, PEFT + bnb": lambda: peers(torch.bfloat16),
+    }
+
+
+def reference(name: str) -> str:
+    """The peer with the same products."""
+    return "QLoRA bf16, PEFT + bnb" if "bf16" in name else "QLoRA, PEFT + bnb"
 
 
 def make_step(maker):
@@ -153,13 +164,15 @@ def main() -> None:
     if arguments.only != "time":
         peak = peaks()
         for name in MAKERS:
-            print(f"{name:18} peak {peak[name]:6.0f} MB ({peak[name] / peak[REFERENCE]:.2f}×)", flush=True)
+            print(
+                f"{name:22} peak {peak[name]:6.0f} MB ({peak[name] / peak[reference(name)]:.2f}×)", flush=True
+            )
     if arguments.only != "memory":
         seconds, losses = times(arguments.rounds)
         median = {name: statistics.median(taken) for name, taken in seconds.items()}
         for name, taken in seconds.items():
             print(
-                f"{name:18} median {median[name]:5.2f} s ({median[name] / median[REFERENCE]:.2f}×), "
+                f"{name:22} median {median[name]:5.2f} s ({median[name] / median[reference(name)]:.2f}×), "
                 f"fastest {min(taken):5.2f} s   loss after {arguments.rounds + 1} steps {losses[name]:.4f}"
             )
         print(f"QLoRA against LoRA, both labkit: {median['QLoRA, labkit'] / median['LoRA, labkit']:.3f}×")

@@ -1,0 +1,108 @@
+"""The loss of a step of fine-tuning, taken only where it counts, and without ever holding all logits.
+
+    loss = - sum over supervised positions t of  log softmax(W h_t)[token t+1]
+
+The output layer W makes a score for each of 49,152 tokens at each position: in fp32 200 kB a position, more than a
+layer of this size keeps of it for the backward pass. Two things keep that small.
+
+- *Only supervised positions.* The loss reads the scores of the completion alone; those of the prompt are never made.
+- *A few rows at a time.* With p = softmax(W h), the gradient that goes on to h is (p - onehot) W: all that it needs is at
+  hand when the loss of these rows has been taken. So the rows are scored, turned into their gradient, and dropped, before the
+  next are scored. Nothing of the scores waits for the backward pass.
+
+The second needs an output layer that is frozen, as under LoRA, and logits that are its output and nothing else (some models
+cap or scale them). Otherwise autograd keeps what it needs, as usual.
+
+Sources: chunked cross-entropy, "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024), section 4;
+Liger kernel (Hsu et al. 2024), section 3.2, whose gradient in the forward pass this is.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from labkit.data import IGNORE, Batch
+
+LOGITS = ("supervised", "all")
+ROWS = 128  # scored at a time: 25 MB in fp32 on a vocabulary of 49,152
+
+# of each output layer that was seen: are the model's logits its output, unchanged?
+_unchanged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") -> Tensor:
+    """Sum over the supervised tokens of -log p(token | everything before it), in nats.
+
+    Position t predicts token t + 1, so that targets are shifted by one. With logits="supervised" the output layer
+    sees only the positions whose prediction counts: (n_supervised, vocab) logits instead of (batch, time, vocab), and of
+    these `ROWS` at a time where the module docstring allows it. "all" is what most trainers do: the same loss, more work.
+    """
+    targets = batch.targets[:, 1:]  # (batch, time - 1)
+    keep = targets != IGNORE
+    if logits == "all":
+        scores = model(input_ids=batch.ids, use_cache=False).logits[:, :-1][keep]
+        return F.cross_entropy(scores.float(), targets[keep], reduction="sum")
+    output = model.get_output_embeddings()
+    in_chunks = may_be_chunked(output) and _unchanged.get(output, True)
+    hidden: list[Tensor] = []
+
+    def select(_, arguments):
+        hidden.append(arguments[0][:, :-1][keep])  # (n_supervised, width)
+        return (hidden[0][None, :1] if in_chunks else hidden[0][None],)
+
+    hook = output.register_forward_pre_hook(select)
+    try:
+        scores = model(input_ids=batch.ids, use_cache=False).logits[
+            0
+        ]  # (n_supervised, vocab), or its first row
+    finally:
+        hook.remove()
+    if not in_chunks:
+        return F.cross_entropy(scores.float(), targets[keep], reduction="sum")
+    if output not in _unchanged and len(scores):
+        with torch.no_grad():
+            _unchanged[output] = torch.equal(scores.float(), output(hidden[0][None, :1])[0].float())
+        if not _unchanged[output]:
+            return supervised_loss(model, batch, logits)
+    return _ChunkedLoss.apply(hidden[0], output.weight, targets[keep])
+
+
+def may_be_chunked(output: nn.Module) -> bool:
+    """Is the output layer a frozen `nn.Linear` without a bias, and autocast off?"""
+    return (
+        type(output) is nn.Linear
+        and output.bias is None
+        and not output.weight.requires_grad
+        and not torch.is_autocast_enabled(output.weight.device.type)
+    )
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of W h, with the gradient to h made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden (n, width), weight (vocab, width), targets (n,) to a number."""
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needed else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(targets), ROWS):
+            rows = slice(start, start + ROWS)
+            log_p = F.linear(hidden[rows], weight).float().log_softmax(-1)  # (rows, vocab)
+            right = torch.arange(len(log_p), device=log_p.device), targets[rows]
+            total -= log_p[right].sum()
+            if needed:
+                p = log_p.exp_()
+                p[right] -= 1
+                torch.mm(p.to(weight.dtype), weight, out=gradient[rows])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None
