@@ -47,17 +47,18 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
         return F.cross_entropy(scores.float(), targets[keep], reduction="sum")
     output = model.get_output_embeddings()
     in_chunks = may_be_chunked(output) and _unchanged.get(output, True)
+    scored = (
+        None if not in_chunks else 0 if output in _unchanged else 1
+    )  # rows for the model itself: all, none or one
     hidden: list[Tensor] = []
 
     def select(_, arguments):
         hidden.append(arguments[0][:, :-1][keep])  # (n_supervised, width)
-        return (hidden[0][None, :1] if in_chunks else hidden[0][None],)
+        return (hidden[0][None, :scored],)
 
     hook = output.register_forward_pre_hook(select)
     try:
-        scores = model(input_ids=batch.ids, use_cache=False).logits[
-            0
-        ]  # (n_supervised, vocab), or its first row
+        scores = model(input_ids=batch.ids, use_cache=False).logits[0]  # (scored, vocab)
     finally:
         hook.remove()
     if not in_chunks:
