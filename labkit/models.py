@@ -5,6 +5,8 @@
 sha256, converted once to fp32 safetensors, and kept in the user's cache folder (LABKIT_CACHE puts it elsewhere).
 Its linear weights were quantized to Q4_1 by whoever made the file: do not judge quantizers by it.
 
+`tiny-llama` (4.0 M parameters, never quantized) was pretrained for this course and lies in `data/tiny-llama`.
+
     python -m labkit.models fetch smollm2-135m      # download, verify, convert; quick when it is there already
 """
 
@@ -25,6 +27,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_dir
 
+from labkit.data import data_folder
 from labkit.hardware import compute_dtype
 
 FORMAT = 1  # of the cached folder; raise it when the conversion changes
@@ -52,14 +55,15 @@ SOURCES = {
         needs_bytes=900_000_000,
     )
 }
+SHIPPED = ("tiny-llama",)  # in the checkout's data folder
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
     """Load a base model and its tokenizer.
 
     Args:
-        name: a name in `SOURCES` ("smollm2-135m"), a local folder with a model in Hugging Face's format (safetensors
-            only), or the id of a model on the hub ("HuggingFaceTB/SmolLM2-360M-Instruct").
+        name: "smollm2-135m" (see `SOURCES`), "tiny-llama" (see `SHIPPED`), a local folder with a model in Hugging
+            Face's format (safetensors only), or the id of a model on the hub ("HuggingFaceTB/SmolLM2-360M-Instruct").
         dtype: of the weights; default: what the device computes fast (`labkit.hardware.compute_dtype`).
         device: default "cpu".
 
@@ -81,6 +85,8 @@ def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str
 
         if name in SOURCES:
             folder, model_class, tokenizer_class = fetch(name), LlamaForCausalLM, PreTrainedTokenizerFast
+        elif name in SHIPPED:
+            folder, model_class, tokenizer_class = shipped(name), LlamaForCausalLM, PreTrainedTokenizerFast
         else:
             folder, model_class, tokenizer_class = elsewhere(name), AutoModelForCausalLM, AutoTokenizer
         try:
@@ -90,6 +96,21 @@ def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str
             raise ModelUnavailable(not_loaded_message(name, folder, error)) from error
     model.config.name_or_path = name
     return model.to(device).eval(), tokenizer
+
+
+def shipped(name: str) -> Path:
+    """The folder of a model that comes with the checkout.
+
+    Raises:
+        ModelUnavailable: its weights are not there.
+    """
+    folder = data_folder() / name
+    if not (folder / "model.safetensors").is_file():
+        raise ModelUnavailable(
+            f"{name} comes with the checkout of the course, but {folder / 'model.safetensors'} is not there; run from a "
+            "full checkout, set LABKIT_DATA to its data/ folder, or make the model anew as data/tiny-llama/README.md says"
+        )
+    return folder
 
 
 def cache_folder() -> Path:
@@ -194,10 +215,11 @@ def elsewhere(name: str) -> str:
         return str(path)
     if name.count("/") == 1 and all(part.strip(".") for part in name.split("/")):
         return name
-    near = difflib.get_close_matches(name, SOURCES, n=1)
+    known = (*SOURCES, *SHIPPED)
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ModelUnavailable(
-        f"{name!r} is not a known model; {hint}Known names: {', '.join(SOURCES)}. Also possible: a local folder that "
+        f"{name!r} is not a known model; {hint}Known names: {', '.join(known)}. Also possible: a local folder that "
         "exists, or a hub id such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
     )
 
@@ -212,7 +234,7 @@ def not_loaded_message(name: str, folder: str | Path, error: Exception) -> str:
         return f"the model in {folder} cannot be read ({reason}); check that its files are complete"
     return (
         f"could not get {name!r} from the hub ({reason}); check the name and the network, or use a name that works "
-        f"offline: {', '.join(SOURCES)}"
+        f"offline: {', '.join((*SOURCES, *SHIPPED))}"
     )
 
 

@@ -16,8 +16,13 @@ OK, WARNING, PROBLEM = "OK", "warning", "problem"
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numba", "ipywidgets", "matplotlib", "jupyterlab")
 # measured on two cores of a server CPU with matrix units, and scaled by the speed that is measured here
 REFERENCE_GFLOPS = 140.0
-COURSE_MINUTES = {"00_start_here": 0.7, "07_double_quantization": 0.7, "08_qlora_finetune": 4.9}
-WITHOUT_MATRIX_UNITS = {"08_qlora_finetune": 6.6}  # on the same two cores, with products in fp32
+COURSE_MINUTES = {
+    "00_start_here": 0.7,
+    "06_nf4_from_scratch": 1.2,
+    "07_double_quantization": 0.7,
+    "08_qlora_finetune": 5.3,
+}
+WITHOUT_MATRIX_UNITS = {"08_qlora_finetune": 7.1}  # on the same two cores, with products in fp32
 
 
 @dataclass(frozen=True)
