@@ -113,6 +113,10 @@ def test_lab_opens_on_localhost_with_a_token_and_without_a_browser_where_there_i
     assert (
         "--no-browser" in line and "--ServerApp.ip=127.0.0.1" in line and not any("token" in o for o in line)
     )
+    assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in line
+    assert (
+        f"--ServerApp.root_dir={os.getcwd()}" in line
+    )  # the modules are in sight, and the URL is relative to it
     assert "open the URL" in capsys.readouterr().out
     monkeypatch.setenv("DISPLAY", ":0")
     assert "--no-browser" not in command("x.ipynb")
