@@ -46,10 +46,11 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
         scores = model(input_ids=batch.ids, use_cache=False).logits[:, :-1][keep]
         return F.cross_entropy(scores.float(), targets[keep], reduction="sum")
     output = model.get_output_embeddings()
-    in_chunks = may_be_chunked(output) and _unchanged.get(output, True)
-    scored = (
-        None if not in_chunks else 0 if output in _unchanged else 1
-    )  # rows for the model itself: all, none or one
+    known = _unchanged.get(output)  # None: nobody has looked yet
+    in_chunks = may_be_chunked(output) and known is not False
+    scored = None  # rows that the model itself scores: all of them
+    if in_chunks:
+        scored = 0 if known else 1  # one row, to look; then none
     hidden: list[Tensor] = []
 
     def select(_, arguments):
@@ -63,7 +64,7 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
         hook.remove()
     if not in_chunks:
         return F.cross_entropy(scores.float(), targets[keep], reduction="sum")
-    if output not in _unchanged and len(scores):
+    if known is None and len(scores):
         with torch.no_grad():
             _unchanged[output] = torch.equal(scores.float(), output(hidden[0][None, :1])[0].float())
         if not _unchanged[output]:
