@@ -1,0 +1,306 @@
+"""Questions to SQL: the data as the datasheet says, split for real, told apart by their rows; and a judge that is safe."""
+
+import itertools
+import math
+import re
+import sqlite3
+
+import pytest
+
+from labkit import data, sql
+from recipes.sql_questions.__main__ import main as write_data
+from recipes.sql_questions.generate import is_trivial, read_schemas, told_apart
+from recipes.sql_questions.near_misses import core, spare
+
+SIZES = {"train": 1680, "validation": 150, "test": 200}
+BOOKS = {
+    "books": {
+        "columns": {"title": "TEXT", "pages": "INTEGER", "price": "REAL"},
+        "rows": [["Ash", 100, 9.5], ["Bay", 300, 4.1], ["Cod", 200, 7.3], ["Dew", 300, 7.3]],
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {split: sql.questions(split) for split in data.SPLITS}
+
+
+@pytest.fixture(scope="module")
+def connections(splits):
+    return {db: sql.database(db) for rows in splits.values() for db in {item["db"] for item in rows}}
+
+
+@pytest.fixture
+def books():
+    return sql.connect(BOOKS)
+
+
+def sheet() -> str:
+    return (data.data_folder() / "sql" / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_are_as_many_as_the_datasheet_says(splits):
+    assert {split: len(rows) for split, rows in splits.items()} == SIZES
+    for kind in {item["kind"] for item in splits["train"]}:
+        counts = [sum(item["kind"] == kind for item in splits[split]) for split in data.SPLITS]
+        assert min(counts) > 0 and f"| `{kind}` | " in sheet()
+        assert f"| {' | '.join(map(str, counts))} |" in next(
+            line for line in sheet().splitlines() if line.startswith(f"| `{kind}` |")
+        )
+    for split, rows in splits.items():
+        assert f"| {split} | {len(rows):,} | {len({item['db'] for item in rows})} |" in sheet()
+
+
+def test_the_recipe_writes_the_committed_files_byte_for_byte(tmp_path):
+    write_data(tmp_path)
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(made) == {"databases.json", "train.jsonl", "validation.jsonl", "test.jsonl"}
+    for name, content in made.items():
+        assert content == (data.data_folder() / "sql" / name).read_bytes(), name
+    assert sum(map(len, made.values())) < 1_000_000
+
+
+def test_every_reference_query_returns_something_and_is_right(splits, connections):
+    for rows in splits.values():
+        for item in rows:
+            result = sql.execute(connections[item["db"]], item["query"])
+            assert not result.error and result.rows, item
+            assert not is_trivial(connections[item["db"]], item["query"], sql.tables(item["db"])), item
+        score = sql.score_sql([item["query"] for item in rows], rows)
+        assert score.execution_accuracy == score.exact_match == 1 and not score.wrong
+        assert set(score.per_kind.values()) == {1.0}
+
+
+def test_tables_have_12_to_30_rows_and_names_of_columns_are_not_ambiguous(splits):
+    for item in splits["train"] + splits["validation"] + splits["test"]:
+        content = sql.tables(item["db"])
+        columns = [column for table in content.values() for column in table["columns"]]
+        assert len(columns) == len(set(columns)) and 1 <= len(content) <= 2
+        assert all(12 <= len(table["rows"]) <= 30 for table in content.values())
+
+
+def test_core_near_misses_are_all_told_apart_and_others_nearly_all(splits, connections):
+    passed = {"spare": 0, "other": 0}
+    tried = {"spare": 0, "other": 0}
+    for rows in splits.values():
+        for item in rows:
+            connection, content = connections[item["db"]], sql.tables(item["db"])
+            misses = core(item["query"], content)
+            assert misses and item["query"] not in misses
+            assert all(told_apart(connection, item["query"], misses)), item
+            apart = told_apart(connection, item["query"], spare(item["query"], content))
+            tried["spare"] += len(apart)
+            passed["spare"] += apart.count(False)
+    of_test = {}
+    for item in splits["test"]:
+        of_test.setdefault(item["db"], set()).add(item["query"])
+    for db, queries in of_test.items():
+        for right, wrong in itertools.permutations(sorted(queries), 2):
+            tried["other"] += 1
+            passed["other"] += not told_apart(connections[db], right, [wrong])[0]
+    assert tried["spare"] > 2000 and tried["other"] > 4000
+    assert passed["spare"] / tried["spare"] < 0.05 and passed["other"] / tried["other"] < 0.005
+    for name in tried:
+        assert f"{passed[name]:,} of {tried[name]:,}" in sheet(), (name, passed[name], tried[name])
+
+
+def test_databases_tables_and_phrasings_of_a_split_are_in_no_other(splits):
+    for one, other in itertools.combinations(data.SPLITS, 2):
+        dbs = [{item["db"] for item in splits[split]} for split in (one, other)]
+        assert not dbs[0] & dbs[1]
+        names = [{table for db in some for table in sql.tables(db)} for some in dbs]
+        assert not names[0] & names[1]
+        frames = [{item["pattern"].split(" | ")[0] for item in splits[split]} for split in (one, other)]
+        assert not frames[0] & frames[1] and min(map(len, frames)) >= 30
+
+
+def skeletons(splits, split):
+    """Questions without the words of their database: names of columns and of rows, values and numbers."""
+    words = {name: [] for name, _, _ in read_schemas()}
+    for name, _, tables in read_schemas():
+        for table in tables:
+            words[name] += [table.singular, table.plural]
+            for column in table.columns:
+                words[name] += [*column.words, *column.values.split("; "), *column.said.split("/")]
+    made = set()
+    for item in splits[split]:
+        text = item["question"].lower()
+        quoted = re.findall(r"'%?([^'%]*)%?'", item["query"])
+        for word in sorted({w.lower() for w in [*words[item["db"]], *quoted] if w}, key=len, reverse=True):
+            text = re.sub(rf"\b{re.escape(word)}\b", "_", text)
+        made.add(re.sub(r"\d+(\.\d+)?|\b(two|three|four|five)\b", "0", text))
+    return made
+
+
+def test_no_question_of_test_is_in_train_once_its_own_words_are_taken_out(splits):
+    seen = skeletons(splits, "train")
+    assert len(seen) > 300
+    assert not seen & skeletons(splits, "test") and not seen & skeletons(splits, "validation")
+
+
+def test_no_question_occurs_twice(splits):
+    asked = [item["question"].lower() for rows in splits.values() for item in rows]
+    assert len(set(asked)) == len(asked)
+    for split in ("validation", "test"):
+        queries = [(item["db"], item["query"]) for item in splits[split]]
+        assert len(set(queries)) == len(queries)
+
+
+def test_every_value_of_a_query_stands_in_its_question(splits):
+    words = {2: "two", 3: "three", 4: "four", 5: "five"}
+    for item in splits["train"] + splits["validation"] + splits["test"]:
+        query, limit = re.sub(r" LIMIT (\d+)", "", item["query"]), re.search(r" LIMIT (\d+)", item["query"])
+        for value in re.findall(r"'%?([^'%]*)%?'", query) + re.findall(r"[<>=] ([\d.]+)", query):
+            assert value in item["question"], item
+        if limit and limit.group(1) != "1":
+            k = limit.group(1)
+            assert re.search(rf"\b({k}|{words[int(k)]})\b", item["question"]), item
+
+
+def test_records_fit_into_128_tokens_in_both_forms(splits, tokenizer):
+    for form in ("chat", "plain"):
+        records = [sql.sql_record(item, form) for rows in splits.values() for item in rows]
+        encoded, too_long = data.encode_all(records, tokenizer, max_length=128)
+        assert not too_long and len(encoded) == sum(SIZES.values())
+    item = splits["test"][0]
+    plain = sql.sql_record(item, "plain")
+    assert plain["prompt"].startswith("<|endoftext|>") and plain["completion"] == item["query"]
+    assert sql.schema_text(item["db"]) in plain["prompt"] and item["question"] in plain["prompt"]
+    with pytest.raises(ValueError, match="form='json' is not known"):
+        sql.sql_record(item, "json")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM books",
+        "DROP TABLE books",
+        "UPDATE books SET pages = 1",
+        "INSERT INTO books VALUES ('x', 1, 1)",
+        "ATTACH 'x.db' AS x",
+        "PRAGMA table_info(books)",
+        "EXPLAIN SELECT * FROM books",
+        "SELECT * FROM pragma_table_info('books')",
+        "SELECT * FROM sqlite_master",
+        "WITH gone AS (SELECT 1) DELETE FROM books",
+        "SELECT title FROM books; DELETE FROM books",
+        "SELECT title FROM books; SELECT title FROM books",
+        "SELECT load_extension('x')",
+        "SELECT writefile('x', 'y')",
+        "SELECT zeroblob(1000000000)",
+        "SELECT randomblob(1000000000)",
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n",
+        "SELECT COUNT(*) FROM books a, books b, books c, books d, books e, books f, books g, books h, books i, books j, books k",
+        "SELECT a.title FROM books a, books b, books c, books d, books e, books f",
+        "SELECT nothing FROM books",
+        "SELECT",
+        "no query at all",
+        "",
+        " ",
+        "SELECT title\0 FROM books",
+        "SELECT '\ud800'",
+        "SELECT " + "(" * 5000 + "1" + ")" * 5000,
+        "SELECT '" + "x" * 200_000 + "'",
+        None,
+        math.nan,
+        7,
+    ],
+)
+def test_harm_nonsense_and_endless_work_come_back_as_an_error(books, query):
+    result = sql.execute(books, query)
+    assert result.error and result.rows == []
+    assert sql.execute(books, "SELECT COUNT(*) FROM books").rows == [(4,)]
+
+
+def test_the_steps_allowed_are_far_from_what_reference_queries_take(monkeypatch, splits, connections):
+    monkeypatch.setattr(sql, "MAX_STEPS", sql.MAX_STEPS // 100)
+    assert all(not sql.execute(connections[i["db"]], i["query"]).error for i in splits["train"])
+
+
+def test_a_database_can_only_be_read(books):
+    for statement in ("DELETE FROM books", "CREATE TABLE more (x)", "PRAGMA query_only = 0"):
+        with pytest.raises(sqlite3.DatabaseError):
+            books.execute(statement)
+
+
+def test_plain_selects_of_many_shapes_run(books):
+    for query in (
+        "select title from books where pages > (select avg(pages) from books)",
+        "WITH long AS (SELECT * FROM books WHERE pages > 150) SELECT COUNT(*) FROM long",
+        "SELECT a.title, b.title FROM books AS a JOIN books AS b ON a.pages = b.pages",
+        "SELECT ROUND(AVG(price), 1), UPPER(MIN(title)) FROM books;",
+        "SELECT pages, COUNT(*) FROM books GROUP BY pages HAVING COUNT(*) > 1",
+    ):
+        result = sql.execute(books, query)
+        assert not result.error and result.rows, (query, result)
+
+
+def agree(connection, query, gold):
+    a, b = sql.execute(connection, query), sql.execute(connection, gold)
+    assert not a.error and not b.error
+    return sql.same_rows(a.rows, b.rows, sql.is_ordered(gold))
+
+
+def test_rows_are_a_multiset_unless_the_reference_orders_them(books):
+    assert agree(books, "SELECT title FROM books ORDER BY title DESC", "SELECT title FROM books")
+    up, down = (
+        "SELECT title FROM books ORDER BY price, title",
+        "SELECT title FROM books ORDER BY price DESC, title",
+    )
+    assert not agree(books, down, up) and not agree(books, "SELECT title FROM books", up)
+    assert not agree(books, "SELECT DISTINCT pages FROM books", "SELECT pages FROM books")
+
+
+def test_columns_keep_their_order_and_values_their_type(books):
+    assert not agree(books, "SELECT pages, title FROM books", "SELECT title, pages FROM books")
+    assert not agree(books, "SELECT title, pages FROM books", "SELECT title FROM books")
+    assert not agree(books, "SELECT '100'", "SELECT 100")
+    assert not agree(books, "SELECT NULL", "SELECT 0") and agree(books, "SELECT NULL", "SELECT NULL")
+
+
+def test_floats_agree_within_a_millionth_and_an_int_with_its_float(books):
+    assert agree(books, "SELECT SUM(pages) * 1.0 / COUNT(*) FROM books", "SELECT AVG(pages) FROM books")
+    assert agree(books, "SELECT 0.1 + 0.2", "SELECT 0.3") and agree(books, "SELECT 225.0", "SELECT 225")
+    assert not agree(books, "SELECT 7.0501", "SELECT AVG(price) FROM books")
+
+
+def test_exact_match_ignores_spacing_case_and_semicolon_but_not_case_in_quotes():
+    same = "select  Title from books\nwhere title='Ash' ;"
+    assert sql.normal_form(same) == sql.normal_form("SELECT title FROM books WHERE title = 'Ash'")
+    assert sql.normal_form("SELECT COUNT( * ) FROM t") == sql.normal_form("select count(*) from t")
+    assert sql.normal_form("SELECT 'Ash'") != sql.normal_form("SELECT 'ash'")
+    assert not sql.is_ordered("SELECT title FROM books WHERE title = 'no order  by'")
+
+
+def test_a_score_counts_what_is_right_exact_and_valid(splits):
+    items = splits["test"][:6]
+    answers = [item["query"] for item in items]
+    first = next(iter(sql.tables(items[1]["db"])))
+    answers[0] = (
+        f"SELECT * FROM ({answers[0].rstrip(';')})" if "ORDER" not in answers[0] else answers[0] + " "
+    )
+    answers[1:5] = [f"SELECT * FROM {first}", "", None, "DROP TABLE x"]
+    score = sql.score_sql(answers, items)
+    assert (score.n, score.executed, score.valid, score.wrong) == (6, 2, 3, [1, 2, 3, 4])
+    assert score.exact <= 2 and score.execution_accuracy == 2 / 6
+    assert "execution accuracy 2/6 = 33%" in str(score)
+
+
+def test_scoring_refuses_what_cannot_be_scored(splits):
+    items = splits["test"][:2]
+    for answers, some in (([], []), (["SELECT 1"], items)):
+        with pytest.raises(ValueError, match="give one answer for each"):
+            sql.score_sql(answers, some)
+    with pytest.raises(ValueError, match="does not run"):
+        sql.score_sql(["SELECT 1"], [items[0] | {"query": "SELECT nothing FROM nowhere"}])
+
+
+def test_unknown_split_database_and_missing_folder(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="split='dev' is not known"):
+        sql.questions("dev")
+    with pytest.raises(ValueError, match="db='nowhere' is not known"):
+        sql.database("nowhere")
+    monkeypatch.setenv("LABKIT_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="set LABKIT_DATA"):
+        sql.questions("train")
