@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from labkit.results import mean_interval, summary
 
 # one colour a concept through the whole course; they also differ in brightness, for greyscale
 COLOURS = {
@@ -134,4 +137,80 @@ def compare_bars(groups: dict[str, dict[str, float]], title: str, y: str, axes: 
     axes.legend(frameon=False, fontsize=10, ncols=len(groups), loc="upper left", bbox_to_anchor=(0, 1.02))
     axes.margins(y=0.18)
     finish(axes, title, "", y)
+    return axes
+
+
+def seed_curve(
+    frame: pd.DataFrame, x: str, y: str, axes: Axes, colour: str, label: str = "", base: float = 10
+) -> pd.DataFrame:
+    """A sweep along `x` on a logarithmic axis: every seed as a dot, the means joined, the 95 % interval as a band.
+
+    Args:
+        frame: a row a run (`labkit.sweep.Results.to_frame`).
+        x, y: its columns: the setting that varies, and the metric.
+        label: written beside the last point.
+        base: of the logarithm; 2 for ranks.
+
+    Returns:
+        What was drawn: mean, half-width of the interval and n for each value of `x`.
+    """
+    table = summary(frame.sort_values(x), x, y)
+    axes.set_xscale("log", base=base)
+    axes.fill_between(
+        table[x],
+        table["mean"] - table["half"],
+        table["mean"] + table["half"],
+        color=colour,
+        alpha=0.2,
+        linewidth=0,
+    )
+    axes.plot(table[x], table["mean"], "-", color=colour, linewidth=1.5)
+    axes.plot(frame[x], frame[y], "o", color=colour, markersize=3.5)
+    if label:
+        last = table.iloc[-1]
+        axes.annotate(
+            label,
+            (last[x], last["mean"]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    if base == 2:
+        axes.set_xticks(table[x], [f"{v:g}" for v in table[x]])
+        axes.minorticks_off()
+    return table
+
+
+def seed_dots(
+    groups: dict[str, Sequence[float]],
+    title: str,
+    x: str,
+    colours: dict[str, str] | None = None,
+    marks: dict[str, float] | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """One row a group: every seed as a dot, their mean as a line, and the 95 % interval of the mean as a band.
+
+    Args:
+        groups: {name: one value a seed}.
+        title, x: of the figure and of its axis, with the unit.
+        colours: {name: colour}; default: that of LoRA.
+        marks: {name: a value to mark in its row}, for instance of a run made just now.
+    """
+    if axes is None:
+        _, axes = canvas(height=0.42 * len(groups) + 1.3)
+    for row, (name, values) in enumerate(groups.items()):
+        mean, half = mean_interval(values)
+        colour = (colours or {}).get(name, COLOURS["lora"])
+        axes.fill_betweenx(
+            [row - 0.3, row + 0.3], mean - half, mean + half, color=colour, alpha=0.2, linewidth=0
+        )
+        axes.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, linewidth=2)
+        axes.plot(values, [row] * len(values), "o", color=colour, markersize=5)
+        if marks and name in marks:
+            axes.plot(marks[name], row, "D", color=COLOURS["full"], fillstyle="none", markersize=9)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    finish(axes, title, x, "")
     return axes

@@ -1,0 +1,73 @@
+"""What a run trains, what it measures, and what its data hash covers."""
+
+import pytest
+
+from labkit import runs
+from labkit.lora import trainable
+from labkit.quant_linear import QuantLinear
+from labkit.runs import RunConfig
+
+D, LINEARS = 256, 2_949_120  # tiny-llama's width, and the weights of its linear layers
+
+
+@pytest.mark.parametrize(
+    "settings, parameters",
+    [
+        ({"method": "full"}, 4_000_000),
+        ({"method": "full", "embeddings": False}, 4_000_000 - 4096 * D),
+        ({"method": "lora", "r": 8}, 149_504),
+        ({"method": "lora", "r": 8, "targets": "attention"}, 4 * 8 * (2 * 2 * D + 2 * (D + 128))),
+        ({"method": "lora", "r": 8, "embeddings": True}, 149_504 + 4096 * D),
+        ({"method": "qlora", "r": 1}, 149_504 // 8),
+        ({"method": "subspace", "d": 50}, 50),
+        ({"method": "none"}, 0),
+    ],
+    ids=str,
+)
+def test_each_method_trains_what_it_says(settings, parameters):
+    model, _ = runs.prepare(RunConfig(**settings))
+    assert trainable(model).trainable == parameters
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+    assert quantized == (LINEARS if settings["method"] == "qlora" else 0)
+
+
+def test_the_base_model_scores_as_the_datasheet_says():
+    metrics = runs.run(RunConfig(task="austen", method="none")).metrics
+    assert metrics["parameters"] == 0
+    assert metrics["validation_loss"] == pytest.approx(4.980, abs=5e-3)  # data/austen/README.md
+    assert metrics["kjv_loss"] < metrics["test_loss"] > metrics["pydocs_loss"]
+
+
+def test_training_lowers_the_loss_on_the_new_domain():
+    before = runs.run(RunConfig(task="austen", method="none")).metrics
+    after = runs.run(RunConfig(task="austen", method="lora", r=4, lr=1e-2, steps=12, batch_size=4)).metrics
+    assert after["validation_loss"] < before["validation_loss"] - 0.1
+    assert after["test_loss"] < before["test_loss"] - 0.1
+
+
+def test_sql_is_judged_by_execution(monkeypatch):
+    def gold_from_prompt(model, tokenizer, prompts, *_, **__):
+        by_question = {item["question"]: item["query"] for item in runs.sql.questions("test")}
+        answers = [by_question[prompt.strip().splitlines()[-1]] for prompt in prompts]
+        return ["SELECT nothing", *answers[1:]]
+
+    monkeypatch.setattr(runs, "generate", gold_from_prompt)
+    metrics = runs.run(RunConfig(task="sql", method="none")).metrics
+    assert metrics["execution"] == metrics["exact_match"] == 199 / 200
+
+
+def test_docstrings_are_judged_by_the_letter():
+    metrics = runs.run(RunConfig(task="docstrings", method="none")).metrics
+    assert 0 <= metrics["test_accuracy"] < 0.25, "eight letters that it was never told"
+
+
+def test_the_hash_covers_what_decides_the_numbers_and_nothing_else():
+    base = runs.data_hash(RunConfig(task="facts", examples=8))
+    assert base != runs.data_hash(RunConfig(task="facts", examples=9))
+    assert base != runs.data_hash(RunConfig(task="facts", examples=8, seed=1)), (
+        "facts are drawn from the seed"
+    )
+    assert base == runs.data_hash(RunConfig(task="facts", examples=8, r=2, lr=1e-2))
+    assert runs.data_hash(RunConfig()) == runs.data_hash(RunConfig(seed=1))
+    assert runs.data_hash(RunConfig()) != runs.data_hash(RunConfig(model="smollm2-135m"))
+    assert len({runs.data_hash(RunConfig(task=task, examples=8)) for task in runs.TASKS}) == len(runs.TASKS)
