@@ -2,7 +2,17 @@
 
 from labkit.lab.check.compare import NotYet
 from labkit.lab.check.double_quantization import constant_bytes, double_quantize, dynamic_decade, pair_table
-from labkit.lab.check.lora import greedy_token, lora_forward, lora_parameters, supervise, training_flops
+from labkit.lab.check.lora import (
+    break_even_rank,
+    greedy_token,
+    llama_lora_parameters,
+    lora_forward,
+    lora_gradients,
+    lora_parameters,
+    merged_weight,
+    supervise,
+    training_flops,
+)
 from labkit.lab.check.quantization import (
     bits_per_weight,
     nearest_code,
@@ -16,12 +26,16 @@ from labkit.lab.check.quantization import (
 __all__ = [
     "NotYet",
     "bits_per_weight",
+    "break_even_rank",
     "constant_bytes",
     "double_quantize",
     "dynamic_decade",
     "greedy_token",
+    "llama_lora_parameters",
     "lora_forward",
+    "lora_gradients",
     "lora_parameters",
+    "merged_weight",
     "nearest_code",
     "normal_float",
     "outlier_victims",

@@ -1,6 +1,7 @@
 """Explorers: move a control, and a figure is computed live from real weights or a real run."""
 
 from labkit.lab.explore.double_quantization import constants_explorer
+from labkit.lab.explore.lora import strength_explorer
 from labkit.lab.explore.memory import weight_memory
 from labkit.lab.explore.quantization import codebook_explorer
 from labkit.lab.explore.tickets import answer_table, ticket_explorer, token_probabilities
@@ -9,6 +10,7 @@ __all__ = [
     "answer_table",
     "codebook_explorer",
     "constants_explorer",
+    "strength_explorer",
     "ticket_explorer",
     "token_probabilities",
     "weight_memory",

@@ -1,0 +1,135 @@
+"""An adapter under the hands: turn it, or one layer of it, up and down."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from IPython.display import display
+from matplotlib import pyplot as plt
+from torch import nn
+
+from labkit.datasets import text_loss
+from labkit.lab.explore.panel import panel
+from labkit.lab.interactive import is_interactive
+from labkit.lab.plots import COLOURS, canvas, finish
+from labkit.lora import lora_layers
+
+ALL = "all layers"
+STRENGTHS = tuple(i / 4 for i in range(9))  # 0 to 2
+
+
+@contextmanager
+def one_strength(model: nn.Module, layer: str, factor: float):
+    """Within the block the correction of `layer` (or of `ALL`) counts `factor` times; the others stay as they are."""
+    chosen = lora_layers(model)
+    chosen = list(chosen.values()) if layer == ALL else [chosen[layer]]
+    before = [module.scaling for module in chosen]
+    try:
+        for module in chosen:
+            module.scaling *= factor
+        yield
+    finally:
+        for module, scaling in zip(chosen, before):
+            module.scaling = scaling
+
+
+def shuffled_adapter(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy whose corrections have the same singular values and point elsewhere: B's rows and A's columns permuted."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(other).values():
+            order_in = torch.randperm(layer.in_features, generator=generator).to(layer.lora_A.device)
+            order_out = torch.randperm(layer.out_features, generator=generator).to(layer.lora_B.device)
+            layer.lora_A.copy_(layer.lora_A[:, order_in])
+            layer.lora_B.copy_(layer.lora_B[order_out])
+    return other
+
+
+def short_name(name: str) -> str:
+    """ "model.layers.2.mlp.down_proj" to "2 · down_proj"."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    return " · ".join([*numbers, name.rpartition(".")[2]])
+
+
+def strength_explorer(model: nn.Module, tokenizer, records: Sequence[dict]) -> None:
+    """Turn an adapter, or one layer of it, from 0 (the base) to 2 (twice what was trained). Left: the loss of `records`,
+    computed live, and that of a random correction of the same singular values. Right: the singular values of the
+    correction at this strength, beside those of the weight.
+
+    Args:
+        model: with adapters of `labkit.lora`, not merged.
+        tokenizer: its tokenizer.
+        records: passages to take the loss of; a dozen answer in about a second.
+
+    Raises:
+        ValueError: no adapter, or a merged one; no records.
+    """
+    layers = lora_layers(model)
+    if not layers or any(layer.merged_from is not None for layer in layers.values()):
+        raise ValueError(
+            "strength_explorer needs an adapter that is not merged; add one, or unmerge it first"
+        )
+    if not records:
+        raise ValueError("records is empty; give at least one passage to take the loss of")
+    names = {ALL: ALL} | {short_name(name): name for name in layers}
+    models = {"lora": model, "control": shuffled_adapter(model)}
+    losses: dict[tuple[str, str, float], float] = {}
+    first = next(iter(layers))
+
+    def loss(kind: str, layer: str, strength: float) -> float:
+        """Measured once for each setting."""
+        key = kind, layer, strength
+        if key not in losses:
+            with one_strength(models[kind], layer, strength):
+                losses[key] = text_loss(models[kind], tokenizer, records)[0]
+        return losses[key]
+
+    def draw(layer: str, strength: float) -> None:
+        name = names[layer]
+        figure, (left, right) = canvas(width=9, height=3.3, columns=2)
+        for kind, marker in (("control", "s"), ("lora", "o")):
+            curve = [loss(kind, name, s) for s in STRENGTHS]
+            left.plot(STRENGTHS, curve, marker=marker, markersize=4, color=COLOURS[kind])
+        now = loss("lora", name, strength)
+        left.plot(strength, now, "o", markersize=10, fillstyle="none", color=COLOURS["full"])
+        left.annotate(
+            f"{now:.2f}", (strength, now), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=10
+        )
+        # a random correction can be far worse than any that was trained: let it leave the picture
+        trained = [loss("lora", name, s) for s in STRENGTHS]
+        span = max(trained) - min(trained)
+        left.set_ylim(min(trained) - 0.15 * span, max(trained) + 0.4 * span)
+        left.text(0.97, 0.97, "blue: trained\ngrey: random, same size", transform=left.transAxes, ha="right", va="top", fontsize=9.5)  # fmt: skip
+        finish(left, f"Loss, {layer} × {strength:g}", "strength (1: as trained)", "nats a token")
+
+        shown = first if name == ALL else name
+        module = layers[shown]
+        with torch.no_grad():
+            weight = torch.linalg.svdvals(module.base.weight.float()).cpu()
+            delta = strength * torch.linalg.svdvals(module.delta().float())[: module.r].cpu()
+        right.plot(range(1, len(weight) + 1), weight, color=COLOURS["base"], linewidth=2)
+        if strength:  # nothing to draw on a logarithmic axis at 0
+            right.plot(range(1, len(delta) + 1), delta, "o-", color=COLOURS["lora"], markersize=4)
+            right.text(
+                len(delta) + 1, delta[-1], "  correction", color=COLOURS["lora"], va="center", fontsize=10
+            )
+        right.text(len(weight) / 3, weight[len(weight) // 3], " W", color=COLOURS["base"], va="bottom")
+        right.set_xscale("log")
+        right.set_yscale("log")
+        share = (delta.norm() / weight.norm()).item()
+        finish(right, f"Layer {short_name(shown)}: |ΔW| = {share:.0%} of |W|", "number", "singular value")
+        display(figure)
+        plt.close(figure)
+
+    controls = {}
+    if is_interactive():
+        from ipywidgets import Dropdown, FloatSlider
+
+        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
+        controls["layer"] = Dropdown(options=list(names), value=ALL, description="layer", **wide)
+        controls["strength"] = FloatSlider(
+            1.0, min=0, max=2, step=0.05, description="adapter ×", continuous_update=False, **wide
+        )
+    panel(draw, controls, [{"layer": ALL, "strength": 1.0}])
