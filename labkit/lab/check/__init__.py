@@ -22,15 +22,26 @@ from labkit.lab.check.quantization import (
     unpack_nibbles,
     weight_bytes,
 )
+from labkit.lab.check.spectra import (
+    count_intruders,
+    effective_rank,
+    factored_singular_values,
+    keep_largest,
+    similarity,
+)
 
 __all__ = [
     "NotYet",
     "bits_per_weight",
     "break_even_rank",
     "constant_bytes",
+    "count_intruders",
     "double_quantize",
     "dynamic_decade",
+    "effective_rank",
+    "factored_singular_values",
     "greedy_token",
+    "keep_largest",
     "llama_lora_parameters",
     "lora_forward",
     "lora_gradients",
@@ -41,6 +52,7 @@ __all__ = [
     "outlier_victims",
     "pair_table",
     "scale_blocks",
+    "similarity",
     "supervise",
     "training_flops",
     "unpack_nibbles",

@@ -4,6 +4,7 @@ from labkit.lab.explore.double_quantization import constants_explorer
 from labkit.lab.explore.lora import strength_explorer
 from labkit.lab.explore.memory import weight_memory
 from labkit.lab.explore.quantization import codebook_explorer
+from labkit.lab.explore.spectra import update_explorer
 from labkit.lab.explore.tickets import answer_table, ticket_explorer, token_probabilities
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "strength_explorer",
     "ticket_explorer",
     "token_probabilities",
+    "update_explorer",
     "weight_memory",
 ]
