@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -287,8 +287,3 @@ def weights_hash(model: str) -> str:
         return models.SOURCES[model].sha256
     folder = models.shipped(model) if model in models.SHIPPED else Path(model)
     return "+".join(models.sha256(path) for path in sorted(folder.glob("*.safetensors"))) or model
-
-
-def settings(config: RunConfig) -> dict:
-    """The config as a plain dict."""
-    return asdict(config)

@@ -31,6 +31,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -216,7 +217,7 @@ def begin_process() -> None:
 def record_run(config: RunConfig) -> dict:
     """Do one run; the line that records it."""
     started = time.perf_counter()
-    record = {"config": runs.settings(config), "status": "done"}
+    record = {"config": asdict(config), "status": "done"}
     try:
         record["metrics"] = runs.run(config).metrics
     except TrainingDiverged as error:

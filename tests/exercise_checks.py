@@ -24,3 +24,20 @@ def survives_stubs_exceptions_and_nonsense(checker, nonsense: str = "expected") 
         checker(lambda *_: 1 / 0)
     with pytest.raises(check.NotYet, match=nonsense):
         checker(lambda *_: "a string")
+
+
+def tests_of(cases: list[tuple]):
+    """The two tests of a lesson's checks, for (checker, solution, [(mistake, message), …]); assign them to names in its file."""
+    each = pytest.mark.parametrize(
+        ("checker", "right", "wrong"), cases, ids=lambda v: getattr(v, "__name__", "")
+    )
+
+    @each
+    def accepts(checker, right, wrong, capsys):
+        accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, times=20)
+
+    @each
+    def survives(checker, right, wrong):
+        survives_stubs_exceptions_and_nonsense(checker)
+
+    return accepts, survives

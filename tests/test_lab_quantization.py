@@ -110,14 +110,10 @@ def right_and_wrong():
 CASES = list(right_and_wrong())
 
 
-@pytest.mark.parametrize(("checker", "right", "wrong"), CASES, ids=lambda v: getattr(v, "__name__", ""))
-def test_a_check_accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys):
-    exercise_checks.accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, times=20)
-
-
-@pytest.mark.parametrize(("checker", "right", "wrong"), CASES, ids=lambda v: getattr(v, "__name__", ""))
-def test_a_check_survives_stubs_exceptions_and_nonsense(checker, right, wrong):
-    exercise_checks.survives_stubs_exceptions_and_nonsense(checker)
+(
+    test_a_check_accepts_the_solution_and_names_each_mistake,
+    test_a_check_survives_stubs_exceptions_and_nonsense,
+) = exercise_checks.tests_of(CASES)
 
 
 def test_a_fixed_offset_is_named_when_another_is_asked_for():
