@@ -18,12 +18,14 @@ class NotYet(AssertionError):
 def compare(
     name: str, theirs: Callable, right: Callable, mistakes: dict[str, Callable], inputs: Callable[[], tuple]
 ) -> None:
-    """Call `theirs` on fresh inputs and compare with `right`; on a difference look for it among `mistakes`.
+    """Call `theirs` on fresh inputs and compare with `right`; name a difference after the mistake that explains most.
+
+    One input is not enough to tell mistakes apart: two of them may agree on it by chance.
 
     Raises:
-        NotYet: the first difference, named if it is known.
+        NotYet: what the differences look like.
     """
-    suspects = dict(mistakes)
+    wrong = []  # (arguments, got, expected)
     for _ in range(TRIES):
         arguments = inputs()
         try:
@@ -33,11 +35,17 @@ def compare(
         if got is None or got is Ellipsis:
             raise NotYet(f"{name}: your function returned {got!r}; has the stub been filled in?")
         expected = right(*arguments)
-        if same(got, expected):
-            continue
-        for message, mistake in suspects.items():
-            if same(got, mistake(*arguments)):
-                raise NotYet(f"{name}: {message}")
+        if not same(got, expected):
+            wrong.append((arguments, got, expected))
+    if wrong:
+        explained = {
+            message: sum(same(got, mistake(*arguments)) for arguments, got, _ in wrong)
+            for message, mistake in mistakes.items()
+        }
+        likeliest = max(explained, key=explained.get, default=None)
+        if likeliest and explained[likeliest]:
+            raise NotYet(f"{name}: {likeliest}")
+        arguments, got, expected = wrong[0]
         raise NotYet(f"{name}: for {describe(arguments)} expected {describe(expected)}, got {describe(got)}")
     print(f"{name}: correct, on {TRIES} fresh inputs.")
 
