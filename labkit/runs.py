@@ -4,6 +4,7 @@ A sweep is many of these, so everything that decides the numbers stands in `RunC
 same config, data and package versions gives the same numbers again. A task is data with a real metric:
 
     austen      prose that tiny-llama never saw: test loss, and the loss on two old domains, in nats a token
+    spectra     the same training, and what it did to the weights: ranks, directions, intruders, each beside its control
     sql         questions to SQL over schemas that training never showed: share of queries whose execution is right
     tickets     support messages to JSON: share right in every field
     facts       random numbers to remember: bits learned
@@ -14,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,13 +28,16 @@ from labkit.evaluate import chat_prompts, generate, held_out_loss, score_json
 from labkit.hardware import best_device, product_dtype
 from labkit.lora import LoRAConfig, add_lora, trainable
 from labkit.quant_linear import quantize_model
-from labkit.subspace import add_subspace
+from labkit.subspace import add_subspace, matching_lr
 from labkit.train import History, TrainConfig, train
+from labkit.update_numbers import effect_numbers, spectral_numbers
+from labkit.updates import updates
 
 METHODS = ("full", "lora", "qlora", "subspace", "none")
 OLD_DOMAINS = ("kjv", "pydocs")  # tiny-llama was pretrained on their training text
 OLD_BYTES = 12_000  # of each old domain, to measure in a second
 TEST_PASSAGES = 60  # of the test novel: 8,000 tokens
+TWIN = 1000  # added to the seed of a run for the second run that it is compared with
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class RunConfig:
         embeddings: train the embedding matrix, which these models share with the output layer; default: only with "full".
         d: dimension of the random subspace.
         examples: train on the first so many records; default: on all.
-        lr, steps, batch_size, schedule, warmup, clip: see `labkit.TrainConfig`.
+        lr, steps, batch_size, schedule, warmup, clip: see `labkit.TrainConfig`; in a subspace `lr` is the step of a weight, and
+            z gets `labkit.subspace.matching_lr`.
         seed: of the start of the adapter, the order of the data, the random subspace, and `facts`.
 
     Raises:
@@ -138,6 +143,20 @@ def measure_austen(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, 
     return {name: datasets.text_loss(model, tokenizer, records, 32)[0] for name, records in losses.items()}
 
 
+def measure_spectra(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
+    base, _ = models.load(config.model, torch.float32, best_device())
+    twin, _, _ = fit(replace(config, seed=config.seed + TWIN))
+
+    def loss(any_model: nn.Module) -> float:
+        return datasets.text_loss(any_model, tokenizer, datasets.austen("validation"), 32)[0]
+
+    return (
+        {"validation_loss": loss(model)}
+        | spectral_numbers(base, model, twin, config.seed)
+        | effect_numbers(base, updates(base, model), loss, config.seed)
+    )
+
+
 def sql_records(config: RunConfig, split: str = "train") -> list[dict]:
     form = "plain" if config.model == "tiny-llama" else "chat"
     return [sql.sql_record(item, form) for item in sql.questions(split)]
@@ -182,6 +201,11 @@ TASKS = {
             [datasets.austen(s) for s in ("train", "validation", "test")]
             + [datasets.held_out(domain, OLD_BYTES) for domain in OLD_DOMAINS]
         ),
+    ),
+    "spectra": Task(
+        lambda config: datasets.austen("train"),
+        measure_spectra,
+        lambda config: [datasets.austen(split) for split in ("train", "validation")],
     ),
     "sql": Task(
         sql_records,
@@ -238,6 +262,24 @@ def prepare(config: RunConfig) -> tuple[nn.Module, object]:
     return model, tokenizer
 
 
+def fit(config: RunConfig) -> tuple[nn.Module, object, History | None]:
+    """Prepare and train; the model, its tokenizer, and the history (None for method "none").
+
+    Raises:
+        see `run`.
+    """
+    model, tokenizer = prepare(config)
+    if config.method == "none":
+        return model, tokenizer, None
+    training = config.training()
+    if config.method == "subspace":  # so that a rate means the same step of a weight as in full fine-tuning
+        training = replace(training, lr=matching_lr(model, config.lr))
+    history = train(model, tokenizer, TASKS[config.task].records(config)[: config.examples], training)
+    if history.stopped == "interrupted":
+        raise KeyboardInterrupt  # half a run is no result
+    return model, tokenizer, history
+
+
 def run(config: RunConfig) -> Run:
     """Train and measure.
 
@@ -249,21 +291,16 @@ def run(config: RunConfig) -> Run:
         ValueError, labkit.models.ModelUnavailable: see `prepare`.
         labkit.TrainingDiverged: the loss became NaN or infinite.
     """
-    task = TASKS[config.task]
-    model, tokenizer = prepare(config)
+    model, tokenizer, history = fit(config)
     metrics: dict[str, float] = {"parameters": trainable(model).trainable}
-    history = None
-    if config.method != "none":
-        history = train(model, tokenizer, task.records(config)[: config.examples], config.training())
-        if history.stopped == "interrupted":
-            raise KeyboardInterrupt  # half a run is no result
+    if history is not None:
         last = history.losses[-max(1, len(history.losses) // 10) :]
         metrics |= {
             "train_loss": sum(last) / len(last),
             "tokens": sum(row["tokens"] for row in history.steps),
             "train_seconds": round(history.seconds, 2),
         }
-    return Run(model, history, metrics | task.measure(model, tokenizer, config))
+    return Run(model, history, metrics | TASKS[config.task].measure(model, tokenizer, config))
 
 
 def data_hash(config: RunConfig) -> str:
