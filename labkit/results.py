@@ -34,9 +34,9 @@ class Results:
     records: list[dict] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def find(self, config: RunConfig) -> dict | None:
-        """The record of a config."""
-        return next((r for r in self.records if RunConfig.from_dict(r["config"]) == config), None)
+    def by_config(self) -> dict[RunConfig, dict]:
+        """The records by what was run."""
+        return {RunConfig.from_dict(record["config"]): record for record in self.records}
 
     def to_frame(self) -> pd.DataFrame:
         """A row a run: its settings, `status`, its metrics (missing where it diverged or failed), `seconds`, `diverged_at`."""

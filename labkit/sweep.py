@@ -158,7 +158,8 @@ def run(
         with lock:
             mend_last_line(path)
             done = load(path) if path.exists() else Results()
-            missing = [config for config in configs if done.find(config) is None]
+            known = done.by_config()
+            missing = [config for config in configs if config not in known]
             bar = tqdm(
                 total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress
             )
@@ -174,7 +175,8 @@ def run(
                 bar.close()
     except Timeout:
         raise RuntimeError(f"another sweep is writing to {path}; wait for it, or stop it") from None
-    found = [record for config in configs if (record := done.find(config))]
+    known = done.by_config()
+    found = [known[config] for config in configs if config in known]
     return Results(found, done.problems)
 
 

@@ -11,7 +11,6 @@ from matplotlib import pyplot as plt
 
 from labkit.lab.check import forgetting as check
 from labkit.lab.explore import forgetting as explore
-from labkit.sweep import mean_interval
 from tests import exercise_checks
 
 # Exercises
@@ -89,20 +88,6 @@ CASES = [
             (lambda n, d, loss, p: max(0, bits(n, d, loss)), "divide by the number"),
         ],
     ),
-    (
-        check.seed_interval,
-        lambda values: (np.mean(values), half(values)),
-        [
-            (lambda v: (np.mean(v), half(v, 1.96)), "1.96 belongs"),
-            (lambda v: (np.mean(v), half(v, {3: 3.182446, 4: 2.776445, 5: 2.570582}[len(v)])), "n - 1 degrees"),
-            (lambda v: (np.mean(v), half(v, {3: 2.919986, 4: 2.353363, 5: 2.131847}[len(v)])), "0.975"),
-            (lambda v: (np.mean(v), half(v, ddof=0)), "divides by n - 1"),
-            (lambda v: (np.mean(v), half(v, 1.96, 0)), "far too narrow"),
-            (lambda v: (np.mean(v), half(v) * len(v) ** 0.5), "interval of a single value"),
-            (lambda v: (np.mean(v), np.std(v, ddof=1)), "standard deviation"),
-            (lambda v: (np.mean(v), 2 * half(v)), "whole width"),
-        ],
-    ),
 ]  # fmt: skip
 
 
@@ -110,11 +95,6 @@ CASES = [
     test_a_check_accepts_the_solution_and_names_each_mistake,
     test_a_check_survives_stubs_exceptions_and_nonsense,
 ) = exercise_checks.tests_of(CASES)
-
-
-def test_the_interval_of_the_exercise_is_that_of_the_sweeps(capsys):
-    check.seed_interval(mean_interval)
-    assert "correct" in capsys.readouterr().out
 
 
 # Fronts

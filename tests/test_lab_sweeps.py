@@ -16,6 +16,7 @@ from labkit.lab.check import NotYet
 from labkit.lab.check import ranks as check
 from labkit.lab.explore import sweeps as explore
 from labkit.lab.plots import COLOURS
+from labkit.sweep import mean_interval
 from tests import exercise_checks
 
 
@@ -102,6 +103,10 @@ def right_and_wrong():
                 "use Student's t instead of 1.96, and divide",
             ),
             (lambda v: (np.mean(v), stats.t.ppf(0.95, len(v) - 1) * stats.sem(v)), "0.975, not 0.95"),
+            (
+                lambda v: (np.mean(v), stats.t.ppf(0.975, len(v)) * stats.sem(v)),
+                "n - 1 degrees of freedom, not n",
+            ),
             (lambda v: (np.mean(v), 2 * half(v)), "whole width"),
             (lambda v: (np.mean(v), statistics.stdev(v)), "that is the standard deviation"),
             (lambda v: (np.mean(v), stats.sem(v)), "that is the standard error"),
@@ -158,6 +163,11 @@ CASES = list(right_and_wrong())
     test_a_check_accepts_the_solution_and_names_each_mistake,
     test_a_check_survives_stubs_exceptions_and_nonsense,
 ) = exercise_checks.tests_of(CASES)
+
+
+def test_the_interval_of_the_exercise_is_that_of_the_sweeps(capsys):
+    check.interval95(mean_interval)
+    assert "correct" in capsys.readouterr().out
 
 
 def test_a_front_that_is_right_but_unsorted_is_told_so():

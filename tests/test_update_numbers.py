@@ -52,9 +52,7 @@ def test_runs_with_nothing_in_common_agree_as_little_as_their_control():
         mean = sum(t[name] for t in trials) / len(trials)
         control = sum(t[f"{name}_control"] for t in trials) / len(trials)
         expected = (8 / 16 + 8 / 24) / 2  # of random spans phi(8, 8) is 8 / d on average
-        assert mean == pytest.approx(expected, abs=0.04) and control == pytest.approx(expected, abs=0.04), (
-            length
-        )
+        assert mean == pytest.approx(expected, abs=0.04) and control == pytest.approx(expected, abs=0.04)
 
 
 def test_noise_is_its_own_control():

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from itertools import cycle, pairwise
 
 import numpy as np
-from scipy import stats
 
 from labkit.lab.check.compare import compare
 
@@ -187,52 +186,6 @@ def bits_per_parameter(function: Callable) -> None:
             "these are all bits; divide by the number of trained parameters": lambda n, d, loss, p: (
                 max(0.0, bits(n, d, loss))
             ),
-        },
-        inputs,
-    )  # fmt: skip
-
-
-def seed_interval(function: Callable) -> None:
-    """`function(values)`: the mean of a few seeds and half the width of its 95 % interval by Student's t."""
-
-    def inputs():
-        return (
-            [random.gauss(4.2, 0.05) for _ in range(random.choice([3, 5]))],
-        )  # not 4, of which the root is 2
-
-    def half(values, quantile, ddof=1):
-        n = len(values)
-        spread = math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (n - ddof))
-        return quantile(n) * spread / math.sqrt(n)
-
-    def t(n):
-        return float(stats.t.ppf(0.975, n - 1))
-
-    compare(
-        "seed_interval",
-        function,
-        lambda values: (mean(values), half(values, t)),
-        {
-            "1.96 belongs to a spread that is known; estimated from three seeds it takes Student's t, 4.30": (
-                lambda v: (mean(v), half(v, lambda n: 1.96))
-            ),
-            "Student's t has n - 1 degrees of freedom, not n": lambda v: (
-                mean(v), half(v, lambda n: float(stats.t.ppf(0.975, n))),
-            ),
-            "95 % in the middle leave 2.5 % on each side: take the quantile 0.975": lambda v: (
-                mean(v), half(v, lambda n: float(stats.t.ppf(0.95, n - 1))),
-            ),
-            "the spread of a sample divides by n - 1, since its mean was fitted": lambda v: (mean(v), half(v, t, 0)),
-            "1.96, and a spread divided by n: with three seeds both are far too narrow": lambda v: (
-                mean(v), half(v, lambda n: 1.96, 0),
-            ),
-            "that is the interval of a single value; the mean of n varies √n times less": lambda v: (
-                mean(v), half(v, t) * math.sqrt(len(v)),
-            ),
-            "that is the standard deviation; the interval of the mean is t · deviation / √n": lambda v: (
-                mean(v), half(v, lambda n: math.sqrt(n)),
-            ),
-            "that is the whole width; give half of it": lambda v: (mean(v), 2 * half(v, t)),
         },
         inputs,
     )  # fmt: skip

@@ -146,6 +146,10 @@ def interval95(function: Callable) -> None:
             "use Student's t instead of 1.96, and divide the squares by n - 1": lambda v: answer(
                 v, ddof=0, normal=True
             ),
+            "Student's t has n - 1 degrees of freedom, not n": lambda v: (
+                answer(v)[0],
+                answer(v)[1] * float(stats.t.ppf(0.975, len(v)) / stats.t.ppf(0.975, len(v) - 1)),
+            ),
             "2.5 % are left out on either side: take the quantile 0.975, not 0.95": lambda v: answer(
                 v, quantile=0.95
             ),
