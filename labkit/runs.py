@@ -6,6 +6,7 @@ same config, data and package versions gives the same numbers again. A task is d
     austen      prose that tiny-llama never saw: test loss, and the loss on two old domains, in nats a token
     spectra     the same training, and what it did to the weights: ranks, directions, intruders, each beside its control
     sql         questions to SQL over schemas that training never showed: share of queries whose execution is right
+    sql_more    the same, with as many databases to train on again
     tickets     support messages to JSON: share right in every field
     facts       random numbers to remember: bits learned
     docstrings  which package is this docstring from: accuracy
@@ -189,7 +190,7 @@ def measure_facts(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, f
 def measure_docstrings(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
     return {
         f"{split}_accuracy": datasets.classification_accuracy(model, tokenizer, datasets.docstrings(split))
-        for split in ("train", "test")
+        for split in ("train", "validation", "test")
     }
 
 
@@ -212,6 +213,11 @@ TASKS = {
         measure_sql,
         lambda config: [sql_records(config, s) for s in ("train", "validation", "test")],
     ),
+    "sql_more": Task(
+        lambda config: sql_records(config) + sql_records(config, "more"),
+        measure_sql,
+        lambda config: [sql_records(config, s) for s in ("train", "more", "validation", "test")],
+    ),
     "tickets": Task(
         lambda config: [ticket_chat(t) for t in tickets("train")],
         measure_tickets,
@@ -225,7 +231,7 @@ TASKS = {
     "docstrings": Task(
         lambda config: datasets.docstrings("train"),
         measure_docstrings,
-        lambda config: [datasets.docstrings(s) for s in ("train", "test")],
+        lambda config: [datasets.docstrings(s) for s in ("train", "validation", "test")],
     ),
 }
 

@@ -47,6 +47,7 @@ FUNCTIONS = frozenset(
         "like",
     ]
 )
+SQL_SPLITS = (*SPLITS, "more")
 TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\w+(?:\.\w+)*|<=|>=|<>|!=|\S")
 
 
@@ -54,14 +55,15 @@ def questions(split: str) -> list[dict]:
     """Questions with the query to write: `{"db", "question", "query", "kind", "pattern"}`; see data/sql/README.md.
 
     Args:
-        split: "train", "validation" or "test". No database and no phrasing is in two of them.
+        split: "train", "validation" or "test": no database and no phrasing is in two of them. Or "more": further
+            questions to train on, to databases of their own, in the phrasings of "train" and others.
 
     Raises:
         ValueError: another split.
         FileNotFoundError: the data folder is not there.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not known; choose one of {SPLITS}")
+    if split not in SQL_SPLITS:
+        raise ValueError(f"split={split!r} is not known; choose one of {SQL_SPLITS}")
     return [json.loads(line) for line in read(f"{split}.jsonl").splitlines()]
 
 

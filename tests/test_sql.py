@@ -12,7 +12,7 @@ from recipes.sql_questions.__main__ import main as write_data
 from recipes.sql_questions.generate import is_trivial, read_schemas, told_apart
 from recipes.sql_questions.near_misses import core, spare
 
-SIZES = {"train": 1680, "validation": 150, "test": 200}
+SIZES = {"train": 1680, "validation": 150, "test": 200, "more": 2100}
 BOOKS = {
     "books": {
         "columns": {"title": "TEXT", "pages": "INTEGER", "price": "REAL"},
@@ -23,7 +23,7 @@ BOOKS = {
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: sql.questions(split) for split in data.SPLITS}
+    return {split: sql.questions(split) for split in sql.SQL_SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def sheet() -> str:
 def test_there_are_as_many_as_the_datasheet_says(splits):
     assert {split: len(rows) for split, rows in splits.items()} == SIZES
     for kind in {item["kind"] for item in splits["train"]}:
-        counts = [sum(item["kind"] == kind for item in splits[split]) for split in data.SPLITS]
+        counts = [sum(item["kind"] == kind for item in splits[split]) for split in sql.SQL_SPLITS]
         assert min(counts) > 0 and f"| `{kind}` | " in sheet()
         assert f"| {' | '.join(map(str, counts))} |" in next(
             line for line in sheet().splitlines() if line.startswith(f"| `{kind}` |")
@@ -55,10 +55,10 @@ def test_there_are_as_many_as_the_datasheet_says(splits):
 def test_the_recipe_writes_the_committed_files_byte_for_byte(tmp_path):
     write_data(tmp_path)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(made) == {"databases.json", "train.jsonl", "validation.jsonl", "test.jsonl"}
+    assert set(made) == {"databases.json", "train.jsonl", "validation.jsonl", "test.jsonl", "more.jsonl"}
     for name, content in made.items():
         assert content == (data.data_folder() / "sql" / name).read_bytes(), name
-    assert sum(map(len, made.values())) < 1_000_000
+    assert sum(map(len, made.values())) < 2_000_000
 
 
 def test_every_reference_query_returns_something_and_is_right(splits, connections):
@@ -73,7 +73,7 @@ def test_every_reference_query_returns_something_and_is_right(splits, connection
 
 
 def test_tables_have_12_to_30_rows_and_names_of_columns_are_not_ambiguous(splits):
-    for item in splits["train"] + splits["validation"] + splits["test"]:
+    for item in itertools.chain(*splits.values()):
         content = sql.tables(item["db"])
         columns = [column for table in content.values() for column in table["columns"]]
         assert len(columns) == len(set(columns)) and 1 <= len(content) <= 2
@@ -106,13 +106,22 @@ def test_core_near_misses_are_all_told_apart_and_others_nearly_all(splits, conne
 
 
 def test_databases_tables_and_phrasings_of_a_split_are_in_no_other(splits):
-    for one, other in itertools.combinations(data.SPLITS, 2):
+    for one, other in itertools.combinations(sql.SQL_SPLITS, 2):
         dbs = [{item["db"] for item in splits[split]} for split in (one, other)]
         assert not dbs[0] & dbs[1]
         names = [{table for db in some for table in sql.tables(db)} for some in dbs]
         assert not names[0] & names[1]
         frames = [{item["pattern"].split(" | ")[0] for item in splits[split]} for split in (one, other)]
-        assert not frames[0] & frames[1] and min(map(len, frames)) >= 30
+        assert min(map(len, frames)) >= 30
+        if (one, other) != ("train", "more"):  # more has the phrasings of train, and others
+            assert not frames[0] & frames[1]
+        else:
+            assert len(frames[1] - frames[0]) > len(frames[1]) / 3
+
+
+def test_no_frame_or_condition_of_more_is_in_validation_or_test(splits):
+    used = {s: {p for item in splits[s] for p in item["pattern"].split(" | ") if p} for s in splits}
+    assert not used["more"] & (used["validation"] | used["test"])
 
 
 def skeletons(splits, split):
@@ -133,10 +142,11 @@ def skeletons(splits, split):
     return made
 
 
-def test_no_question_of_test_is_in_train_once_its_own_words_are_taken_out(splits):
-    seen = skeletons(splits, "train")
-    assert len(seen) > 300
-    assert not seen & skeletons(splits, "test") and not seen & skeletons(splits, "validation")
+def test_no_question_of_test_is_in_train_or_more_once_its_own_words_are_taken_out(splits):
+    held_out = skeletons(splits, "test") | skeletons(splits, "validation")
+    for split in ("train", "more"):
+        seen = skeletons(splits, split)
+        assert len(seen) > 300 and not seen & held_out
 
 
 def test_no_question_occurs_twice(splits):
@@ -149,7 +159,7 @@ def test_no_question_occurs_twice(splits):
 
 def test_every_value_of_a_query_stands_in_its_question(splits):
     words = {2: "two", 3: "three", 4: "four", 5: "five"}
-    for item in splits["train"] + splits["validation"] + splits["test"]:
+    for item in itertools.chain(*splits.values()):
         query, limit = re.sub(r" LIMIT (\d+)", "", item["query"]), re.search(r" LIMIT (\d+)", item["query"])
         for value in re.findall(r"'%?([^'%]*)%?'", query) + re.findall(r"[<>=] ([\d.]+)", query):
             assert value in item["question"], item
@@ -215,7 +225,9 @@ def test_harm_nonsense_and_endless_work_come_back_as_an_error(books, query):
 
 def test_the_steps_allowed_are_far_from_what_reference_queries_take(monkeypatch, splits, connections):
     monkeypatch.setattr(sql, "MAX_STEPS", sql.MAX_STEPS // 100)
-    assert all(not sql.execute(connections[i["db"]], i["query"]).error for i in splits["train"])
+    assert all(
+        not sql.execute(connections[i["db"]], i["query"]).error for i in splits["train"] + splits["more"]
+    )
 
 
 def test_a_database_can_only_be_read(books):

@@ -15,7 +15,7 @@ from recipes.sql_questions import phrasings as say
 from recipes.sql_questions.near_misses import core
 
 SEED = 11
-PER_DATABASE = {"train": 70, "validation": 25, "test": 25}
+PER_DATABASE = {"train": 70, "validation": 25, "test": 25, "more": 70}
 SHARES = {
     "where": 24,
     "like": 6,
@@ -441,7 +441,9 @@ def generate() -> tuple[dict[str, dict], dict[str, list[dict]], dict[str, int]]:
         for kind in kinds:
             for _ in range(2000):
                 question, query, pattern = writer.write(kind)
-                if question.lower() in asked or queries.count(query) >= (2 if split == "train" else 1):
+                if question.lower() in asked or queries.count(query) >= (
+                    2 if split in ("train", "more") else 1
+                ):
                     continue
                 dropped["candidates"] += 1
                 if is_trivial(connection, query, content):

@@ -1,4 +1,4 @@
-"""The ways to ask, apart for train, validation and test: no phrase of one split is in another.
+"""The ways to ask, apart for train, validation and test: no phrase of one split is in another; `more` adds to those of train.
 
 A question is a *frame* with a *condition* put in. Slots: {A} the columns asked for, {sg} and {pl} what a row is, {C} the
 condition, {n} a column, {v} and {w} values, {g} the column to group by, {k} how many, {sup} "heaviest".
@@ -257,3 +257,53 @@ JOIN_BOTH_C = {
     "validation": ["Tell me the {A} and the {B} of the {ps} for all {pl} {C}."],
     "test": ["Report the {A} for {pl} {C}, along with the {B} of the {ps}."],
 }  # fmt: skip
+# what `more` has beyond train: new ways to ask, none of them one of validation or test
+MORE = [
+    (CONDITIONS["eq"], ["where {v} is the {n}", "if the {n} is {v}", "of {n} {v}"]),
+    (CONDITIONS["eq number"], ["with {n} at {v}", "provided the {n} is just {v}"]),
+    (CONDITIONS["ne"], ["where {v} is not the {n}", "if the {n} is anything but {v}", "with another {n} than {v}"]),
+    (CONDITIONS["gt"], ["with more than {v} as the {n}", "if the {n} is over {v}", "beating {v} in {n}", "with {n} bigger than {v}"]),
+    (CONDITIONS["lt"], ["with less than {v} as the {n}", "if the {n} is under {v}", "not reaching {v} in {n}", "with {n} short of {v}"]),
+    (CONDITIONS["gt year"], ["if the {n} is later than {v}", "with {n} only after {v}"]),
+    (CONDITIONS["lt year"], ["if the {n} is earlier than {v}", "with {n} already before {v}"]),
+    (CONDITIONS["starts"], ["provided the {n} begins with {v}", "with {v} at the start of the {n}"]),
+    (CONDITIONS["ends"], ["provided the {n} finishes with {v}", "with {v} at the end of the {n}"]),
+    (CONDITIONS["contains"], ["provided {v} is a part of the {n}", "with {n} containing {v}"]),
+    (CONDITIONS["either"], ["provided the {n} is {v} or {w}", "with {v} or {w} as the {n}"]),
+    (CONDITIONS["range"], ["with {n} higher than {v} and lower than {w}", "if the {n} is greater than {v} but smaller than {w}"]),
+    (TWO["AND"], ["{C} but only those {D}", "both {C} and {D}"]),
+    (TWO["OR"], ["{C} or alternatively {D}", "{C} or, if not, {D}"]),
+    (SELECT, ["I want the {A} of the {pl} {C}.", "Which {A} do the {pl} {C} have?", "Look at the {pl} {C} and give their {A}.", "Let me see the {A} of every {sg} {C}.", "{A} of {pl} {C}, please."]),
+    (NAMES, ["Show me the {pl} {C}.", "I want every {sg} {C}.", "Give me all the {pl} {C}."]),
+    (LOOKUP, ["I need the {A} of {v}.", "Let me see the {A} of the {sg} {v}.", "Which {A} does {v} have?", "Take {v}: what is its {A}?"]),
+    (COUNT, ["I want the number of {pl} {C}.", "Show how many {pl} there are {C}.", "How large is the number of {pl} {C}?", "The {pl} {C}: how many are they?"]),
+    (AGGREGATE["AVG"], ["Give me the average {n} of all the {pl}{C}.", "What {n} do {pl}{C} have on average?", "Take the mean of the {n} over {pl}{C}."]),
+    (AGGREGATE["SUM"], ["Give me the total {n} of all the {pl}{C}.", "Taken together, what {n} do {pl}{C} have?", "What do the {n} figures of {pl}{C} add up to?"]),
+    (AGGREGATE["MAX"], ["Give me the highest {n} of all the {pl}{C}.", "How high does the {n} of {pl}{C} go?", "The largest {n} of any of the {pl}{C} is what?"]),
+    (AGGREGATE["MIN"], ["Give me the lowest {n} of all the {pl}{C}.", "How low does the {n} of {pl}{C} go?", "The smallest {n} of any of the {pl}{C} is what?"]),
+    (AGGREGATE["MAX year"], ["Give me the latest {n} of the {pl}{C}.", "What is the last {n} of any of the {pl}{C}?"]),
+    (AGGREGATE["MIN year"], ["Give me the earliest {n} of the {pl}{C}.", "What is the first {n} of any of the {pl}{C}?"]),
+    (EXTREME, ["Show me the {sg} that has the {high} {n}.", "Whose {n} is the {high} among the {pl}?", "Give the {sg} whose {n} is the {high}."]),
+    (EXTREME_OF, ["Take the {sg} with the {high} {n}: what is its {A}?", "Find the {A} of the {sg} whose {n} is the {high}."]),
+    (EXTREME_C, ["Show the {sg} with the {high} {n} of those {C}.", "Only counting {pl} {C}, which has the {high} {n}?"]),
+    (SUPERLATIVE, ["Give me the {sup} one of the {pl}.", "Find the {sup} {sg}."]),
+    (SUPERLATIVE_OF, ["Show the {A} of the {sup} one of the {pl}.", "Take the {sup} {sg}: what is its {A}?"]),
+    (TOP, ["Give me the {k} {pl} that have the {high} {n}.", "Find {k} {pl}, those with the {high} {n}."]),
+    (TOP_OF, ["What is the {A} of the {k} {pl} with the {high} {n}?", "Take the {k} {pl} that have the {high} {n} and show their {A}."]),
+    (SORTED, ["Give me the {A} of every {sg}, by {n} {down}.", "Put the {pl} in order of {n}, {down}, and list the {A}."]),
+    (DOWN[True], ["with the highest at the top", "going down"]),
+    (DOWN[False], ["with the lowest at the top", "going up"]),
+    (DOWN_YEAR[True], ["with the latest at the top"]),
+    (DOWN_YEAR[False], ["with the earliest at the top"]),
+    (GROUP_COUNT, ["Group the {pl} by {g} and count them.", "What is the number of {pl} in each {g}?", "Give me every {g} with its number of {pl}."]),
+    (GROUP_AGGREGATE, ["Group the {pl} by {g} and show the {f} {n}.", "What {f} {n} does each {g} have?", "Give me every {g} with the {f} {n} of its {pl}."]),
+    (DISTINCT, ["What different {n} entries are there among the {pl}?", "Give me each {n} of the {pl} only once."]),
+    (DISTINCT_C, ["Give me each {n} of the {pl} {C} only once.", "Which different values of {n} do {pl} {C} have?"]),
+    (DISTINCT_COUNT, ["What is the number of different {n} values of the {pl}?", "How many {n} values are there among the {pl}, each counted once?"]),
+    (JOIN, ["I need the {A} of {pl} of a {ps} {C}.", "Take each {ps} {C} and show the {A} of its {pl}.", "What is the {A} of the {pl} under a {ps} {C}?"]),
+    (JOIN_COUNT, ["What is the number of {pl} of a {ps} {C}?", "I want to know how many {pl} come under a {ps} {C}."]),
+    (JOIN_BOTH, ["Give me the {A} of all {pl} and, for each, the {B} of the {ps}.", "List every {sg} by its {A}, adding the {B} of the {ps}."]),
+    (JOIN_BOTH_C, ["Take the {pl} {C} and give the {A} and the {B} of the {ps}.", "What are the {A} and the {ps}'s {B} for {pl} {C}?"]),
+]  # fmt: skip
+for phrasings, new in MORE:
+    phrasings["more"] = phrasings["train"] + new
