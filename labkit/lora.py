@@ -160,6 +160,11 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has LoRA adapters already; load a fresh base model to start again"
         )
+    if hasattr(model, "method_config"):
+        raise ValueError(
+            f"{type(model).__name__} is adapted by {type(model.method_config).__name__} already, which this would freeze; "
+            "call labkit.beyond_lora.remove(model) first, or load a fresh base model"
+        )
     layers = {name: model.get_submodule(name) for name in matching_layers(model, config.targets)}
     adapted = {
         name: LoRALinear(layer, config) for name, layer in layers.items()
