@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from labkit import checkpoint
 from labkit.data import collate, encode_all, endless_batches, fingerprint
 from labkit.loss import LOGITS, supervised_loss
+from labkit.paging import OPTIMIZERS, detach_paging, make_optimizer
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -49,6 +50,7 @@ class TrainConfig:
         schedule: "linear" or "cosine" to zero, or "constant"; after `warmup`, a share of the steps, from zero up.
         clip: largest norm of the gradient of all parameters together; None for no clipping.
         weight_decay, betas, eps: of AdamW.
+        optimizer: "adamw", or "adamw8bit" with its state in 8 bits; state_budget_bytes: page its state (`labkit.paging`).
         seed: of the order of the data and of dropout.
         max_length: tokens; longer examples are left out and reported in the history.
         checkpointing: recompute activations in backward instead of keeping them.
@@ -74,6 +76,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    optimizer: str = "adamw"
+    state_budget_bytes: int | None = None
     seed: int = 0
     max_length: int = 512
     checkpointing: bool = False
@@ -97,6 +101,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={value!r} must be a positive number")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r} is not known; choose one of {SCHEDULES}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r} is not known; choose one of {OPTIMIZERS}")
         if self.logits not in LOGITS:
             raise ValueError(f"logits={self.logits!r} is not known; choose one of {LOGITS}")
         if not 0 <= self.warmup < 1:
@@ -203,15 +209,16 @@ class _Run:
         self.total = config.total_steps(len(examples))
         self.device = next(iter(parameters.values())).device
         adam = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-        # fused: one pass over an adapter's several hundred small tensors instead of a dozen over each
-        self.optimizer = torch.optim.AdamW(list(parameters.values()), **adam, fused=True)
+        self.optimizer = make_optimizer(
+            config.optimizer, list(parameters.values()), config.state_budget_bytes, **adam
+        )
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.folder = None if config.checkpoint_folder is None else Path(config.checkpoint_folder)
         # what must be the same for a run to go on where another stopped
         same = {
             k: v
             for k, v in asdict(config).items()
-            if k not in ("checkpoint_folder", "checkpoint_every", "progress")
+            if k not in ("checkpoint_folder", "checkpoint_every", "progress", "state_budget_bytes")
         }
         self.identity = {
             **same,
@@ -251,6 +258,7 @@ class _Run:
                 model.gradient_checkpointing_disable()
             model.train(was_training)
             self.optimizer.zero_grad(set_to_none=True)
+            detach_paging(self.optimizer, keep_state=False)
         if config.patience and self.best:
             self.restore_best()
         return self.history

@@ -96,14 +96,14 @@ def quantizes_scales(flat: Tensor) -> bool:
     return _fast and flat.device.type == "cpu" and not is_traced(flat)
 
 
-def quantize_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) fp32 in blocks of 256 to codes of `dynamic8`, (n,) uint8, and fp32 absmax; where `quantizes_scales` says so.
+def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(n,) fp32 in blocks of 256 to 8-bit codes, (n,) uint8, and fp32 absmax; where `quantizes_scales` says so.
 
-    See `labkit.quant.quantize_blocks`.
+    `levels`: a codebook of 256; by default `dynamic8`. See `labkit.quant.quantize_blocks`.
     """
     from labkit.kernels import cpu
 
-    return cpu.quantize_scales(flat.contiguous())
+    return cpu.quantize_scales(flat.contiguous(), levels)
 
 
 def multiplies(x: Tensor, width: int) -> bool:

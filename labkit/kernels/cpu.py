@@ -31,9 +31,9 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
     return packed, absmax
 
 
-def quantize_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `labkit.kernels.quantize_scales`."""
-    n, n_blocks, levels = flat.numel(), -(-flat.numel() // 256), dynamic8()
+    n, n_blocks, levels = flat.numel(), -(-flat.numel() // 256), dynamic8() if levels is None else levels
     codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n_blocks)
     tensors = flat, midpoints(levels), codes_by_rank(levels), codes, absmax
     # a search takes about eight times as long as quantizing a weight

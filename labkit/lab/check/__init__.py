@@ -13,6 +13,7 @@ from labkit.lab.check.lora import (
     supervise,
     training_flops,
 )
+from labkit.lab.check.paging import belady_victim, lru_faults, read_moment, state_bytes
 from labkit.lab.check.quantization import (
     bits_per_weight,
     nearest_code,
@@ -32,6 +33,7 @@ from labkit.lab.check.spectra import (
 
 __all__ = [
     "NotYet",
+    "belady_victim",
     "bits_per_weight",
     "break_even_rank",
     "constant_bytes",
@@ -46,13 +48,16 @@ __all__ = [
     "lora_forward",
     "lora_gradients",
     "lora_parameters",
+    "lru_faults",
     "merged_weight",
     "nearest_code",
     "normal_float",
     "outlier_victims",
     "pair_table",
+    "read_moment",
     "scale_blocks",
     "similarity",
+    "state_bytes",
     "supervise",
     "training_flops",
     "unpack_nibbles",

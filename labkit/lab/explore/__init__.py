@@ -3,6 +3,7 @@
 from labkit.lab.explore.double_quantization import constants_explorer
 from labkit.lab.explore.lora import strength_explorer
 from labkit.lab.explore.memory import weight_memory
+from labkit.lab.explore.paging import paging_explorer, residency_map
 from labkit.lab.explore.quantization import codebook_explorer
 from labkit.lab.explore.spectra import update_explorer
 from labkit.lab.explore.tickets import answer_table, ticket_explorer, token_probabilities
@@ -11,6 +12,8 @@ __all__ = [
     "answer_table",
     "codebook_explorer",
     "constants_explorer",
+    "paging_explorer",
+    "residency_map",
     "strength_explorer",
     "ticket_explorer",
     "token_probabilities",

@@ -1,0 +1,263 @@
+"""The lower tier of a pager: where optimizer state lies while it is not needed.
+
+On a CPU that is a file, read and written with `pread` and `pwrite`. On CUDA it is pinned host memory, copied on a stream of
+its own, beside the computation.
+
+Why not map the file into memory (`torch.from_file(shared=True)`): every mapped page that was touched counts as resident memory of the
+process until the *kernel* decides to drop it, so that the budget would be a wish. With `pread` the hot state is ordinary
+memory that is allocated and freed, and nothing else. The kernel may still keep parts of the file in its page cache, where
+memory is free anyway; it gives that up when a program asks for memory.
+
+Why a file without a name: it is unlinked the moment it is made (on Windows: opened to be deleted on close). However the
+process ends, by an exception, the power or `kill -9`, the system frees the space; nothing is left to be swept up, and a
+sweep could not hit the file of a live process. Why the space is reserved first (`posix_fallocate`): a full disk then says
+so before a parameter has changed.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from platformdirs import user_cache_dir
+from torch import Tensor
+
+ALIGNMENT = 4096  # bytes; of a slot, and of memory
+# all of it at once: a fault in the processor for each 4 KiB takes longer than reading them
+POPULATED = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE}
+    if hasattr(mmap, "MAP_POPULATE")
+    else {}
+)
+
+
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+
+
+class Slot(NamedTuple):
+    """A piece of the store: its place, a number of bytes in the file or a pinned tensor, and its size in bytes."""
+
+    place: int | Tensor
+    size: int
+
+
+class Placed(NamedTuple):
+    """A tensor, and its distance from the start of the slot in bytes."""
+
+    at: int
+    tensor: Tensor
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes of a dense tensor in the order in which they lie in memory, as a view: (nbytes,) uint8."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def rounded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class FileStore:
+    """State in a nameless file.
+
+    Args:
+        folder: where; made if it is missing. Default: `paging` in labkit's cache folder (LABKIT_CACHE).
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+
+    device_type = "cpu"
+
+    def __init__(self, folder: str | Path | None = None):
+        if folder is None:
+            folder = Path(os.environ.get("LABKIT_CACHE") or user_cache_dir("labkit")) / "paging"
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # until `close`
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"the page store cannot use the folder {self.folder} ({error.strerror}); give store= a folder that "
+                "you may write to, on a disk",
+            ) from error
+        if is_in_memory(self.folder):
+            warnings.warn(
+                f"{self.folder} lies in memory (tmpfs): state that is paged out there saves nothing; give store= a folder "
+                "on a disk",
+                stacklevel=4,
+            )
+        self.end, self.free, self.thread = 0, {}, ThreadPoolExecutor(1, thread_name_prefix="labkit-paging")
+
+    def memory(self, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 that the system gets back as soon as nobody refers to it."""
+        return torch.frombuffer(
+            mmap.mmap(-1, nbytes, **POPULATED) if nbytes else bytearray(1), dtype=torch.uint8
+        )
+
+    def give_back(self) -> None:
+        """Ask the C library (glibc) to return what was freed to the system; it keeps much of it by itself."""
+        if hasattr(LIBC, "malloc_trim"):
+            LIBC.malloc_trim(0)
+
+    def reserve(self, nbytes: int) -> Slot:
+        """A slot of at least `nbytes`, with the disk space allocated.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        size = rounded(nbytes)
+        if self.free.get(size):
+            return Slot(self.free[size].pop(), size)
+        if size:
+            try:
+                allocate(self.file.fileno(), self.end, size)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"the page store in {self.folder} cannot grow from {self.end:,} to {self.end + size:,} bytes "
+                    f"({error.strerror}); the disk has {shutil.disk_usage(self.folder).free:,} free. No parameter and no "
+                    "state was changed. Free some space, give store= another folder, or a larger budget",
+                ) from error
+        slot = Slot(self.end, size)
+        self.end += size
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back."""
+        self.free.setdefault(slot.size, []).append(slot.place)
+
+    def write(self, slot: Slot, tensors: list[Placed]) -> None:
+        """Copy tensors into a slot.
+
+        Raises:
+            OSError: the write failed; the tensors are as they were.
+        """
+        for at, tensor in tensors:
+            transfer(os.pwrite, self.file.fileno(), raw(tensor), slot.place + at)
+
+    def read(self, slot: Slot, tensors: list[Placed]) -> None:
+        """Fill tensors from a slot."""
+        for at, tensor in tensors:
+            transfer(
+                lambda fd, data, place: os.preadv(fd, [data], place),
+                self.file.fileno(),
+                raw(tensor),
+                slot.place + at,
+            )
+
+    def start_reading(self, slot: Slot, tensors: list[Placed]) -> Future:
+        """The same in the background; `.result()` waits for it."""
+        return self.thread.submit(self.read, slot, tensors)
+
+    def close(self) -> None:
+        self.thread.shutdown()
+        self.file.close()
+
+
+def transfer(call, fd: int, data: Tensor, place: int) -> None:
+    """pread or pwrite may do less than they are asked for; go on until all bytes are there."""
+    buffer = memoryview(data.numpy())
+    while buffer:
+        done = call(fd, buffer, place)
+        if not done:
+            raise OSError(errno.EIO, f"the page store ends at byte {place}; was its file cut short?")
+        buffer, place = buffer[done:], place + done
+
+
+def allocate(fd: int, place: int, size: int) -> None:
+    """Make sure that `size` bytes from `place` have space on the disk."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, place, size)
+    else:  # macOS
+        os.pwrite(fd, bytes(size), place)
+
+
+def is_in_memory(folder: Path) -> bool:
+    """Is the folder on a file system that keeps its files in memory? Known on Linux only; elsewhere: no."""
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return False
+    kinds = {Path(m): kind for _, m, kind, *_ in map(str.split, mounts.read_text().splitlines())}
+    real = folder.resolve()
+    return next((kinds[p] for p in (real, *real.parents) if p in kinds), "") in ("tmpfs", "ramfs")
+
+
+class PinnedStore:
+    """State in pinned host memory, copied on a side stream of the GPU.
+
+    Copies wait for what the computation has queued so far, and a reader makes the computation wait for them; the host waits
+    for nothing. A page that was paged out is freed only after its copy, because the computation's stream, which reuses the
+    memory, waits for the copy too.
+
+    Args:
+        device: the GPU.
+    """
+
+    device_type = "cuda"
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def memory(self, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 on the GPU; PyTorch's allocator there reuses what was freed."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def give_back(self) -> None:
+        """Nothing: PyTorch's allocator on the GPU finds what was freed."""
+
+    def reserve(self, nbytes: int) -> Slot:
+        """A pinned buffer.
+
+        Raises:
+            RuntimeError: no host memory is left to pin.
+        """
+        size = rounded(nbytes)
+        return Slot(torch.empty(size, dtype=torch.uint8, pin_memory=True), size)
+
+    def release(self, slot: Slot) -> None:
+        """Nothing: the buffer goes with its slot."""
+
+    def copy(self, slot: Slot, tensors: list[Placed], out: bool) -> torch.cuda.Event:
+        computing = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(computing)
+        with torch.cuda.stream(self.stream):
+            for at, tensor in tensors:
+                here, there = raw(tensor), slot.place[at : at + tensor.nbytes]
+                there.copy_(here, non_blocking=True) if out else here.copy_(there, non_blocking=True)
+            return self.stream.record_event()
+
+    def write(self, slot: Slot, tensors: list[Placed]) -> None:
+        """Copy tensors into a slot; they may be freed afterwards."""
+        torch.cuda.current_stream(self.device).wait_event(self.copy(slot, tensors, out=True))
+
+    def read(self, slot: Slot, tensors: list[Placed]) -> None:
+        """Fill tensors from a slot, before anything that is computed from now on."""
+        self.start_reading(slot, tensors).result()
+
+    def start_reading(self, slot: Slot, tensors: list[Placed]) -> "CudaCopy":
+        """The same, beside what is computed until `.result()` is called."""
+        return CudaCopy(self.copy(slot, tensors, out=False), self.device)
+
+    def close(self) -> None:
+        """Wait for the last copies: their buffers are about to be freed."""
+        self.stream.synchronize()
+
+
+class CudaCopy(NamedTuple):
+    """A copy under way."""
+
+    event: torch.cuda.Event
+    device: torch.device
+
+    def result(self) -> None:
+        """What is computed from now on waits for the copy."""
+        torch.cuda.current_stream(self.device).wait_event(self.event)
