@@ -1,0 +1,121 @@
+"""The shapes of a model without its weights: from a name, a config, or a model, built on PyTorch's meta device.
+
+A tensor on the meta device has a shape and a dtype, and no memory. So a model of 70 B parameters is built in a second, with
+the very modules that transformers would load weights into, and counting its parameters is counting, not estimating.
+
+The configs under `data/configs` are those of the models' own `config.json`, cut down to what decides a shape. Their
+parameter totals were held against the published ones.
+"""
+
+import difflib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from labkit.data import data_folder
+
+ATTENTION = ("sdpa", "eager")
+CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def known_models() -> list[str]:
+    """Names that `config_of` knows, smallest model first."""
+    shipped = sorted(
+        (data_folder() / "configs").glob("*.json"), key=lambda path: _size(json.loads(path.read_text()))
+    )
+    return ["tiny-llama", *(path.stem for path in shipped)]
+
+
+def _size(config: dict) -> int:
+    return config["hidden_size"] * config["intermediate_size"] * config["num_hidden_layers"]
+
+
+def config_of(model):
+    """The transformers config of a model.
+
+    Args:
+        model: a name of `known_models()`, a folder with a `config.json` or that file, a config, a dict with `model_type`, or
+            a model.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones. Or a dict without a usable `model_type`.
+    """
+    from transformers import PretrainedConfig
+
+    if isinstance(model, nn.Module):
+        model = getattr(model, "config", model)
+    if isinstance(model, PretrainedConfig):
+        return model
+    if isinstance(model, dict):
+        return _from_dict(model)
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"{type(model).__name__} is no model; give a name ({', '.join(known_models())}), a folder with a config.json, a "
+            "transformers config, or a transformers model"
+        )
+    path = Path(model).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    name = str(model).lower()
+    if not path.is_file() and name in known_models():
+        folder = data_folder()
+        path = folder / name / "config.json" if name == "tiny-llama" else folder / "configs" / f"{name}.json"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, known_models(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"{str(model)!r} is not a known config; {hint}Known: {', '.join(known_models())}. Also possible: a folder "
+            "with a config.json, or AutoConfig.from_pretrained(…) of any model on the hub"
+        )
+    try:
+        config = _from_dict(json.loads(path.read_text()))
+        config.name_or_path = path.parent.name if path.name == "config.json" else path.stem
+        return config
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+
+
+def _from_dict(values: dict):
+    from transformers import AutoConfig
+
+    values = {k: v for k, v in values.items() if k != "transformers_version"}
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"not the config of a model that transformers knows: {str(error)[:200]}") from None
+
+
+def meta_model(config, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The causal language model of `config` on the meta device: every module and shape, no memory.
+
+    Raises:
+        ValueError: `attention` is not one of `ATTENTION`, or transformers cannot build a causal model of this config.
+    """
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    if attention not in ATTENTION:
+        raise ValueError(f"attention={attention!r} is not known; choose one of {ATTENTION}")
+    attention = attention_of(config, attention)
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"transformers cannot build a causal language model of a {config.model_type!r} config: {str(error)[:200]}"
+        ) from None
+    return model
+
+
+def attention_of(config, attention: str) -> str:
+    """The attention that a model can be run with: SDPA cannot cap the scores, as Gemma 2 wants it."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else attention
+
+
+def changes_logits(config) -> bool:
+    """Does the model cap or scale what its output layer makes (Gemma 2, Cohere, Granite)?"""
+    return any(getattr(config, key, None) not in (None, 1, 1.0) for key in CHANGES_LOGITS)
