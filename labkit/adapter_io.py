@@ -190,7 +190,7 @@ def check_base(model: nn.Module, path: Path) -> None:
         recorded = json.loads((path / PROVENANCE).read_text())["base"]
     except FileNotFoundError:
         return
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{path / PROVENANCE} is damaged; delete it to load the adapter without checking its base"
         ) from None

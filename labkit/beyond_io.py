@@ -35,6 +35,7 @@ from labkit.adapter_io import (
     PROVENANCE,
     WEIGHTS,
     AdapterMismatch,
+    check_base,
     fingerprint,
     replace_folder,
 )
@@ -164,7 +165,7 @@ def load_beyond(model: nn.Module, path: str | Path) -> nn.Module:
     raw, tensors = read(path)
     kind = raw["peft_type"]
     check_bare(model, KINDS[kind])
-    check_same_base(model, path)
+    check_base(model, path)
     if kind == "IA3":
         return load_ia3(model, raw, tensors, path)
     s, length = sizes(model), raw.get("num_virtual_tokens")
@@ -255,27 +256,3 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         what = ", ".join(f"{key}={raw[key]!r}" for key in unknown)
         raise ValueError(f"the adapter in {path} has {what}, which this loader does not know")
     return raw, tensors
-
-
-def check_same_base(model: nn.Module, path: Path) -> None:
-    """Compare the recorded fingerprint of the base with that of `model`; a folder without one passes."""
-    try:
-        recorded = json.loads((path / PROVENANCE).read_text())["base"]
-        parts = [part.removesuffix("_kind") for part in recorded if part.endswith("_kind")]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path / PROVENANCE} is damaged; delete it to load without checking the base"
-        ) from None
-    mine = fingerprint(model)
-    if recorded["shapes"] != mine["shapes"]:
-        raise AdapterMismatch(
-            f"the adapter in {path} was made for a model of other layers or sizes than this {mine['class']}"
-        )
-    differs = [p for p in parts if recorded[f"{p}_kind"] == mine[f"{p}_kind"] and recorded[p] != mine[p]]
-    if differs:
-        raise AdapterMismatch(
-            f"the adapter in {path} was trained on a base of the same shape but with other weights (their fingerprints differ in: "
-            f"{', '.join(differs)}). Load the base that it was trained on, or delete {PROVENANCE} to insist"
-        )
