@@ -1,12 +1,25 @@
 """A laboratory for LoRA and QLoRA: every part from scratch, measured, and checked against the libraries."""
 
 from labkit.adam import AdamW, AdamW8bit
-from labkit.adapter_io import AdapterMismatch, load_adapter, save_adapter
-from labkit.lora import LoRAConfig, adapter_strength, add_lora, merge, trainable, unmerge
+from labkit.adapter_io import load_adapter, save_adapter
+from labkit.adapters import (
+    active_adapter,
+    adapter_configs,
+    add_adapter,
+    combine,
+    disabled,
+    remove_adapter,
+    use_adapter,
+)
+from labkit.lora import LoRAConfig, adapter_strength, add_lora, merge, unmerge
 from labkit.paging import PagedAdamW, attach_paging, detach_paging
+from labkit.parameter_count import adapter_report, trainable
+from labkit.provenance import AdapterMismatch
 from labkit.quant import QuantizedTensor, quantize
 from labkit.quant_linear import QuantLinear, dequantize_model, quantize_model
+from labkit.targets import untie_embeddings
 from labkit.train import History, TrainConfig, TrainingDiverged, train
+from labkit.variants import add_qlora, to_plain_lora
 
 __all__ = [
     "AdamW",
@@ -19,17 +32,28 @@ __all__ = [
     "QuantizedTensor",
     "TrainConfig",
     "TrainingDiverged",
+    "active_adapter",
+    "adapter_configs",
+    "adapter_report",
     "adapter_strength",
+    "add_adapter",
     "add_lora",
+    "add_qlora",
     "attach_paging",
+    "combine",
     "dequantize_model",
     "detach_paging",
+    "disabled",
     "load_adapter",
     "merge",
     "quantize",
     "quantize_model",
+    "remove_adapter",
     "save_adapter",
+    "to_plain_lora",
     "train",
     "trainable",
     "unmerge",
+    "untie_embeddings",
+    "use_adapter",
 ]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from labkit.quant_linear import QuantLinear, is_output_layer
+from labkit.quant_linear import is_output_layer
+from labkit.targets import ends_with, is_linear
 
 SUBLAYERS = {"attention": ("self_attn", "attn", "attention"), "mlp": ("mlp", "feed_forward")}
 
@@ -82,16 +83,6 @@ def train_dtype(model: nn.Module) -> torch.dtype:
     return torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
 
 
-def is_conv1d(layer: nn.Module) -> bool:
-    """Is it GPT-2's linear layer, whose weight is (in, out)? By name, since importing the class costs seconds."""
-    return type(layer).__name__ == "Conv1D"
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """A linear layer in 16 or 32 bits, in 4 bits, or GPT-2's."""
-    return isinstance(layer, (nn.Linear, QuantLinear)) or is_conv1d(layer)
-
-
 def layers_named(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
     """The linear layers, 32-bit, 4-bit or Conv1D, whose full names end with one of `names`; never the output layer.
 
@@ -100,7 +91,7 @@ def layers_named(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Modul
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and not is_output_layer(model, m)}
     for wanted in names:
-        if not any(f".{name}".endswith(f".{wanted}") for name in linears):
+        if not any(ends_with(name, wanted) for name in linears):
             ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
             near = difflib.get_close_matches(wanted, ends, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -108,7 +99,7 @@ def layers_named(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Modul
                 f"{wanted!r} matches no linear layer of {type(model).__name__}{hint} "
                 f"Its linear layers are named: {', '.join(ends) or 'none at all'}"
             )
-    return {name: m for name, m in linears.items() if any(f".{name}".endswith(f".{w}") for w in names)}
+    return {name: m for name, m in linears.items() if any(ends_with(name, w) for w in names)}
 
 
 def sublayers(model: nn.Module, kind: str) -> dict[str, nn.Module]:

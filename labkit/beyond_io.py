@@ -15,34 +15,21 @@ adapters, so that they have no folder here.
 Agrees with: PEFT `utils/save_and_load.py` (a folder from here loads there, and the other way round).
 """
 
-import importlib.metadata
-import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from labkit.adapter_io import (
-    CONFIG,
-    PREFIX,
-    PROVENANCE,
-    WEIGHTS,
-    AdapterMismatch,
-    check_base,
-    fingerprint,
-    replace_folder,
-)
-from labkit.anatomy import check_bare, is_conv1d, is_linear, sizes
+from labkit.anatomy import check_bare, sizes
 from labkit.beyond_lora import bare, parts
-from labkit.ia3 import IA3Config, add_ia3, features, ia3_layers
+from labkit.ia3 import IA3Config, add_ia3, ia3_layers
+from labkit.peft_folder import PREFIX, read_files, write_folder
 from labkit.prompts import Prefix, PrefixConfig, PromptConfig, add_prefix, add_prompt
+from labkit.provenance import AdapterMismatch, check_base, fingerprint, read_provenance, versions
+from labkit.targets import is_conv1d, is_linear, widths
 
 PROMPT = "prompt_embeddings"
 KINDS = {"IA3": "(IA)^3", "PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning"}
@@ -76,32 +63,16 @@ def save_beyond(
     if tokens is not None:
         tensors[PROMPT] = tokens.values() if isinstance(tokens, Prefix) else tokens.embedding
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(
-            f"{broken[0]} and {len(broken) - 1} more tensors hold NaN or infinity; nothing was saved"
-        )
     with bare(model):
         base = fingerprint(model)
-    names = ("labkit", "torch", "transformers", "safetensors")
     provenance = {
         "base": base,
         "config": asdict(model.method_config),
         "data": data,
         "metrics": metrics,
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": versions(),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
-        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
-        (scratch / CONFIG).write_text(json.dumps(peft_config(model), indent=2))
-        (scratch / PROVENANCE).write_text(json.dumps(provenance, indent=2))
-        replace_folder(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return path
+    return write_folder(Path(path), tensors, peft_config(model), provenance)
 
 
 def on_disk(layer) -> Tensor:
@@ -165,7 +136,7 @@ def load_beyond(model: nn.Module, path: str | Path) -> nn.Module:
     raw, tensors = read(path)
     kind = raw["peft_type"]
     check_bare(model, KINDS[kind])
-    check_base(model, path)
+    check_base(model, path, read_provenance(path))
     if kind == "IA3":
         return load_ia3(model, raw, tensors, path)
     s, length = sizes(model), raw.get("num_virtual_tokens")
@@ -189,7 +160,7 @@ def load_ia3(model: nn.Module, raw: dict, tensors: dict[str, Tensor], path: Path
     inputs = [name for name in targets if names_it(raw.get("feedforward_modules"), name, dotted=False)]
     expected = {}
     for name in targets:
-        n_in, n_out = features(layers[name])
+        n_in, n_out = widths(layers[name])
         expected[f"{PREFIX}{name}.ia3_l"] = (1, n_in) if name in inputs else (n_out, 1)
     check_tensors(expected, tensors, path)
     add_ia3(model, IA3Config(outputs=[name for name in targets if name not in inputs], inputs=inputs))
@@ -231,18 +202,8 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         FileNotFoundError, ValueError: see `load_beyond`.
     """
-    if not (path / WEIGHTS).exists():
-        raise FileNotFoundError(
-            f"there is no {WEIGHTS} in {path}; give the folder that save_beyond or PEFT wrote"
-        )
-    try:
-        raw = json.loads((path / CONFIG).read_text())
-        tensors = load_file(path / WEIGHTS)
-        kind = raw["peft_type"]
-    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"the adapter in {path} is damaged or incomplete ({error!r}); save or copy it again"
-        ) from None
+    raw, tensors = read_files(path)
+    kind = raw["peft_type"]
     if kind not in KINDS:
         hint = "; load it with labkit.load_adapter" if kind == "LORA" else ""
         raise ValueError(

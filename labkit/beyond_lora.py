@@ -27,11 +27,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from labkit.anatomy import decoder, is_linear, sizes
+from labkit.anatomy import decoder, sizes
 from labkit.bottleneck import Bottleneck, BottleneckConfig, add_bottleneck, bottlenecks
-from labkit.ia3 import IA3Config, IA3Linear, add_ia3, features, ia3_layers, merge_ia3, unmerge_ia3
+from labkit.ia3 import IA3Config, IA3Linear, add_ia3, ia3_layers, merge_ia3, unmerge_ia3
 from labkit.prompts import Prefix, PrefixConfig, PromptConfig, SoftPrompt, add_prefix, add_prompt, fold_prefix
 from labkit.quant_linear import replace_module
+from labkit.targets import is_linear, widths
 
 __all__ = [
     "BottleneckConfig",
@@ -134,7 +135,7 @@ def prefill_flops(model: nn.Module, tokens: int) -> int:
     if isinstance(virtual, Prefix):
         return tokens * cost(model).flops_per_token
     s, n = sizes(model), virtual.length
-    linears = [features(layer) for layer in decoder(model).modules() if is_linear(layer)]
+    linears = [widths(layer) for layer in decoder(model).modules() if is_linear(layer)]
     pairs = (tokens + n) ** 2 - tokens**2  # of queries and keys
     return 2 * n * sum(a * b for a, b in linears) + 4 * s.layers * s.heads * s.head_dim * pairs
 

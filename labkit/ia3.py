@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from labkit.anatomy import check_bare, is_conv1d, layers_named
+from labkit.anatomy import check_bare, layers_named
 from labkit.quant_linear import QuantLinear, replace_module
+from labkit.targets import is_conv1d, widths
 
 # (outputs, inputs): which layers make keys and values, and which reads the inner activations of the MLP
 KNOWN_NAMES = (
@@ -74,7 +75,7 @@ class IA3Linear(nn.Module):
 
     def __init__(self, base: nn.Module, on_input: bool):
         super().__init__()
-        n_in, n_out = features(base)
+        n_in, n_out = widths(base)
         device = base.packed.device if isinstance(base, QuantLinear) else base.weight.device
         dtype = torch.promote_types(base.weight.dtype, torch.float32)  # LoRA's reason: small updates
         self.base, self.on_input = base, on_input
@@ -136,11 +137,6 @@ class IA3Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return ("input" if self.on_input else "output") + (", merged" if self.unmerged else "")
-
-
-def features(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer."""
-    return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
 
 
 def add_ia3(model: nn.Module, config: IA3Config | None = None) -> nn.Module:

@@ -29,8 +29,9 @@ from torch.optim import SGD, AdamW
 from labkit import quant_linear
 from labkit.data import Batch
 from labkit.ledger import Ledger, Row, Timeline
-from labkit.lora import lora_layers, trainable
+from labkit.lora import lora_layers
 from labkit.loss import supervised_loss
+from labkit.parameter_count import trainable
 from labkit.quant_linear import QuantLinear
 from labkit.simulate import ledger_of, state_of, static_tensors
 from labkit.step_setup import DTYPES, Setup

@@ -166,9 +166,9 @@ def make_optimizer(
     Args:
         name: one of `OPTIMIZERS`; "adamw" is PyTorch's fused one, a single pass over an adapter's several hundred small tensors
             instead of a dozen over each.
-        parameters: what trains.
+        parameters: what trains, or groups of it.
         state_budget_bytes: see `attach_paging`; None for no paging.
-        adam: lr, betas, eps, weight_decay.
+        adam: lr (unless the groups have one), betas, eps, weight_decay.
     """
     optimizer = (
         AdamW8bit(parameters, **adam)

@@ -24,17 +24,32 @@ import torch
 from torch import nn
 
 from labkit import datasets, models, sql
+from labkit.beyond_lora import (
+    BottleneckConfig,
+    PrefixConfig,
+    PromptConfig,
+    add_bottleneck,
+    add_ia3,
+    add_prefix,
+    add_prompt,
+)
 from labkit.data import ticket_chat, tickets
 from labkit.evaluate import chat_prompts, generate, held_out_loss, score_json
 from labkit.hardware import best_device, product_dtype
-from labkit.lora import LoRAConfig, add_lora, trainable
-from labkit.quant_linear import quantize_model
+from labkit.lora import LoRAConfig, add_lora
+from labkit.parameter_count import trainable
 from labkit.subspace import add_subspace, matching_lr
 from labkit.train import History, TrainConfig, train
 from labkit.update_numbers import effect_numbers, spectral_numbers
 from labkit.updates import updates
+from labkit.variants import add_qlora
 
-METHODS = ("full", "lora", "qlora", "subspace", "none")
+SIZED = {  # the methods beside LoRA whose size is to be chosen
+    "prompt": lambda model, size: add_prompt(model, PromptConfig(size)),
+    "prefix": lambda model, size: add_prefix(model, PrefixConfig(size)),
+    "bottleneck": lambda model, size: add_bottleneck(model, BottleneckConfig(size)),
+}
+METHODS = ("full", "lora", "qlora", "subspace", "ia3", *SIZED, "none")
 OLD_DOMAINS = ("kjv", "pydocs")  # tiny-llama was pretrained on their training text
 OLD_BYTES = 12_000  # of each old domain, to measure in a second
 TEST_PASSAGES = 60  # of the test novel: 8,000 tokens
@@ -53,9 +68,10 @@ class RunConfig:
         r, alpha, targets, variant, init, dropout: see `labkit.LoRAConfig`.
         embeddings: train the embedding matrix, which these models share with the output layer; default: only with "full".
         d: dimension of the random subspace.
+        size: tokens of a soft prompt or prefix, width of bottleneck adapters.
         examples: train on the first so many records; default: on all.
-        lr, steps, batch_size, schedule, warmup, clip: see `labkit.TrainConfig`; in a subspace `lr` is the step of a weight, and
-            z gets `labkit.subspace.matching_lr`.
+        lr, steps, batch_size, schedule, warmup, clip, lora_plus: see `labkit.TrainConfig`; in a subspace `lr` is the step of a
+            weight, and z gets `labkit.subspace.matching_lr`.
         seed: of the start of the adapter, the order of the data, the random subspace, and `facts`.
 
     Raises:
@@ -81,23 +97,37 @@ class RunConfig:
     warmup: float = 0.05
     clip: float | None = 1.0
     seed: int = 0
+    lora_plus: float = 1.0
+    size: int | None = None
 
     def __post_init__(self):
         for name, value, allowed in (("task", self.task, tuple(TASKS)), ("method", self.method, METHODS)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {allowed}")
-        for name, value in (("examples", self.examples), ("d", self.d)):
+        for name, value in (("examples", self.examples), ("d", self.d), ("size", self.size)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if (self.method == "subspace") != (self.d is not None):
             raise ValueError(
                 f"method={self.method!r} with d={self.d}: d goes with method='subspace', and only with it"
             )
+        if (self.method in SIZED) != (self.size is not None):
+            raise ValueError(
+                f"method={self.method!r} with size={self.size}: size goes with {', '.join(SIZED)}, and only with them"
+            )
         if self.task == "facts" and self.examples is None:
             raise ValueError("task='facts' draws as many facts as you ask for: give examples, such as 256")
         if not isinstance(self.targets, str):
             raise ValueError(
                 f"targets={self.targets!r} must be a text here: a preset, a layer name, or a regular expression"
+            )
+        if self.lora_plus != 1 and self.method not in ("lora", "qlora"):
+            raise ValueError(
+                f"lora_plus={self.lora_plus!r} is a rate for LoRA's B; method={self.method!r} has none"
+            )
+        if self.init.startswith("loftq") and self.method != "qlora":
+            raise ValueError(
+                f"init={self.init!r} fits the adapter to a 4-bit base; it goes with method='qlora'"
             )
         self.adapter(), self.training()  # their own checks
 
@@ -118,7 +148,7 @@ class RunConfig:
         return LoRAConfig(self.r, self.alpha, self.dropout, self.targets, self.variant, self.init)
 
     def training(self) -> TrainConfig:
-        same = ("lr", "steps", "batch_size", "schedule", "warmup", "clip", "seed")
+        same = ("lr", "steps", "batch_size", "schedule", "warmup", "clip", "seed", "lora_plus")
         return TrainConfig(**{name: getattr(self, name) for name in same}, max_length=192, progress=False)
 
     def __str__(self) -> str:
@@ -256,11 +286,15 @@ def prepare(config: RunConfig) -> tuple[nn.Module, object]:
     model, tokenizer = models.load(config.model, torch.float32, device)
     torch.manual_seed(config.seed)
     if config.method == "qlora":
-        quantize_model(model, compute_dtype=product_dtype(device), progress=False)
-    if config.method in ("lora", "qlora"):
+        add_qlora(model, config.adapter(), compute_dtype=product_dtype(device))
+    elif config.method == "lora":
         add_lora(model, config.adapter())
     elif config.method == "subspace":
         add_subspace(model, config.d, config.seed)
+    elif config.method == "ia3":
+        add_ia3(model)
+    elif config.method in SIZED:
+        SIZED[config.method](model, config.size)
     else:
         model.requires_grad_(config.method == "full")
     if config.embeddings is not None:

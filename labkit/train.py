@@ -26,6 +26,7 @@ from labkit import checkpoint
 from labkit.data import collate, encode_all, endless_batches, fingerprint
 from labkit.loss import LOGITS, supervised_loss
 from labkit.paging import OPTIMIZERS, detach_paging, make_optimizer
+from labkit.variants import parameter_groups
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -44,6 +45,7 @@ class TrainConfig:
 
     Args:
         lr: peak learning rate. For LoRA about ten times that of full fine-tuning.
+        lora_plus: the rate of LoRA's B matrices is so many times lr (LoRA+; its paper's is 16).
         steps: optimizer steps; default: as many as `epochs` take.
         epochs: passes over the data, where `steps` is not given.
         batch_size: examples in a forward pass; accumulation: forward passes in a step.
@@ -66,6 +68,7 @@ class TrainConfig:
     """
 
     lr: float = 1e-3
+    lora_plus: float = 1.0
     steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 8
@@ -91,7 +94,15 @@ class TrainConfig:
     def __post_init__(self):
         positive = {
             n: getattr(self, n)
-            for n in ("lr", "epochs", "batch_size", "accumulation", "checkpoint_every", "max_length")
+            for n in (
+                "lr",
+                "lora_plus",
+                "epochs",
+                "batch_size",
+                "accumulation",
+                "checkpoint_every",
+                "max_length",
+            )
         }
         positive |= {
             n: v for n in ("steps", "clip", "eval_every", "patience") if (v := getattr(self, n)) is not None
@@ -208,9 +219,12 @@ class _Run:
         self.pad_id, self.config, self.history = pad_id, config, History()
         self.total = config.total_steps(len(examples))
         self.device = next(iter(parameters.values())).device
-        adam = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        adam = dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
         self.optimizer = make_optimizer(
-            config.optimizer, list(parameters.values()), config.state_budget_bytes, **adam
+            config.optimizer,
+            parameter_groups(model, config.lr, config.lora_plus),
+            config.state_budget_bytes,
+            **adam,
         )
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.folder = None if config.checkpoint_folder is None else Path(config.checkpoint_folder)
@@ -273,7 +287,7 @@ class _Run:
         supervised = sum(batch.n_supervised for batch in batches)
         lr = learning_rate(step, self.total, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         self.optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for batch in batches:

@@ -2,6 +2,7 @@
 
     full fine-tuning   dW = W - W_0
     LoRA               dW = scaling B A                                  the base is frozen
+    DoRA               dW = m/n (W_0 + scaling B A) - W_0                which has full rank
     QLoRA              dW = scaling B A, and beside it dequantize(quantize(W_0)) - W_0, which training did not do
 
 The quantization error has full rank and is often larger than the update. A spectrum of "tuned minus original" of a QLoRA model
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.lora import LoRALinear
+from labkit.quant import QuantizedTensor
 from labkit.quant_linear import QuantLinear, is_output_layer
+from labkit.targets import dense_weight, is_linear, is_transposed
 
 PARTS = ("update", "error", "total")
 
@@ -44,10 +47,10 @@ def updates(
     Args:
         base: the model before training.
         tuned: after it: all weights changed (full fine-tuning), or with LoRA, or with LoRA on a 4-bit base (QLoRA).
-        part: "update", what training did: W - W_0, or for an adapter scaling * B A, its base being frozen;
+        part: "update", what training did: W - W_0, or for an adapter what it adds to its frozen base;
             "error", what quantization did before training: dequantized base - W_0, zero without quantization;
             "total", both: what `tuned` computes with, minus W_0.
-        factored: give updates of adapters as `Factored`; only for part "update".
+        factored: give updates of adapters as `Factored`; only for part "update", and not of DoRA.
 
     Returns:
         {layer name: (out, in)} in at least fp32. Of a model with adapters, "update" has only the layers that have one.
@@ -66,6 +69,10 @@ def updates(
             f"base and tuned must have the same linear layers; only one of them has: {', '.join(odd[:5])}"
         )
     adapted = [name for name, layer in after.items() if isinstance(layer, LoRALinear)]
+    if factored and any(hasattr(after[name], "lora_magnitude") for name in adapted):
+        raise ValueError(
+            "DoRA's update has no factors: it stretches the whole weight; leave factored=True out"
+        )
     found: dict[str, Tensor | Factored] = {}
     for name in adapted if adapted and part == "update" else before:
         layer, start = after[name], frozen_weight(before[name])
@@ -78,26 +85,25 @@ def updates(
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of `model` but the output layer: plain, 4-bit, or with an adapter (then under its name, not as
-    its base's)."""
-    kinds = (LoRALinear, QuantLinear, nn.Linear)
+    """The linear layers of `model` but the output layer: plain, 4-bit, Conv1D, or with an adapter (then under its name, not
+    as its base's)."""
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and not is_output_layer(model, module)
+        if is_linear(getattr(module, "base", module)) and not is_output_layer(model, module)
     }
     return {name: m for name, m in layers.items() if not name.endswith(".base") or name[:-5] not in layers}
 
 
 def frozen_weight(layer: nn.Module) -> Tensor:
     """What the layer starts from, (out, in), in at least fp32: a base dequantized, a merged adapter taken out."""
-    if isinstance(layer, LoRALinear):
-        layer, merged_from = layer.base, layer.merged_from
-        if merged_from is not None:
-            return at_least_fp32(merged_from)
-    if isinstance(layer, QuantLinear):
-        return layer.weight.dequantize(torch.float32)
-    return at_least_fp32(layer.weight.detach())
+    merged_from = getattr(layer, "merged_from", None)
+    layer = getattr(layer, "base", layer)
+    if isinstance(merged_from, QuantizedTensor):
+        return merged_from.dequantize(torch.float32)
+    if merged_from is not None:
+        return at_least_fp32(merged_from.T if is_transposed(layer) else merged_from)
+    return at_least_fp32(dense_weight(layer))
 
 
 def of_layer(name: str, layer: nn.Module, start: Tensor, part: str, factored: bool) -> Tensor | Factored:
@@ -109,15 +115,24 @@ def of_layer(name: str, layer: nn.Module, start: Tensor, part: str, factored: bo
         return now - start if part in (cause, "total") else torch.zeros_like(start)
     if part == "error":
         return now - start
-    delta = Factored((layer.scaling * layer.lora_B).detach(), layer.lora_A.detach())
     if part == "total":
-        return now - start + delta.dense()
+        return now - start + change(layer, now)
     if not quantized and not torch.equal(now, start):
         raise ValueError(
             f"the frozen weight of {name} is not that of base, so that the adapter alone is not the update; give the base "
             "that the adapter was trained on, in the same dtype, or ask for part='total' (PiSSA changes its base on purpose)"
         )
-    return delta if factored else delta.dense()
+    if factored:
+        return Factored((layer.scaling * layer.lora_B).detach(), layer.lora_A.detach())
+    return change(layer, now)
+
+
+def change(layer: LoRALinear, frozen: Tensor) -> Tensor:
+    """What an adapter adds to its base's weight `frozen`, (out, in)."""
+    if not hasattr(layer, "lora_magnitude"):
+        return layer.delta().detach()
+    merged = dense_weight(layer.base) if layer.merged_from is not None else layer.merged_weight(frozen)
+    return at_least_fp32(merged.detach()) - frozen
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from labkit import adapter_io, beyond_io
-from labkit.adapter_io import AdapterMismatch
+from labkit import peft_folder, provenance
+from labkit.adapter_io import save_adapter
 from labkit.beyond_io import load_beyond, save_beyond
 from labkit.beyond_lora import IA3Config, add_bottleneck, add_ia3, add_prefix, cost, fold_prefix, merge_ia3
 from labkit.bottleneck import BottleneckConfig
 from labkit.ia3 import ia3_layers
 from labkit.lora import LoRAConfig, add_lora
 from labkit.prompts import PrefixConfig
+from labkit.provenance import AdapterMismatch
 from labkit.quant_linear import quantize_model
 from tests.test_beyond_lora import ALL, MAKERS, METHODS, N, gpt2, llama, randomize, text, with_method
 
@@ -38,10 +39,10 @@ def test_what_is_saved_here_loads_here_and_in_peft(tmp_path, make, name):
     theirs = peft.PeftModel.from_pretrained(make(), str(folder)).eval()
     theirs_logits = logits(theirs)[:, N:] if name == "prompt" else logits(theirs)
     torch.testing.assert_close(theirs_logits, expected, rtol=1e-5, atol=1e-5)
-    recorded = json.loads((folder / adapter_io.PROVENANCE).read_text())
+    recorded = json.loads((folder / provenance.PROVENANCE).read_text())
     assert recorded["data"] == "hash" and recorded["metrics"] == {"loss": 1.5}
     again = save_beyond(loaded, tmp_path / "b")
-    first, second = (load_file(f / adapter_io.WEIGHTS) for f in (folder, again))
+    first, second = (load_file(f / peft_folder.WEIGHTS) for f in (folder, again))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -100,9 +101,9 @@ def test_a_quantized_bases_adapter_loads_on_it_bit_for_bit(tmp_path, name):
 
 
 def change(folder, alter):
-    tensors = load_file(folder / adapter_io.WEIGHTS)
+    tensors = load_file(folder / peft_folder.WEIGHTS)
     alter(tensors)
-    save_file(tensors, folder / adapter_io.WEIGHTS)
+    save_file(tensors, folder / peft_folder.WEIGHTS)
 
 
 IA3_KEY = "base_model.model.model.layers.1.mlp.down_proj.ia3_l"
@@ -144,7 +145,7 @@ def test_another_base_is_refused(tmp_path, name):
         load_beyond(other, folder)
     with pytest.raises(AdapterMismatch, match="other layers or sizes"):
         load_beyond(gpt2(), folder)
-    os.remove(folder / adapter_io.PROVENANCE)
+    os.remove(folder / provenance.PROVENANCE)
     load_beyond(other, folder)
 
 
@@ -152,11 +153,11 @@ def test_foreign_and_damaged_folders_are_refused(tmp_path):
     model = llama()
     with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
         load_beyond(model, tmp_path)
-    lora = adapter_io.save_adapter(add_lora(llama(), LoRAConfig(r=2)), tmp_path / "lora")
+    lora = save_adapter(add_lora(llama(), LoRAConfig(r=2)), tmp_path / "lora")
     with pytest.raises(ValueError, match=r"peft_type='LORA'.*labkit\.load_adapter"):
         load_beyond(model, lora)
     folder = save_beyond(with_method(llama, "ia3"), tmp_path / "a")
-    path = folder / adapter_io.CONFIG
+    path = folder / peft_folder.CONFIG
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
     with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head'\]"):
@@ -180,14 +181,14 @@ def test_saving_replaces_a_folder_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(beyond_io, "save_file", full)
+    monkeypatch.setattr(peft_folder, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_beyond(with_method(llama, "prompt"), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(tmp_path) == ["a"], "temporary files are gone"
     monkeypatch.undo()
     save_beyond(with_method(llama, "prompt"), folder)
-    assert json.loads((folder / adapter_io.CONFIG).read_text())["peft_type"] == "PROMPT_TUNING"
+    assert json.loads((folder / peft_folder.CONFIG).read_text())["peft_type"] == "PROMPT_TUNING"
 
 
 def test_what_cannot_be_saved_says_why(tmp_path):

@@ -30,8 +30,9 @@ from labkit.beyond_lora import (
 from labkit.bottleneck import bottlenecks
 from labkit.data import IGNORE, Batch
 from labkit.ia3 import ia3_layers
-from labkit.lora import LoRAConfig, add_lora, trainable
+from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
+from labkit.parameter_count import trainable
 from labkit.quant_linear import QuantLinear, quantize_model
 from labkit.train import TrainConfig, train
 

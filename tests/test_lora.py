@@ -14,9 +14,10 @@ from labkit.lora import (
     lora_layers,
     matching_layers,
     merge,
-    trainable,
     unmerge,
 )
+from labkit.parameter_count import trainable
+from labkit.quant import quantize
 from labkit.quant_linear import quantize_model
 from tests.conftest import make_small_llama
 
@@ -115,7 +116,8 @@ def test_rank_above_a_layers_width_changes_nothing(small_llama):
 @pytest.mark.parametrize(
     "wrong",
     [{"r": 0}, {"r": -4}, {"r": 2.5}, {"r": True}, {"alpha": 0}, {"alpha": -1}, {"alpha": float("nan")}, {"dropout": 1},
-     {"dropout": -0.1}, {"targets": []}, {"variant": "dora"}, {"init": "zeros"}],
+     {"dropout": -0.1}, {"targets": []}, {"variant": "adora"}, {"init": "zeros"},
+     {"init": "pissa_niter_0"}],
 )  # fmt: skip
 def test_config_out_of_range_says_what_is_allowed(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -148,6 +150,40 @@ def test_merging_into_four_bits_is_refused(small_llama):
     add_lora(small_llama, LoRAConfig(r=4))
     with pytest.raises(ValueError, match="4-bit layer.*dequantize_model"):
         merge(small_llama)
+
+
+def test_merging_into_four_bits_can_be_asked_for_and_undone(small_llama):
+    quantize_model(small_llama, progress=False)
+    add_lora(small_llama, LoRAConfig(r=4))
+    randomize_B(small_llama)
+    with torch.no_grad():
+        adapted = small_llama(IDS).logits
+        merged = merge(small_llama, requantize=True)(IDS).logits
+        assert not torch.equal(merged, adapted), "the sixteen levels took their part"
+        for layer in lora_layers(small_llama).values():
+            whole = layer.merged_from.dequantize() + layer.delta()
+            again = quantize(whole).dequantize()
+            assert torch.equal(layer.base.weight.dequantize(), again)
+        assert torch.equal(unmerge(small_llama)(IDS).logits, adapted)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_train_and_eval_never_merge(small_llama, variant):
+    add_lora(small_llama, LoRAConfig(r=4, variant=variant))
+    randomize_B(small_llama)
+    before = {name: layer.base.weight.clone() for name, layer in lora_layers(small_llama).items()}
+    with torch.no_grad():
+        results = [small_llama.train(mode)(IDS).logits for mode in (True, False, True)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+    layers = lora_layers(small_llama)
+    assert all(torch.equal(layers[name].base.weight, before[name]) for name in before)
+    assert all(layer.merged_from is None for layer in layers.values())
+
+
+def test_strength_of_what_is_no_sum_is_refused(small_llama):
+    add_lora(small_llama, LoRAConfig(r=4, variant="dora"))
+    with pytest.raises(ValueError, match="not of that form"), adapter_strength(small_llama, 0.5):
+        pass
 
 
 def test_strength_zero_is_the_base(small_llama):

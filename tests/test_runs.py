@@ -3,7 +3,7 @@
 import pytest
 
 from labkit import runs
-from labkit.lora import trainable
+from labkit.parameter_count import trainable
 from labkit.quant_linear import QuantLinear
 from labkit.runs import RunConfig
 
@@ -20,6 +20,11 @@ D, LINEARS = 256, 2_949_120  # tiny-llama's width, and the weights of its linear
         ({"method": "lora", "r": 8, "embeddings": True}, 149_504 + 4096 * D),
         ({"method": "qlora", "r": 1}, 149_504 // 8),
         ({"method": "subspace", "d": 50}, 50),
+        ({"method": "lora", "variant": "dora"}, 149_504 + 4 * (2 * D + 2 * 128 + 2 * 704 + D)),
+        ({"method": "ia3"}, 4 * (2 * 128 + 704)),
+        ({"method": "prompt", "size": 20}, 20 * D),
+        ({"method": "prefix", "size": 146}, 149_504),
+        ({"method": "bottleneck", "size": 36}, 8 * (2 * D * 36 + 36 + D)),
         ({"method": "none"}, 0),
     ],
     ids=str,
@@ -59,6 +64,23 @@ def test_sql_is_judged_by_execution(monkeypatch):
 def test_docstrings_are_judged_by_the_letter():
     metrics = runs.run(RunConfig(task="docstrings", method="none")).metrics
     assert 0 <= metrics["test_accuracy"] < 0.25, "eight letters that it was never told"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "prefix"}, "size goes with prompt, prefix, bottleneck"),
+        ({"method": "lora", "size": 8}, "size goes with"),
+        ({"method": "prompt", "size": 0}, "size=0 must be a whole number"),
+        ({"method": "full", "lora_plus": 16}, "is a rate for LoRA's B"),
+        ({"method": "lora", "init": "loftq"}, "it goes with method='qlora'"),
+        ({"method": "subspace"}, "d goes with method='subspace'"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**settings)
 
 
 def test_the_hash_covers_what_decides_the_numbers_and_nothing_else():

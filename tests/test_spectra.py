@@ -12,8 +12,10 @@ from torch import nn
 
 from labkit import spectra, subspace, updates
 from labkit.lora import LoRAConfig, add_lora, lora_layers, merge
-from labkit.quant_linear import QuantLinear, quantize_model
+from labkit.quant_linear import QuantLinear, dequantize_model, quantize_model
+from labkit.targets import dense_weight
 from tests.conftest import make_small_llama
+from tests.test_variants import make_gpt2
 
 IDS = torch.arange(40).view(2, 20)
 SIZES = st.integers(1, 24)
@@ -339,6 +341,39 @@ def test_a_merged_adapter_has_the_update_that_it_had_before(small_llama):
     before = spectra.updates(small_llama, tuned)
     after = spectra.updates(small_llama, merge(tuned))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("base", ["llama", "llama in 4 bits", "gpt2"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_the_update_of_an_adapter_is_what_merging_it_adds(variant, base):
+    original = make_gpt2() if base == "gpt2" else make_small_llama()
+    tuned = copy.deepcopy(original)
+    if base == "llama in 4 bits":
+        quantize_model(tuned, progress=False)
+    randomize_B(add_lora(tuned, LoRAConfig(r=2, alpha=4, variant=variant)))
+    layers = lora_layers(tuned)
+    if variant == "dora":
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.lora_magnitude *= 1.1
+    found = spectra.updates(original, tuned)
+    assert set(found) == set(layers)
+    frozen = {name: dense_weight(layer.base).clone() for name, layer in layers.items()}
+    dense = dequantize_model(tuned) if base == "llama in 4 bits" else tuned
+    merged = {name: dense_weight(layer.base) for name, layer in lora_layers(merge(dense)).items()}
+    for name, update in found.items():
+        torch.testing.assert_close(update, merged[name] - frozen[name], atol=1e-6, rtol=1e-5)
+        rank = torch.linalg.matrix_rank(update, rtol=1e-4)
+        assert rank == 2 if variant == "lora" else rank > 2, "only a stretched weight has more than r directions"
+    if base != "llama in 4 bits":  # whose base is now another
+        for name, update in spectra.updates(original, tuned).items():
+            torch.testing.assert_close(update, found[name], atol=1e-6, rtol=1e-5)
+
+
+def test_dora_has_no_factors(small_llama):
+    tuned = add_lora(copy.deepcopy(small_llama), LoRAConfig(r=2, variant="dora"))
+    with pytest.raises(ValueError, match="no factors"):
+        spectra.updates(small_llama, tuned, factored=True)
 
 
 def test_an_adapter_on_another_base_and_other_models_are_refused(small_llama):

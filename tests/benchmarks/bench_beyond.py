@@ -28,7 +28,8 @@ from labkit.beyond_lora import (
     merge_ia3,
     prefill_flops,
 )
-from labkit.lora import LoRAConfig, add_lora, merge, trainable
+from labkit.lora import LoRAConfig, add_lora, merge
+from labkit.parameter_count import trainable
 
 SHAPES = (
     (8, 128),

@@ -1,0 +1,214 @@
+"""Which layers of a model get an adapter: names and patterns on one side, the layers that they mean on the other.
+
+Three kinds of layer can have one, and all are linear maps W x with W of shape (out, in):
+
+    nn.Linear, QuantLinear, bitsandbytes' Linear4bit      W is stored as it is, or in four bits
+    Conv1D (GPT-2)                                        W is stored transposed, (in, out)
+    nn.Embedding                                          x is a one-hot row, so that W x picks a column; stored (in, out)
+
+Two layers are apart. The **output layer** makes the logits; it is adapted only when it is named. And where its weight is the
+embedding's (**tied** embeddings, as in most small models), neither is: an adapter on one leaves the other as it is, and
+merging it would change both. `untie_embeddings` makes two weights of the one.
+
+Agrees with: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`, but a target that matches nothing is an error here.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from labkit.quant_linear import QuantLinear, is_output_layer
+
+PRESETS = {"all-linear": r".*", "attention": r".*(attn|attention).*", "mlp": r".*(mlp|ffn|feed_forward).*"}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Is it GPT-2's transposed linear layer? Told by its name: importing transformers for its class takes seconds."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer in 32, 16 or 4 bits, or GPT-2's Conv1D."""
+    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Is its weight packed, so that nothing can be added to it? Here: `QuantLinear`, and bitsandbytes' layers."""
+    return isinstance(module, QuantLinear) or not module.weight.is_floating_point()
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Is the weight stored (in, out)?"""
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a layer that can have an adapter; the vocabulary is the width that goes into an embedding."""
+    if is_transposed(module):
+        return tuple(module.weight.shape)
+    return module.in_features, module.out_features
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as (out, in), dequantized if need be.
+
+    Raises:
+        ValueError: it is packed in a format that is not ours.
+    """
+    if isinstance(module, QuantLinear):
+        return module.weight.dequantize()
+    if is_four_bit(module):
+        raise ValueError(
+            f"the weight of a {type(module).__name__} is packed in a format of its own; quantize with "
+            "labkit.quantize_model, whose layers give their weight back"
+        )
+    weight = module.weight.detach()
+    return weight.T if is_transposed(module) else weight
+
+
+def ends_with(name: str, part: str) -> bool:
+    """Is `part` the last parts of the module name? ("layers.0.q_proj", "q_proj") yes, ("my_q_proj", "q_proj") no."""
+    return f".{name}".endswith(f".{part}")
+
+
+def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Sequence[str] = ()) -> list[str]:
+    """Full names of the layers that `targets` means, in the order of the model; see `labkit.LoRAConfig`.
+
+    Presets and regular expressions choose among the linear layers; names reach embeddings and the output layer too.
+
+    Args:
+        model: any module.
+        targets: a preset, a name, names, or a regular expression of full names.
+        besides: names of modules that are trained in full; presets and expressions leave out what is in them.
+
+    Raises:
+        ValueError: a target matches nothing, a layer that cannot have an adapter, a tied weight, or (an expression) the
+            output layer too.
+    """
+    modules = {name: module for name, module in model.named_modules() if not inside(name, besides)}
+    linears = {name: m for name, m in modules.items() if is_linear(m) and not is_output_layer(model, m)}
+    if isinstance(targets, str) and (targets in PRESETS or not targets.isidentifier()):
+        matches = matching_pattern(model, targets, linears)
+    else:
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        matches = [n for n in modules if any(ends_with(n, w) for w in wanted)]
+        unmatched = [w for w in wanted if not any(ends_with(n, w) for n in modules)]
+        if unmatched:
+            raise ValueError(no_match_message(model, unmatched, linears))
+    for name in matches:
+        check_adaptable(model, name)
+    return matches
+
+
+def matching_pattern(model: nn.Module, targets: str, linears: dict[str, nn.Module]) -> list[str]:
+    """Names of the `linears` that a preset or a regular expression matches."""
+    try:
+        pattern = re.compile(PRESETS.get(targets, targets))
+    except re.error as error:
+        raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
+    matches = [name for name in linears if pattern.fullmatch(name)]
+    if not matches:
+        raise ValueError(no_match_message(model, [targets], linears))
+    output = [n for n, m in model.named_modules() if is_output_layer(model, m)]
+    if targets not in PRESETS and any(pattern.fullmatch(name) for name in output):
+        raise ValueError(
+            f"targets={targets!r} also matches {output[0]}, the output layer, which is rarely meant: write 'all-linear' for "
+            "every linear layer but that one, or name the layers in a list"
+        )
+    return matches
+
+
+def inside(name: str, parents: Sequence[str]) -> bool:
+    """Is the module one of `parents` (names or last parts of names), or in one?"""
+    parts = name.split(".")
+    return any(ends_with(".".join(parts[:i]), p) for p in parents for i in range(1, len(parts) + 1))
+
+
+def check_adaptable(model: nn.Module, name: str) -> None:
+    """Raise a `ValueError` that says why the module `name` cannot have an adapter, if it cannot."""
+    module = model.get_submodule(name)
+    if not is_linear(module) and not isinstance(module, nn.Embedding):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, and LoRA adapts linear layers, Conv1D and embeddings; to train it in full, "
+            f"give modules_to_save=[{name.rpartition('.')[2]!r}]"
+        )
+    partner = tied_partner(model, module)
+    if partner:
+        raise ValueError(
+            f"{name} and {partner} share one weight: an adapter on {name} would leave {partner} as it is, and merging it would "
+            f"change both. Take {name} out of targets, or make two weights of the one: labkit.untie_embeddings(model)"
+        )
+
+
+def tied_partner(model: nn.Module, module: nn.Module) -> str | None:
+    """The name of another module with the very same weight tensor."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return None
+    for name, other in model.named_modules():
+        if other is not module and other._parameters.get("weight") is weight:
+            return name
+    return None
+
+
+def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[str]:
+    """Full names of the modules that `modules_to_save` means, by the last parts of their names.
+
+    Raises:
+        ValueError: one matches nothing, has nothing to train, or shares its weight with another layer.
+    """
+    found = []
+    for part in wanted:
+        names = [name for name, _ in model.named_modules() if ends_with(name, part)]
+        for name in names:
+            module = model.get_submodule(name)
+            if not any(True for _ in module.parameters()) or any(
+                isinstance(m, QuantLinear) for m in module.modules()
+            ):
+                raise ValueError(
+                    f"modules_to_save={part!r}: {name} has no weight that could train; leave it out of quantization with "
+                    f"quantize_model(model, skip=({part!r},))"
+                )
+            if tied_partner(model, module):
+                raise ValueError(
+                    f"modules_to_save={part!r}: {name} shares its weight with {tied_partner(model, module)}, and a copy to "
+                    "train would part them; call labkit.untie_embeddings(model) first"
+                )
+        if not names:
+            raise ValueError(f"modules_to_save={part!r} matches no module of {type(model).__name__}")
+        found += names
+    return found
+
+
+def untie_embeddings(model: nn.Module) -> nn.Module:
+    """Give the output layer a weight of its own, equal to the embedding's, in place; it then counts and is saved apart.
+
+    Returns:
+        `model`; its output is what it was.
+
+    Raises:
+        ValueError: the two are not tied.
+    """
+    tied = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+    if not tied or tied_partner(model, model.get_output_embeddings()) is None:
+        raise ValueError(
+            f"the embedding and the output layer of {type(model).__name__} share no weight; nothing to untie"
+        )
+    output = model.get_output_embeddings()
+    with torch.no_grad():
+        output.weight = nn.Parameter(output.weight.clone(), requires_grad=output.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def no_match_message(model: nn.Module, unmatched: list[str], linears: dict[str, nn.Module]) -> str:
+    last_parts = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    near = difflib.get_close_matches(str(unmatched[0]), [*last_parts, *PRESETS], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return (
+        f"targets={unmatched} matches no linear layer of {type(model).__name__}{hint} "
+        f"Its linear layers are named: {', '.join(last_parts) or 'none at all'}"
+    )

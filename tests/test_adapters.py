@@ -1,0 +1,241 @@
+"""Several adapters on one base: switching, turning off, combining, and what each of them must leave alone."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from torch import nn
+
+from labkit.adapters import (
+    active_adapter,
+    adapter_configs,
+    add_adapter,
+    combine,
+    disabled,
+    remove_adapter,
+    use_adapter,
+)
+from labkit.lora import LoRAConfig, add_lora, lora_layers, merge, unmerge
+from labkit.parameter_count import adapter_report, trainable
+from labkit.quant_linear import quantize_model
+from labkit.variants import add_qlora
+from tests.test_variants import IDS, make_model, randomize
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def two_adapters(**second):
+    """ "poet" on all linear layers, and "clerk" on attention, both as if trained."""
+    model = randomize(add_lora(make_model(), LoRAConfig(r=4, alpha=8), "poet"), seed=1)
+    add_adapter(model, "clerk", LoRAConfig(**{"r": 2, "alpha": 6, "targets": "attention"} | second))
+    return randomize(model, seed=2)
+
+
+def test_each_adapter_gives_what_it_gives_alone():
+    alone = logits(randomize(add_lora(make_model(), LoRAConfig(r=4, alpha=8)), seed=1))
+    model = two_adapters()
+    clerk = logits(model)
+    assert list(adapter_configs(model)) == ["poet", "clerk"] and active_adapter(model) == "clerk"
+    assert torch.equal(logits(use_adapter(model, "poet")), alone)
+    assert torch.equal(logits(use_adapter(model, "clerk")), clerk)
+    assert not torch.equal(alone, clerk)
+
+
+def test_the_base_alone_is_the_base_bit_for_bit():
+    base, model = logits(make_model()), two_adapters()
+    with disabled(model):
+        assert torch.equal(logits(model), base) and not lora_layers(model) and active_adapter(model) is None
+    assert active_adapter(model) == "clerk"
+    use_adapter(model, None)
+    assert torch.equal(logits(model), base)
+
+
+def test_only_the_adapter_in_place_trains_and_the_base_is_held_once():
+    model = two_adapters()
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+    assert (
+        trainable(model).trainable
+        == trainable(add_lora(make_model(), LoRAConfig(r=2, targets="attention"))).trainable
+    )
+    weights = [layer.base.weight for layer in lora_layers(model).values()]
+    poets = [layer.base.weight for layer in lora_layers(use_adapter(model, "poet")).values()]
+    assert all(any(w is p for p in poets) for w in weights)
+
+
+def test_adapters_of_other_variants_stand_beside_each_other():
+    model = two_adapters(variant="dora")
+    dora = logits(model)
+    poet = logits(use_adapter(model, "poet"))
+    add_adapter(model, "pissa", LoRAConfig(r=4, init="pissa"))
+    torch.testing.assert_close(logits(model), logits(make_model()), rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(use_adapter(model, "poet")), poet), "PiSSA's own base is not the others'"
+    assert torch.equal(logits(use_adapter(model, "clerk")), dora)
+
+
+def test_a_base_quantized_meanwhile_is_the_base_of_all():
+    model = two_adapters()
+    quantize_model(model, progress=False)
+    quantized = make_model()
+    quantize_model(quantized, progress=False)
+    expected = logits(randomize(add_lora(quantized, LoRAConfig(r=4, alpha=8)), seed=1))
+    assert torch.equal(logits(use_adapter(model, "poet")), expected)
+
+
+def test_copies_and_modes_carry_over():
+    model = two_adapters()
+    other = copy.deepcopy(model)
+    use_adapter(other, "poet")
+    assert active_adapter(model) == "clerk" and not torch.equal(logits(model), logits(other))
+    use_adapter(model.train(), "poet")
+    assert all(layer.training for layer in lora_layers(model).values())
+    assert not any(layer.training for layer in lora_layers(use_adapter(model.eval(), "clerk")).values())
+
+
+def test_a_module_that_trains_in_full_comes_and_goes_with_its_adapter():
+    model = add_lora(make_model(), LoRAConfig(r=2, modules_to_save=["model.norm"]), "poet")
+    base = logits(make_model())
+    model.model.norm.weight.data *= 2
+    assert model.model.norm.weight.requires_grad and not torch.equal(logits(model), base)
+    with disabled(model):
+        assert torch.equal(logits(model), base) and not model.model.norm.weight.requires_grad
+    assert "model.norm" in trainable(model).per_module
+
+
+# -- combinations
+
+
+def peft_with(model):
+    """PEFT with the adapters of `model`."""
+    theirs = None
+    for name, config in adapter_configs(model).items():
+        use_adapter(model, name)
+        wanted = PeftConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            target_modules=[n.rpartition(".")[2] for n in lora_layers(model)],
+        )
+        if theirs is None:
+            theirs = get_peft_model(make_model(), wanted, adapter_name=name)
+        else:
+            theirs.add_adapter(name, wanted)
+        modules = dict(theirs.get_base_model().named_modules())
+        for path, layer in lora_layers(model).items():
+            modules[path].lora_A[name].weight.data.copy_(layer.lora_A.data)
+            modules[path].lora_B[name].weight.data.copy_(layer.lora_B.data)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(("how", "rank"), [("cat", 2), ("linear", 4)])
+def test_combinations_equal_pefts(how, rank):
+    model = two_adapters(r=rank)
+    theirs = peft_with(model)
+    combine(model, {"poet": 0.7, "clerk": -0.4}, "both", how)
+    theirs.add_weighted_adapter(["poet", "clerk"], [0.7, -0.4], "both", combination_type=how)
+    theirs.set_adapter("both")
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_concatenation_is_exact_and_addition_is_not():
+    model = two_adapters(r=4)
+    deltas = {
+        name: {n: layer.delta() for n, layer in lora_layers(use_adapter(model, name)).items()}
+        for name in ("poet", "clerk")
+    }
+    path = "model.layers.0.self_attn.q_proj"
+    wanted = 0.7 * deltas["poet"][path] + 0.3 * deltas["clerk"][path]
+    combine(model, {"poet": 0.7, "clerk": 0.3}, "exact")
+    layer = lora_layers(model)[path]
+    torch.testing.assert_close(layer.delta(), wanted, rtol=1e-5, atol=1e-6)
+    assert layer.r == 8 and lora_layers(model)["model.layers.0.mlp.up_proj"].r == 4
+    combine(model, {"poet": 0.7, "clerk": 0.3}, "sum", "linear")
+    layer = lora_layers(model)[path]
+    assert layer.r == 4 and (layer.delta() - wanted).norm() > 0.1 * wanted.norm()
+
+
+# -- what cannot be
+
+
+def test_two_adapters_with_one_name_are_an_error():
+    model = two_adapters()
+    with pytest.raises(ValueError, match="named 'poet' already"):
+        add_adapter(model, "poet", LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="named 'poet' already"):
+        combine(model, {"poet": 1, "clerk": 1}, "poet")
+    with pytest.raises(ValueError, match="without dots"):
+        add_adapter(model, "a.b", LoRAConfig(r=2))
+    assert active_adapter(model) == "clerk"
+
+
+def test_errors_name_what_there_is():
+    model = two_adapters()
+    for function in (use_adapter, remove_adapter):
+        with pytest.raises(ValueError, match="no adapter 'baker'; there are: poet, clerk"):
+            function(model, "baker")
+    with pytest.raises(ValueError, match="baker.*there are: poet, clerk"):
+        combine(model, {"baker": 1}, "both")
+    with pytest.raises(ValueError, match="use how='cat'"):
+        combine(model, {"poet": 1, "clerk": 1}, "both", "linear")
+    with pytest.raises(ValueError, match="how='svd'"):
+        combine(model, {"poet": 1, "clerk": 1}, "both", "svd")
+    with pytest.raises(ValueError, match="no adapter yet; begin with"):
+        add_adapter(make_model(), "poet", LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="more than a correction"):
+        combine(two_adapters(variant="dora"), {"poet": 1, "clerk": 1}, "both")
+    remove_adapter(model, "clerk")
+    assert list(adapter_configs(model)) == ["poet"] and active_adapter(model) is None
+
+
+def test_a_merged_adapter_cannot_be_switched_off():
+    model = two_adapters()
+    merge(model)
+    for act in (lambda: use_adapter(model, "poet"), lambda: disabled(model).__enter__()):
+        with pytest.raises(ValueError, match="'clerk' is merged into the base; unmerge it first"):
+            act()
+    with pytest.raises(ValueError, match="unmerge"):
+        add_adapter(model, "baker", LoRAConfig(r=2))
+    assert list(adapter_configs(model)) == ["poet", "clerk"]
+    use_adapter(unmerge(model), "poet")
+
+
+def test_an_adapter_that_is_one_with_its_4_bit_base_stays():
+    model = add_qlora(make_model(), LoRAConfig(r=4, init="pissa"))
+    with pytest.raises(ValueError, match="were not kept"):
+        use_adapter(model, None)
+    with pytest.raises(ValueError, match="were not kept"):
+        add_adapter(model, "poet", LoRAConfig(r=2))
+
+
+# -- the report
+
+
+def test_the_report_counts_every_parameter_that_trains():
+    config = LoRAConfig(
+        r=4, targets=["q_proj", "down_proj"], rank_pattern={"down_proj": 8}, modules_to_save=["model.norm"]
+    )
+    model = add_lora(make_model(), config)
+    report = adapter_report(model)
+    rows = {row.name: row for row in report}
+    assert (
+        rows["model.layers.0.mlp.down_proj"].shape == (64, 192)
+        and rows["model.layers.0.mlp.down_proj"].r == 8
+    )
+    assert rows["model.layers.0.mlp.down_proj"].parameters == 8 * (64 + 192)
+    assert rows["model.norm"].r is None and rows["model.norm"].parameters == 64
+    assert sum(row.parameters for row in report) == trainable(model).trainable
+    lines = str(report).splitlines()
+    assert len(lines) == 7 and "100.0%" in lines[-1] and "64 x 192" in str(report) and "full" in str(report)
+    with pytest.raises(ValueError, match="no LoRA adapter"):
+        adapter_report(nn.Linear(2, 2))
+
+
+def test_the_report_of_dora_has_its_magnitudes():
+    model = add_lora(make_model(), LoRAConfig(r=4, variant="dora"))
+    assert sum(row.parameters for row in adapter_report(model)) == trainable(model).trainable
