@@ -19,20 +19,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from labkit import quant_linear
 from labkit.data import Batch
 from labkit.ledger import Ledger, Row, Timeline
 from labkit.lora import lora_layers
 from labkit.loss import supervised_loss
 from labkit.parameter_count import trainable
-from labkit.quant_linear import QuantLinear
+from labkit.quant_linear import QuantLinear, use_scratch
 from labkit.simulate import ledger_of, state_of, static_tensors
 from labkit.step_setup import DTYPES, Setup
 from labkit.tracker import Tracker
@@ -130,36 +129,30 @@ class _Step:
     def clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    @contextmanager
     def prepared(self):
         """Within the block, learning rates are zero, the model trains, and checkpointing is as wanted."""
-        from contextlib import contextmanager
-
-        @contextmanager
-        def block():
-            groups, training = self.optimizer.param_groups, self.model.training
-            rates = [(g["lr"], g.get("weight_decay", 0.0)) for g in groups]
-            generator = torch.get_rng_state()
-            self.model.train()
+        groups, training = self.optimizer.param_groups, self.model.training
+        rates = [(g["lr"], g.get("weight_decay", 0.0)) for g in groups]
+        generator = torch.get_rng_state()
+        self.model.train()
+        if self.checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        for group in groups:
+            group["lr"], group["weight_decay"] = 0.0, 0.0
+        try:
+            self.clear()
+            with use_scratch():
+                yield
+        finally:
+            self.clear()
+            for group, (lr, decay) in zip(groups, rates):
+                group["lr"], group["weight_decay"] = lr, decay
             if self.checkpointing:
-                self.model.activation_checkpointing_enable({"use_reentrant": False})
-            for group in groups:
-                group["lr"], group["weight_decay"] = 0.0, 0.0
-            try:
-                self.clear()
-                # a buffer of its own: the one in use may have grown with another model
-                with mock.patch.object(quant_linear, "_scratch", quant_linear._Scratch()):
-                    yield
-            finally:
-                self.clear()
-                for group, (lr, decay) in zip(groups, rates):
-                    group["lr"], group["weight_decay"] = lr, decay
-                if self.checkpointing:
-                    self.model.activation_checkpointing_disable()
-                    self.model.disable_input_require_grads()  # enabling it has put a hook on the embedding
-                self.model.train(training)
-                torch.set_rng_state(generator)
-
-        return block()
+                self.model.activation_checkpointing_disable()
+                self.model.disable_input_require_grads()  # enabling it has put a hook on the embedding
+            self.model.train(training)
+            torch.set_rng_state(generator)
 
     def by_allocator(self) -> tuple[Timeline, int, str]:
         """The time line of the allocator, its peak, and the phase of the peak."""

@@ -24,6 +24,8 @@ This is what bitsandbytes' `MatMul4Bit` does. Source: QLoRA (Dettmers et al. 202
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -38,7 +40,7 @@ FEW_ROWS = 16  # rows of x up to which not writing W' was faster than a matrix m
 SCRATCH_BYTES = 1 << 26  # a larger W' gets new memory: nothing of its size is kept when the layer is done
 
 
-class _Scratch(threading.local):
+class Scratch(threading.local):
     """Memory for one W', which each thread keeps and every layer overwrites."""
 
     def __init__(self):
@@ -67,7 +69,19 @@ class _Scratch(threading.local):
         return view
 
 
-_scratch = _Scratch()
+_scratch = Scratch()
+
+
+@contextmanager
+def use_scratch(scratch: Scratch | None = None) -> Iterator[None]:
+    """Within the block dequantized weights go to `scratch`; default: to a new one, since that in use may have grown with another
+    model, and whoever measures would count it."""
+    global _scratch
+    before, _scratch = _scratch, scratch or Scratch()
+    try:
+        yield
+    finally:
+        _scratch = before
 
 
 class _QuantizedLinear(torch.autograd.Function):

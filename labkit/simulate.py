@@ -201,11 +201,11 @@ def known_answers(model: nn.Module, config):
 def scratch_as_on(device: str, model: nn.Module):
     """Within the block `QuantLinear` takes its memory for dequantized weights as it does on `device`."""
     if device != "cpu":
-        with mock.patch.object(quant_linear, "_scratch", quant_linear._Scratch()):
+        with quant_linear.use_scratch():
             yield
         return
 
-    class Scratch(quant_linear._Scratch):
+    class Scratch(quant_linear.Scratch):
         def dequantize(self, weight, dtype):
             if weight.shape.numel() * dtype.itemsize > quant_linear.SCRATCH_BYTES:
                 return weight.dequantize(dtype)
@@ -218,7 +218,7 @@ def scratch_as_on(device: str, model: nn.Module):
         dtype = layer.compute_dtype or layer.dtype
         if layer.weight.shape.numel() * dtype.itemsize <= quant_linear.SCRATCH_BYTES:
             scratch.new_view(layer.weight.shape, dtype)
-    with mock.patch.object(quant_linear, "_scratch", scratch):
+    with quant_linear.use_scratch(scratch):
         yield
 
 

@@ -251,7 +251,7 @@ class _Run:
         batches = endless_batches(lengths, config.batch_size, config.seed)
         batches = islice(batches, first * config.accumulation, None)
         if config.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         bar = tqdm(total=self.total, initial=first, desc="train", unit="step", disable=not config.progress)
         try:
             for step in range(first, self.total):
@@ -269,7 +269,7 @@ class _Run:
         finally:
             bar.close()
             if config.checkpointing:
-                model.gradient_checkpointing_disable()
+                model.activation_checkpointing_disable()
             model.train(was_training)
             self.optimizer.zero_grad(set_to_none=True)
             detach_paging(self.optimizer, keep_state=False)

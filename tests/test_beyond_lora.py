@@ -478,7 +478,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     for checkpointing in (False, True):
         model = with_method(llama, name).train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         supervised_loss(model, Batch(text(), text())).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for a, b in zip(*gradients):
@@ -487,7 +487,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 def test_a_prefix_under_gradient_checkpointing_is_an_error_and_not_silently_nothing():
     model = with_method(llama, "prefix").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     with pytest.raises(ValueError, match="does not train with gradient checkpointing"):
         supervised_loss(model, Batch(text(), text()))
 

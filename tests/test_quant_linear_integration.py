@@ -148,7 +148,7 @@ def test_threads_do_not_share_it():
 
 
 def test_it_is_as_large_as_the_largest_weight_and_bounded(monkeypatch):
-    scratch = quant_linear._Scratch()
+    scratch = quant_linear.Scratch()
     monkeypatch.setattr(quant_linear, "_scratch", scratch)
     x = torch.randn(20, 96, requires_grad=True)
     for out in (40, 80, 60):
@@ -160,7 +160,7 @@ def test_it_is_as_large_as_the_largest_weight_and_bounded(monkeypatch):
 
 
 def test_it_can_be_made_in_inference_mode_and_used_outside(monkeypatch):
-    monkeypatch.setattr(quant_linear, "_scratch", quant_linear._Scratch())
+    monkeypatch.setattr(quant_linear, "_scratch", quant_linear.Scratch())
     layer = make_layer()
     with torch.inference_mode():
         layer(torch.randn(20, 96))
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(small_llama):
     results = []
     for on in (False, True):
         if on:
-            small_llama.gradient_checkpointing_enable({"use_reentrant": False})
+            small_llama.activation_checkpointing_enable({"use_reentrant": False})
         small_llama(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         results.append([p.grad.clone() for p in small_llama.parameters() if p.requires_grad])
         small_llama.zero_grad()

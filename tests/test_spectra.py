@@ -364,7 +364,9 @@ def test_the_update_of_an_adapter_is_what_merging_it_adds(variant, base):
     for name, update in found.items():
         torch.testing.assert_close(update, merged[name] - frozen[name], atol=1e-6, rtol=1e-5)
         rank = torch.linalg.matrix_rank(update, rtol=1e-4)
-        assert rank == 2 if variant == "lora" else rank > 2, "only a stretched weight has more than r directions"
+        assert rank == 2 if variant == "lora" else rank > 2, (
+            "only a stretched weight has more than r directions"
+        )
     if base != "llama in 4 bits":  # whose base is now another
         for name, update in spectra.updates(original, tuned).items():
             torch.testing.assert_close(update, found[name], atol=1e-6, rtol=1e-5)

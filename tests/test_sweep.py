@@ -64,7 +64,7 @@ def test_a_grid_is_the_product_of_its_lists_with_the_seeds_innermost():
         ({"grid": [{"rank": [4]}]}, "rank: no such setting of a run; it has task, model"),
         ({"grids": [{"r": [4]}]}, r"unknown parts \['grids'\]"),
         ({"fixed": {"task": "poetry"}}, "task='poetry' is not known; choose one of"),
-        ({"fixed": {"method": "prefix"}}, "method='prefix' is not known"),
+        ({"fixed": {"method": "prefixes"}}, "method='prefixes' is not known"),
         ({"fixed": {"method": "subspace"}}, "d goes with method='subspace'"),
         ({"fixed": {"r": 0}}, "rank must be a whole number"),
         ({"fixed": {"lr": -1}}, "must be a positive number"),

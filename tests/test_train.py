@@ -77,7 +77,7 @@ def test_gradient_checkpointing_over_a_frozen_base_gives_the_same_gradients(reco
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.02)
     without = gradients(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     with_ = gradients(model, batch)
     assert with_.keys() == without.keys() and len(with_) == 42
     assert all(torch.equal(with_[n], without[n]) for n in with_)
