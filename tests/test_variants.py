@@ -408,7 +408,9 @@ def test_with_b_random_the_output_is_the_bases_and_the_first_gradient_goes_to_a(
     assert torch.equal(layer(x), layer.base(x))
     layer(x).sum().backward()
     assert layer.lora_A.grad.any() and not layer.lora_B.grad.any()
-    assert layer.lora_B.std().item() == pytest.approx(1 / (3 * fan_in) ** 0.5, rel=0.1), "uniform, by its fan-in"
+    assert layer.lora_B.std().item() == pytest.approx(1 / (3 * fan_in) ** 0.5, rel=0.1), (
+        "uniform, by its fan-in"
+    )
 
 
 def test_lora_plus_gives_the_rates_of_peft():
