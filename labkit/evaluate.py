@@ -59,18 +59,22 @@ def generate(
     """Greedy completions of `prompts`, in their order, without special tokens.
 
     Prompts are padded on the left, so that every one ends where its completion begins, and batched by length. Each
-    completion ends at the end-of-sequence token or after `max_new_tokens`.
+    completion ends at the end-of-sequence token or after `max_new_tokens`. A soft prompt or a prefix takes its part of the context.
 
     Raises:
         ValueError: a prompt leaves no room for `max_new_tokens` in the model's context.
     """
     device = next(model.parameters()).device
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    room = getattr(model.config, "max_position_embeddings", math.inf) - max_new_tokens
+    virtual = getattr(model, "virtual_tokens", None)  # see labkit.prompts
+    taken = virtual.length if virtual is not None and virtual.enabled else 0
+    room = getattr(model.config, "max_position_embeddings", math.inf) - max_new_tokens - taken
     for i, one in enumerate(ids):
         if not 0 < len(one) <= room:
+            also = f" and {taken} virtual tokens before the text" if taken else ""
             raise ValueError(
-                f"prompt {i} has {len(one)} tokens; with max_new_tokens={max_new_tokens}, 1 to {room} fit"
+                f"prompt {i} has {len(one)} tokens; with max_new_tokens={max_new_tokens}{also}, "
+                + (f"1 to {room} fit" if room > 0 else "none fits")
             )
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers: list[str] = [""] * len(ids)

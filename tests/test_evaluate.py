@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from labkit.beyond_lora import PrefixConfig, PromptConfig, add_prefix, add_prompt, bare
 from labkit.data import ticket_chat, tickets
 from labkit.evaluate import chat_prompts, generate, held_out_loss, parse_json, score_json
+from tests.conftest import make_small_llama
 
 
 def test_held_out_loss_does_not_depend_on_the_batch_size_and_counts_its_tokens(
@@ -40,6 +42,23 @@ def test_generation_leaves_the_model_as_it_was_and_refuses_prompts_that_do_not_f
         generate(small_llama, tokenizer, ["a", ""], max_new_tokens=2, progress=False)
     with pytest.raises(ValueError, match="1 to 1948 fit"):
         generate(small_llama, tokenizer, ["word " * 2000], max_new_tokens=100, progress=False)
+
+
+@pytest.mark.parametrize(("add", "config"), [(add_prompt, PromptConfig(30)), (add_prefix, PrefixConfig(30))])
+def test_virtual_tokens_take_their_part_of_the_context_and_are_said(add, config, tokenizer):
+    model = make_small_llama(max_position_embeddings=64)
+    prompts = ["a", "word " * 20]
+    longest = len(tokenizer(prompts[1], add_special_tokens=False)["input_ids"])
+    assert longest == 21
+    generate(model, tokenizer, prompts, max_new_tokens=14, progress=False)
+    add(model, config)
+    generate(model, tokenizer, prompts, max_new_tokens=64 - 30 - longest, progress=False)  # just fits
+    with pytest.raises(ValueError, match=r"prompt 1 .* and 30 virtual tokens before the text, 1 to 20 fit"):
+        generate(model, tokenizer, prompts, max_new_tokens=14, progress=False)
+    with pytest.raises(ValueError, match="prompt 0 has .* none fits"):
+        generate(model, tokenizer, prompts, max_new_tokens=34, progress=False)
+    with bare(model):
+        generate(model, tokenizer, prompts, max_new_tokens=14, progress=False)
 
 
 def test_exact_match_is_strict():
