@@ -64,7 +64,8 @@ class RunConfig:
         task: a name in `TASKS`.
         model: a name or folder for `labkit.models.load`.
         method: "full" (every parameter trains), "lora", "qlora" (LoRA over NF4 with double quantization), "subspace" (`d`
-            random directions, see `labkit.subspace`), or "none" (the base model, only measured).
+            random directions, see `labkit.subspace`), "prompt", "prefix", "bottleneck", "ia3" (see `labkit.beyond_lora`), or
+            "none" (the base model, only measured).
         r, alpha, targets, variant, init, dropout: see `labkit.LoRAConfig`.
         embeddings: train the embedding matrix, which these models share with the output layer; default: only with "full".
         d: dimension of the random subspace.
