@@ -19,7 +19,7 @@ REFERENCE_GFLOPS = 140.0
 COURSE_MINUTES = {
     "00_start_here": 0.7,
     "01_why_peft": 0.8,
-    "02_lora_from_scratch": 2.1,
+    "02_lora_from_scratch": 1.7,
     "03_is_the_update_low_rank": 1.6,
     "04_rank_alpha_targets": 0.9,
     "05_learns_less_forgets_less": 1.3,
@@ -28,6 +28,8 @@ COURSE_MINUTES = {
     "08_qlora_finetune": 5.3,
     "09_paged_optimizers": 1.5,
     "10_memory_breakdown": 2.3,
+    "11_variant_zoo": 0.9,
+    "12_beyond_lora": 0.8,
 }
 WITHOUT_MATRIX_UNITS = {"08_qlora_finetune": 6.6}  # on the same two cores, with products in fp32
 

@@ -1,5 +1,6 @@
 """Explorers: move a control, and a figure is computed live from real weights or a real run."""
 
+from labkit.lab.explore.beyond import block_picture, cost_explorer
 from labkit.lab.explore.double_quantization import constants_explorer
 from labkit.lab.explore.lora import strength_explorer
 from labkit.lab.explore.memory import weight_memory
@@ -7,16 +8,20 @@ from labkit.lab.explore.paging import paging_explorer, residency_map
 from labkit.lab.explore.quantization import codebook_explorer
 from labkit.lab.explore.spectra import update_explorer
 from labkit.lab.explore.tickets import answer_table, ticket_explorer, token_probabilities
+from labkit.lab.explore.variants import variant_explorer
 
 __all__ = [
     "answer_table",
+    "block_picture",
     "codebook_explorer",
     "constants_explorer",
+    "cost_explorer",
     "paging_explorer",
     "residency_map",
     "strength_explorer",
     "ticket_explorer",
     "token_probabilities",
     "update_explorer",
+    "variant_explorer",
     "weight_memory",
 ]
