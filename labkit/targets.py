@@ -15,7 +15,7 @@ Agrees with: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`, but a 
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,9 @@ def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Seq
         unmatched = [w for w in wanted if not any(ends_with(n, w) for n in modules)]
         if unmatched:
             raise ValueError(no_match_message(model, unmatched, linears))
+    holders = weight_holders(model)
     for name in matches:
-        check_adaptable(model, name)
+        check_adaptable(model, name, holders)
     return matches
 
 
@@ -127,7 +128,7 @@ def inside(name: str, parents: Sequence[str]) -> bool:
     return any(ends_with(".".join(parts[:i]), p) for p in parents for i in range(1, len(parts) + 1))
 
 
-def check_adaptable(model: nn.Module, name: str) -> None:
+def check_adaptable(model: nn.Module, name: str, holders: Mapping[int, list]) -> None:
     """Raise a `ValueError` that says why the module `name` cannot have an adapter, if it cannot."""
     module = model.get_submodule(name)
     if not is_linear(module) and not isinstance(module, nn.Embedding):
@@ -135,7 +136,7 @@ def check_adaptable(model: nn.Module, name: str) -> None:
             f"{name} is a {type(module).__name__}, and LoRA adapts linear layers, Conv1D and embeddings; to train it in full, "
             f"give modules_to_save=[{name.rpartition('.')[2]!r}]"
         )
-    partner = tied_partner(model, module)
+    partner = tied_partner(model, module, holders)
     if partner:
         raise ValueError(
             f"{name} and {partner} share one weight: an adapter on {name} would leave {partner} as it is, and merging it would "
@@ -143,15 +144,28 @@ def check_adaptable(model: nn.Module, name: str) -> None:
         )
 
 
-def tied_partner(model: nn.Module, module: nn.Module) -> str | None:
-    """The name of another module with the very same weight tensor."""
+def weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """The modules that hold each weight tensor, by the id of the tensor; more than one where weights are tied."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append((name, module))
+    return holders
+
+
+def tied_partner(
+    model: nn.Module, module: nn.Module, holders: Mapping[int, list] | None = None
+) -> str | None:
+    """The name of another module with the very same weight tensor.
+
+    Args:
+        model, module: a model, and a module of it.
+        holders: `weight_holders(model)`, to look up many modules without walking the model for each.
+    """
     weight = module._parameters.get("weight")
-    if weight is None:
-        return None
-    for name, other in model.named_modules():
-        if other is not module and other._parameters.get("weight") is weight:
-            return name
-    return None
+    same = (weight_holders(model) if holders is None else holders).get(id(weight), ())
+    return next((name for name, other in same if other is not module), None)
 
 
 def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[str]:
