@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from labkit.data import Batch
 from labkit.hardware import product_dtype
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
-from labkit.quant_linear import quantize_model
+from labkit.quant_linear import is_output_layer, quantize_model, replace_module
 
 BATCH, TOKENS, SUPERVISED, RANK = 8, 80, 40, 16
 
@@ -46,22 +47,22 @@ def ours(quantized: bool, products: torch.dtype | None = None):
     return model, lambda batch: supervised_loss(model, batch) / batch.n_supervised
 
 
-def bitsandbytes_model(products: torch.dtype = torch.float32):
-    """SmolLM2-135M with bitsandbytes' Linear4bit for every linear layer but the output: NF4, double-quantized."""
+def put_in_bitsandbytes(model: nn.Module, products: torch.dtype = torch.float32) -> nn.Module:
+    """Every linear layer but the output as bitsandbytes' Linear4bit: NF4, double-quantized; in place."""
     import bitsandbytes as bnb
 
-    model, _ = models.load("smollm2-135m")
     options = {"compute_dtype": products, "quant_type": "nf4", "compress_statistics": True}
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in list(block.named_children()):
-                if isinstance(linear, nn.Linear):
-                    four_bit = bnb.nn.Linear4bit(
-                        linear.in_features, linear.out_features, bias=False, **options
-                    )
-                    four_bit.load_state_dict({"weight": linear.weight.data})
-                    setattr(block, name, four_bit.to("cpu"))
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and not is_output_layer(model, linear):
+            four_bit = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, **options)
+            four_bit.load_state_dict({"weight": linear.weight.data})
+            replace_module(model, name, four_bit.to("cpu"))
     return model
+
+
+def bitsandbytes_model(products: torch.dtype = torch.float32):
+    """SmolLM2-135M in the 4 bits of bitsandbytes."""
+    return put_in_bitsandbytes(models.load("smollm2-135m")[0], products)
 
 
 def peers(products: torch.dtype = torch.float32):
@@ -114,7 +115,7 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def peak_memory(name: str, steps: int) -> None:
+def peak_memory(maker, batch_of, steps: int) -> None:
     """Print the peak resident memory of `steps` steps above that after the imports, in MB; run in a fresh process."""
     import bitsandbytes  # noqa: F401  # so that every method starts from the same imports
     import peft  # noqa: F401
@@ -123,22 +124,23 @@ def peak_memory(name: str, steps: int) -> None:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     before = psutil.Process().memory_info().rss
-    step, batch = make_step(MAKERS[name]), make_batch()
+    step, batch = make_step(maker), batch_of()
     for _ in range(steps):
         step(batch)
     print((peak_resident() - before) / 1e6)
 
 
-def peaks() -> dict[str, float]:
-    """MB of each method, from a process of its own."""
-    command = [sys.executable, __file__, "--peak"]
+def peaks(command: list[str], names: Iterable[str]) -> dict[str, float]:
+    """MB of each method, from a process of its own: `command` and its name."""
     run = lambda name: subprocess.run([*command, name], capture_output=True, text=True, check=True)  # noqa: E731
-    return {name: float(run(name).stdout.split()[-1]) for name in MAKERS}
+    return {name: float(run(name).stdout.split()[-1]) for name in names}
 
 
-def times(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+def times(
+    makers: Mapping[str, Callable], batch: Batch, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of the steps of each method, taken in turns, and the last losses."""
-    steps, batch = {name: make_step(maker) for name, maker in MAKERS.items()}, make_batch()
+    steps = {name: make_step(maker) for name, maker in makers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses = {}
     for i in range(rounds + 1):  # the first round warms up and is not counted
@@ -157,18 +159,18 @@ def main() -> None:
     parser.add_argument("--peak", help="internal: print the peak memory of one method")
     arguments = parser.parse_args()
     if arguments.peak:
-        peak_memory(arguments.peak, steps=3)
+        peak_memory(MAKERS[arguments.peak], make_batch, steps=3)
         return
     threads = torch.get_num_threads()
     print(f"{BATCH} × {TOKENS} tokens, {SUPERVISED} supervised, r={RANK} on all linears, {threads} threads")
     if arguments.only != "time":
-        peak = peaks()
+        peak = peaks([sys.executable, __file__, "--peak"], MAKERS)
         for name in MAKERS:
             print(
                 f"{name:22} peak {peak[name]:6.0f} MB ({peak[name] / peak[reference(name)]:.2f}×)", flush=True
             )
     if arguments.only != "memory":
-        seconds, losses = times(arguments.rounds)
+        seconds, losses = times(MAKERS, make_batch(), arguments.rounds)
         median = {name: statistics.median(taken) for name, taken in seconds.items()}
         for name, taken in seconds.items():
             print(

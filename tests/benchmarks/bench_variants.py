@@ -12,19 +12,26 @@ The losses of the last step stand beside the times: ours and PEFT's begin with o
 
 import argparse
 import statistics
-import subprocess
 import sys
-import time
+from functools import partial
 
 import torch
-from bench_train_step import BATCH, RANK, SUPERVISED, TOKENS, make_batch, peak_resident
-from torch import nn
+from bench_train_step import (
+    BATCH,
+    RANK,
+    SUPERVISED,
+    TOKENS,
+    make_batch,
+    peak_memory,
+    peaks,
+    put_in_bitsandbytes,
+    times,
+)
 
 from labkit import models
 from labkit.data import Batch
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
-from labkit.quant_linear import is_output_layer, replace_module
 from labkit.variants import add_qlora
 
 BOUNDS = {  # what the course promises, relative to PEFT
@@ -48,25 +55,12 @@ def peers(name: str, dora: bool, quantized: bool = False):
 
     model, _ = models.load(name)
     if quantized:
-        put_in_bitsandbytes(model)
+        put_in_bitsandbytes(model).is_loaded_in_4bit = True
     config = LoraConfig(
         r=RANK, lora_alpha=32, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, config).train()
     return model, lambda batch: model(input_ids=batch.ids, labels=batch.targets, use_cache=False).loss
-
-
-def put_in_bitsandbytes(model: nn.Module) -> None:
-    """Every linear layer but the output as bitsandbytes' Linear4bit: NF4, double-quantized."""
-    import bitsandbytes as bnb
-
-    options = {"compute_dtype": torch.float32, "quant_type": "nf4", "compress_statistics": True}
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and not is_output_layer(model, linear):
-            four_bit = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, **options)
-            four_bit.load_state_dict({"weight": linear.weight.data})
-            replace_module(model, name, four_bit.to("cpu"))
-    model.is_loaded_in_4bit = True
 
 
 GROUPS = {
@@ -88,19 +82,9 @@ GROUPS = {
 }
 
 
-def make_step(maker, name: str):
-    """A function that takes one training step."""
-    model, loss_of = maker(name)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-
-    def step(batch: Batch) -> float:
-        loss = loss_of(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+def makers_of(group: str, name: str) -> dict:
+    """The methods of a group, on the model `name`."""
+    return {method: partial(maker, name) for method, maker in GROUPS[group].items()}
 
 
 def batch_for(name: str) -> Batch:
@@ -109,45 +93,6 @@ def batch_for(name: str) -> Batch:
     vocabulary = 4096 if name == "tiny-llama" else 49_152
     targets = torch.where(batch.targets < 0, batch.targets, batch.targets % vocabulary)
     return Batch(batch.ids % vocabulary, targets)
-
-
-def peak_memory(group: str, method: str, name: str, steps: int) -> None:
-    """Print the peak resident memory of `steps` steps above that after the imports, in MB; run in a fresh process."""
-    import bitsandbytes  # noqa: F401  # so that every method starts from the same imports
-    import peft  # noqa: F401
-    import psutil
-    import transformers  # noqa: F401
-    from transformers import LlamaForCausalLM  # noqa: F401
-
-    before = psutil.Process().memory_info().rss
-    step, batch = make_step(GROUPS[group][method], name), batch_for(name)
-    for _ in range(steps):
-        step(batch)
-    print((peak_resident() - before) / 1e6)
-
-
-def peaks(group: str, name: str) -> dict[str, float]:
-    """MB of each method, from a process of its own."""
-    command = [sys.executable, __file__, "--model", name, "--peak", group]
-    run = lambda method: subprocess.run([*command, method], capture_output=True, text=True, check=True)  # noqa: E731
-    return {method: float(run(method).stdout.split()[-1]) for method in GROUPS[group]}
-
-
-def times(group: str, name: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of the steps of each method, taken in turns, and the last losses."""
-    steps, batch = (
-        {method: make_step(maker, name) for method, maker in GROUPS[group].items()},
-        batch_for(name),
-    )
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
-    losses = {}
-    for i in range(rounds + 1):  # the first round warms up and is not counted
-        for method, step in steps.items():
-            started = time.perf_counter()
-            losses[method] = step(batch)
-            if i:
-                seconds[method].append(time.perf_counter() - started)
-    return seconds, losses
 
 
 def verdict(method: str, ratio: float) -> str:
@@ -164,7 +109,8 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, help="internal: print the peak memory of one method of a group")
     arguments = parser.parse_args()
     if arguments.peak:
-        peak_memory(*arguments.peak, arguments.model, steps=3)
+        group, method = arguments.peak
+        peak_memory(makers_of(group, arguments.model)[method], lambda: batch_for(arguments.model), steps=3)
         return
     threads = torch.get_num_threads()
     print(
@@ -173,7 +119,8 @@ def main() -> None:
     for group, methods in ((group, GROUPS[group]) for group in arguments.groups):
         peer = next(iter(methods))
         if arguments.only != "time":
-            peak = peaks(group, arguments.model)
+            command = [sys.executable, __file__, "--model", arguments.model, "--peak", group]
+            peak = peaks(command, methods)
             for method in methods:
                 ratio = peak[method] / peak[peer]
                 print(
@@ -181,7 +128,9 @@ def main() -> None:
                     flush=True,
                 )
         if arguments.only != "memory":
-            seconds, losses = times(group, arguments.model, arguments.rounds)
+            seconds, losses = times(
+                makers_of(group, arguments.model), batch_for(arguments.model), arguments.rounds
+            )
             median = {method: statistics.median(taken) for method, taken in seconds.items()}
             for method, taken in seconds.items():
                 ratio = median[method] / median[peer]
