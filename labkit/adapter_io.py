@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from labkit.adapters import active_adapter, adapter_configs, attach, check_new, disabled
-from labkit.lora import Adapter, LoRAConfig, LoRALinear, lora_layers, make_adapter
+from labkit.adapters import adapter_configs, attach, check_new, disabled
+from labkit.lora import Adapter, LoRAConfig, LoRALinear, adapter_in_place, lora_layers, make_adapter
 from labkit.peft_folder import (
     PREFIX,
     check_tensors,
@@ -77,9 +77,7 @@ def save_adapter(
     layers = lora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA adapter to save; call add_lora and train first")
-    adapter = getattr(model, "lora_adapters", {}).get(active_adapter(model)) or Adapter(
-        model.lora_config, layers, None
-    )
+    adapter = adapter_in_place(model) or Adapter(model.lora_config, layers, None)
     init = adapter.config.init
     if plain and init.startswith("loftq"):
         raise ValueError(

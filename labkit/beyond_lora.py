@@ -34,7 +34,14 @@ from labkit.prompts import Prefix, PrefixConfig, PromptConfig, SoftPrompt, add_p
 from labkit.quant_linear import replace_module
 from labkit.targets import is_linear, widths
 
+SIZED = {  # how to add the methods whose size is to be chosen, and their configs, which take it first
+    "prompt": (add_prompt, PromptConfig),
+    "prefix": (add_prefix, PrefixConfig),
+    "bottleneck": (add_bottleneck, BottleneckConfig),
+}
+
 __all__ = [
+    "SIZED",
     "BottleneckConfig",
     "Cost",
     "IA3Config",

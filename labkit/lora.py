@@ -219,6 +219,11 @@ def check_ranks(model: nn.Module, config: LoRAConfig, names: list[str]) -> None:
             )
 
 
+def adapter_in_place(model: nn.Module) -> Adapter | None:
+    """The adapter that `model` computes with; None for the base alone."""
+    return getattr(model, "lora_adapters", {}).get(getattr(model, "lora_active", None))
+
+
 def put_in_place(model: nn.Module, name: str) -> None:
     """Put the modules of an adapter where those of the base are."""
     adapter = model.lora_adapters[name]

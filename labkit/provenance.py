@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from labkit.lora import lora_layers
+from labkit.lora import adapter_in_place, lora_layers
 from labkit.quant import QuantizedTensor
 from labkit.quant_linear import QuantLinear, replace_module
 
@@ -29,7 +29,7 @@ class AdapterMismatch(ValueError):
 @contextmanager
 def base_in_place(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the base's own modules stand where adapters were; a merged weight stays merged."""
-    adapter = getattr(model, "lora_adapters", {}).get(getattr(model, "lora_active", None))
+    adapter = adapter_in_place(model)
     kept = adapter.base_modules() if adapter is not None and adapter.originals is not None else {}
     for path, module in kept.items():
         replace_module(model, path, module)

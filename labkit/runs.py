@@ -24,15 +24,7 @@ import torch
 from torch import nn
 
 from labkit import datasets, models, sql
-from labkit.beyond_lora import (
-    BottleneckConfig,
-    PrefixConfig,
-    PromptConfig,
-    add_bottleneck,
-    add_ia3,
-    add_prefix,
-    add_prompt,
-)
+from labkit.beyond_lora import SIZED, add_ia3
 from labkit.data import ticket_chat, tickets
 from labkit.evaluate import chat_prompts, generate, held_out_loss, score_json
 from labkit.hardware import best_device, product_dtype
@@ -44,11 +36,6 @@ from labkit.update_numbers import effect_numbers, spectral_numbers
 from labkit.updates import updates
 from labkit.variants import add_qlora
 
-SIZED = {  # the methods beside LoRA whose size is to be chosen
-    "prompt": lambda model, size: add_prompt(model, PromptConfig(size)),
-    "prefix": lambda model, size: add_prefix(model, PrefixConfig(size)),
-    "bottleneck": lambda model, size: add_bottleneck(model, BottleneckConfig(size)),
-}
 METHODS = ("full", "lora", "qlora", "subspace", "ia3", *SIZED, "none")
 OLD_DOMAINS = ("kjv", "pydocs")  # tiny-llama was pretrained on their training text
 OLD_BYTES = 12_000  # of each old domain, to measure in a second
@@ -295,7 +282,8 @@ def prepare(config: RunConfig) -> tuple[nn.Module, object]:
     elif config.method == "ia3":
         add_ia3(model)
     elif config.method in SIZED:
-        SIZED[config.method](model, config.size)
+        add, sized = SIZED[config.method]
+        add(model, sized(config.size))
     else:
         model.requires_grad_(config.method == "full")
     if config.embeddings is not None:

@@ -29,6 +29,7 @@ from labkit.lora import (
     LoRAConfig,
     LoRAEmbedding,
     LoRALinear,
+    adapter_in_place,
     add_lora,
     add_product,
     lora_layers,
@@ -212,13 +213,7 @@ def add_qlora(model: nn.Module, config: LoRAConfig, progress: bool = False, **qu
     Raises:
         ValueError: see `add_lora` and `quantize_model`.
     """
-    skip = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not is_output_layer(model, module)
-        and inside(name, config.modules_to_save)
-    ]
+    skip = [name for name in plain_linears(model) if inside(name, config.modules_to_save)]
     if config.init in RANDOM_STARTS:
         quantize_model(model, skip=tuple(skip), progress=progress, **quantization)
         return add_lora(model, config)
@@ -237,12 +232,16 @@ def add_qlora(model: nn.Module, config: LoRAConfig, progress: bool = False, **qu
             loftq(layer, int(number) if number.isdigit() else LOFTQ_ITERATIONS, **settings)
             layer.base.compute_dtype = quantization.get("compute_dtype")
     train = [p for p in model.parameters() if p.requires_grad]
-    left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)]
-    if set(left) - set(skip):
+    if set(plain_linears(model)) - set(skip):
         quantize_model(model, skip=tuple(skip), progress=progress, **quantization)
     for parameter in train:
         parameter.requires_grad_(True)
     return model
+
+
+def plain_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers that `quantize_model` would quantize."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)]
 
 
 def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
@@ -277,7 +276,7 @@ def to_plain_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no adapter of this kind, it is merged, or (`add_qlora`) the original weights are gone.
     """
-    adapter = getattr(model, "lora_adapters", {}).get(getattr(model, "lora_active", None))
+    adapter = adapter_in_place(model)
     if adapter is None or adapter.config.init in RANDOM_STARTS:
         raise ValueError("to_plain_lora takes a model with a PiSSA or OLoRA adapter in place")
     if adapter.originals is None or any(

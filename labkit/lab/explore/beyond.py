@@ -10,18 +10,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from labkit.anatomy import decoder, sizes
-from labkit.beyond_lora import (
-    BottleneckConfig,
-    Cost,
-    PrefixConfig,
-    PromptConfig,
-    add_bottleneck,
-    add_ia3,
-    add_prefix,
-    add_prompt,
-    cost,
-    remove,
-)
+from labkit.beyond_lora import SIZED, Cost, add_ia3, cost, remove
 from labkit.bottleneck import Bottleneck
 from labkit.ia3 import IA3Linear
 from labkit.lab.explore.panel import panel
@@ -215,13 +204,11 @@ def cost_on(name: str, method: str, size: int) -> Cost:
         linears = [widths(m) for m in decoder(model).modules() if is_linear(m)]
         n = size * sum(a + b for a, b in linears)
         return Cost("LoRA", n, n, 2 * n, 2 * sum(b for _, b in linears), merges=True)
-    add, config = {
-        "bottleneck": (add_bottleneck, BottleneckConfig),
-        "prefix": (add_prefix, PrefixConfig),
-        "prompt": (add_prompt, PromptConfig),
-        "(IA)³": (add_ia3, lambda _: None),
-    }[method]
-    add(model, config(size))
+    if method in SIZED:
+        add, config = SIZED[method]
+        add(model, config(size))
+    else:
+        add_ia3(model)
     try:
         return cost(model)
     finally:
