@@ -90,16 +90,20 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        y = self.base(x)  # (..., out)
-        if self.merged_from is not None:
-            return y
-        if self.training:
-            x = self.dropout(x)
-        z = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r)
-        stretch = self.lora_magnitude / self.row_norms()  # (out,)
-        # a bias is not stretched: stretch (y - bias) + bias
-        stretched = stretch * y if self.base.bias is None else (1 - stretch) * self.base.bias + stretch * y
-        return add_product(stretched, z, stretch[:, None] * self.lora_B, self.scaling).to(y.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.base(rows)  # (rows, out)
+        if self.merged_from is None:
+            if self.training:
+                rows = self.dropout(rows)
+            z = F.linear(rows.to(self.lora_A.dtype), self.lora_A)  # (rows, r)
+            y = self.stretch(add_product(y, z, self.lora_B, self.scaling))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def stretch(self, y: Tensor) -> Tensor:
+        """m/n times what the layer puts out without its bias, which is not stretched; y (rows, out)."""
+        factor, bias = self.lora_magnitude / self.row_norms(), self.base.bias  # (out,)
+        stretched = factor * y if bias is None else factor * y + (1 - factor) * bias
+        return stretched.to(y.dtype)
 
 
 def make_layer(base: nn.Module, config: LoRAConfig) -> LoRALinear:

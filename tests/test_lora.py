@@ -72,6 +72,28 @@ def test_logits_and_gradients_equal_peft(variant):
         )
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (0, 6)])
+def test_sum_in_place_changes_no_value_and_no_gradient_of_the_base_or_the_input(variant, shape):
+    """Also where the base trains, has a bias, and something else reads the same x."""
+    torch.manual_seed(0)
+    model = add_lora(nn.Sequential(nn.Linear(6, 4)), LoRAConfig(r=2, variant=variant)).double()
+    randomize_B(model)
+    layer = model[0].requires_grad_(True)
+    x = torch.randn(shape, dtype=torch.double, requires_grad=True)
+    inputs, before = (x, *layer.parameters()), x.detach().clone()
+    y = layer(x)
+    W, b = layer.base.weight, layer.base.bias
+    V = W + layer.scaling * layer.lora_B @ layer.lora_A
+    stretch = (layer.lora_magnitude / V.norm(dim=1).detach())[:, None] if variant == "dora" else 1
+    expected = x @ (stretch * V).T + b
+    assert y.shape == (*shape[:-1], 4) and torch.equal(x, before)
+    torch.testing.assert_close(y, expected)
+    got, wanted = (torch.autograd.grad((out.sin() + x.sum()).sum(), inputs) for out in (y, expected))
+    for one, other in zip(got, wanted):
+        torch.testing.assert_close(one, other)
+
+
 def test_known_answer_of_torchtune():
     """torchtune's test of its LoRALinear: every parameter is arange(n) / n, and the mean output is 1.1252."""
     torch.manual_seed(16)

@@ -500,7 +500,7 @@ def test_to_plain_lora_and_lora_plus_refuse_what_they_cannot_do():
         parameter_groups(plain, 1e-3, 0)
 
 
-def test_the_forward_of_dora_differs_from_loras_in_a_few_lines():
+def test_the_forward_of_dora_differs_from_loras_in_one_line():
     import difflib
     import inspect
 
@@ -510,7 +510,7 @@ def test_the_forward_of_dora_differs_from_loras_in_a_few_lines():
         for line in difflib.unified_diff(lora, dora, n=0)
         if line[0] in "+-" and line[:3] not in ("+++", "---")
     ]
-    assert len(lora) <= 12 and len(changed) <= 8
+    assert len(lora) <= 12 and len(changed) == 2
 
 
 def test_plain_factors_of_a_plain_adapter_are_its_own():
