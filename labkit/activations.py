@@ -222,6 +222,5 @@ def loss_peak(block: Block, setup: Setup) -> int:
         return max(w * setup.tokens * V + w * n * V - own, w * n * V + (4 * n * V if w != 4 else 0))
     if not block.chunked:
         return w * n * V + (4 * n * V if w != 4 else 0)
-    rows = min(ROWS, n)
-    more = min(ROWS, n - rows)  # rows of a second chunk, made while the first is still there
-    return w * n * block.d + max(8 * rows * V, (4 * rows + 8 * more) * V if more else 0)
+    of_rows = min(ROWS, n) * V  # their scores in fp32, and in the dtype of the weight where that is another
+    return w * n * block.d + 4 * of_rows + (w * of_rows if w != 4 else 0)

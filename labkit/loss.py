@@ -93,13 +93,17 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets), ROWS):
             rows = slice(start, start + ROWS)
-            log_p = F.linear(hidden[rows], weight).float().log_softmax(-1)  # (rows, vocab)
-            right = torch.arange(len(log_p), device=log_p.device), targets[rows]
-            total -= log_p[right].sum()
+            scores = F.linear(hidden[rows], weight).float()  # (rows, vocab); the rest is made in its place
+            right = torch.arange(len(scores), device=scores.device), targets[rows]
+            scores -= scores.amax(-1, keepdim=True)  # exp cannot overflow then
+            total -= scores[right].sum()
+            sums = scores.exp_().sum(-1, keepdim=True)
+            total += sums.log().sum()
             if needed:
-                p = log_p.exp_()
-                p[right] -= 1
-                torch.mm(p.to(weight.dtype), weight, out=gradient[rows])
+                scores.div_(sums)[right] -= 1  # p - onehot
+                scores = scores.to(weight.dtype)
+                torch.mm(scores, weight, out=gradient[rows])
+            del scores  # before the next are made
         ctx.save_for_backward(gradient)
         return total
 
