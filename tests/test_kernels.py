@@ -71,6 +71,29 @@ def test_any_number_of_threads_gives_the_reference_bits(n, threads, threading_by
     assert torch.equal(got[0], packed) and torch.equal(got[1], absmax) and torch.equal(back, values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocksize", [32, 48, 64, 4096])
+def test_results_written_past_the_caches_have_the_reference_bits(dtype, blocksize, two_threads, monkeypatch):
+    n = LARGE + 64 * 3 + 7
+    packed, absmax, values = reference(torch.randn(n), blocksize)
+    values = values.to(dtype)
+    monkeypatch.setattr(cpu, "STREAMED_FROM", 0)
+    memory = torch.zeros(n + 16, dtype=dtype)
+    assert memory.data_ptr() % 64 == 0
+    for start in (0, 1, 8, 16):  # where a vector may, and may not, be stored that way
+        out = memory.zero_()[start : start + n]
+        kernels.dequantize_4bit(packed, absmax, nf4(), blocksize, n, dtype, out=out)
+        assert torch.equal(out.view(torch.uint8), values.view(torch.uint8))
+        assert not memory[:start].any() and not memory[start + n :].any()
+
+
+def test_new_memory_for_large_results_is_aligned_for_vectors():
+    for n in (1, cpu.HUGE_PAGES_FROM, cpu.HUGE_PAGES_FROM + 3):
+        for dtype in (torch.float32, torch.bfloat16):
+            out = cpu.empty(n, dtype, torch.device("cpu"))
+            assert out.shape == (n,) and out.dtype == dtype and out.data_ptr() % 64 == 0
+
+
 @numba.cfunc(tasks.TASK)
 def _record(arguments):
     """A task that counts, from the address a[2] on, how often each part was taken."""
@@ -363,6 +386,7 @@ for n in (1, 2, 15, 16, 17, 63, 64, 65, 1001, 4096, 4113):
                 got = kernels.quantize_4bit(flat, levels, blocksize)
                 assert torch.equal(got[0], pack(codes, int(got[0][-1] & 15))) and torch.equal(got[1], absmax)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    cpu.STREAMED_FROM = 0 if scale == 1 else 1 << 24
                     back = kernels.dequantize_4bit(*got, levels, blocksize, n, dtype)
                     expected = values.to(dtype)
                     assert torch.equal(back.view(torch.uint8), expected.view(torch.uint8)), (n, name, blocksize, dtype)

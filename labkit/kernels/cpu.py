@@ -9,9 +9,10 @@ from torch import Tensor
 
 from labkit.codebooks import codes_by_rank, dynamic8, midpoints
 from labkit.kernels import tasks, threads
-from labkit.kernels.vectors import LANES
+from labkit.kernels.vectors import ALIGNMENT, LANES
 
 HUGE_PAGES_FROM = 1 << 22  # bytes
+STREAMED_FROM = 1 << 24  # bytes: a larger result is written past the caches
 
 
 def multiplies(width: int) -> bool:
@@ -60,7 +61,8 @@ def dequantize_4bit(
         return
     n = out.numel()
     weight = weight_arguments(packed, scales, levels, blocksize, n, nested, offset)
-    threads.run(tasks.dequantize_task.address, weight[1], n, *weight, out.data_ptr(), out.itemsize)
+    streamed = out.nbytes >= STREAMED_FROM and blocksize % tasks.STEP == 0 and out.data_ptr() % ALIGNMENT == 0
+    threads.run(tasks.dequantize_task.address, weight[1], n, *weight, out.data_ptr(), out.itemsize, streamed)
 
 
 def multiply_4bit(
@@ -112,4 +114,6 @@ def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """
     if n * dtype.itemsize < HUGE_PAGES_FROM:
         return torch.empty(n, dtype=dtype)
-    return torch.from_numpy(np.empty(n * dtype.itemsize, np.uint8)).view(dtype)
+    memory = np.empty(n * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[start : start + n * dtype.itemsize]).view(dtype)

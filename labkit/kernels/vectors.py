@@ -21,6 +21,7 @@ from numba.extending import intrinsic, models, register_model
 
 FEATURES = (numba.config.CPU_FEATURES or get_host_cpu_features()).split(",")
 LANES = 16 if "+avx512f" in FEATURES else 8 if {"+avx2", "+fma"} <= set(FEATURES) else 0
+ALIGNMENT = 64  # bytes, of what is stored past the caches
 INT32, INTP, FLOAT = ir.IntType(32), ir.IntType(types.intp.bitwidth), ir.FloatType()
 BYTES, WORDS, FLOATS = (ir.VectorType(element, 16) for element in (ir.IntType(8), INT32, FLOAT))
 
@@ -130,6 +131,16 @@ def look_up(typing_context, table, codes):
     return words(words, words), generate
 
 
+def pairs(context, builder, signature, arguments) -> tuple[ir.Value, ir.Value]:
+    """The address of out[at] and what belongs there: first[0], second[0], first[1], second[1], …"""
+    out, at, first, second = arguments
+    if signature.args[0].dtype.bitwidth == 32:
+        both = lanes(builder, first, second, [lane for i in range(16) for lane in (i, 16 + i)])
+    else:  # the second of two 16-bit numbers is the upper half of their 32 bits
+        both = builder.or_(first, builder.shl(second, splat(WORDS, 16)))
+    return place(context, builder, signature.args[0], out, at, both.type), both
+
+
 @intrinsic
 def store_pairs(typing_context, out, at, first, second):
     """out[at : at + 32] = first[0], second[0], first[1], second[1], …
@@ -138,12 +149,21 @@ def store_pairs(typing_context, out, at, first, second):
     """
 
     def generate(context, builder, signature, arguments):
-        out, at, first, second = arguments
-        if signature.args[0].dtype.bitwidth == 32:
-            both = lanes(builder, first, second, [lane for i in range(16) for lane in (i, 16 + i)])
-        else:  # the second of two 16-bit numbers is the upper half of their 32 bits
-            both = builder.or_(first, builder.shl(second, splat(WORDS, 16)))
-        builder.store(both, place(context, builder, signature.args[0], out, at, both.type), align=2)
+        address, both = pairs(context, builder, signature, arguments)
+        builder.store(both, address, align=2)
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, words, words), generate
+
+
+@intrinsic
+def stream_pairs(typing_context, out, at, first, second):
+    """`store_pairs`, past the caches straight to memory; the address of out[at] must be a multiple of `ALIGNMENT`."""
+
+    def generate(context, builder, signature, arguments):
+        address, both = pairs(context, builder, signature, arguments)
+        store = builder.store(both, address, align=ALIGNMENT)
+        store.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
         return context.get_dummy_value()
 
     return types.void(out, types.intp, words, words), generate
