@@ -32,6 +32,7 @@ run: named model ## run one notebook without a browser: make run NB=notebooks/08
 	    --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=3600 "$(NB)"
 
 bench: model     ## measure speed and memory against the peers, in one run, and print ratios
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
 
 lint: setup      ## check style

@@ -32,7 +32,7 @@ def constraints():
 
 def test_every_direct_dependency_is_pinned(project, constraints):
     extras = project["optional-dependencies"]
-    assert set(extras) == {"lab", "test", "classroom"}
+    assert set(extras) == {"lab", "test", "bench", "classroom"}
     direct = project["dependencies"] + [name for names in extras.values() for name in names]
     assert [name for name in direct if name.lower() not in constraints] == []
     assert constraints["torch"] == "2.13.0"

@@ -7,7 +7,8 @@ one turn, so that a slow moment of the machine hits all. Ratios above 1 mean tha
 
 The two sides of a dequantization do not do the same: bitsandbytes returns new memory every time, and 64 MB of it cost
 more in page faults than the work. So ours is measured twice: into memory that exists (`out=`), beside `copy_` into
-the same memory, the least that any dequantization could cost; and into new memory, beside `clone` and bitsandbytes.
+the same memory, the usual yardstick (which reads as much as it writes); and into new memory, beside `clone` and bitsandbytes.
+torchao's columns need its package: `make bench` installs it.
 """
 
 import argparse
