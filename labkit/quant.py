@@ -305,12 +305,13 @@ def lookup_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_blocks` to `dynamic8` through a table of 65,536 equal bins over [-1, 1], as bitsandbytes on a CPU.
 
     A bin holds one code, though a threshold may cut it: about one scale in 600 goes to the level beside the nearest.
-    Two more differences: an incomplete last block is scaled like any other, and a block of zeros gets code 0.
+    Two more differences: an incomplete last block is scaled like any other, and a zero gets code 0 where the reciprocal of the
+    block's scale is infinite: in a block of zeros, or of numbers below 3e-39.
     """
     n = values.numel()
     blocks = F.pad(values, (0, -n % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)  # (n_blocks, 256)
     nested = blocks.abs().amax(dim=1)  # (n_blocks,)
-    scaled = torch.where(nested[:, None] > 0, blocks * (1 / nested)[:, None], -1)
+    scaled = (blocks * (1 / nested)[:, None]).nan_to_num(nan=-1)  # 0 times infinity
     bins = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).to(torch.int64)
     centres = torch.linspace(-1, 1, 65536, device=values.device)
     table = torch.bucketize(centres, midpoints(levels_of("dynamic8")).to(values.device)).to(torch.uint8)

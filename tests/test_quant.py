@@ -222,6 +222,17 @@ def test_lookup_rounding_equals_bitsandbytes_in_every_bin():
     assert_same_bits(lookup_blocks(values)[0], codes)
 
 
+@pytest.mark.parametrize(
+    "numbers", [(-2.4934e-39, 2.4933e-39), (-2.5e-39, 0, 2e-39), (3e-39, 1e-39, 0), (0, 0), (0, 1)]
+)
+def test_lookup_of_scales_whose_reciprocal_is_infinite_equals_bitsandbytes(numbers):
+    values = torch.tensor([float(number) for number in numbers])
+    codes, state = bnb.quantize_blockwise(values, code=bnb.create_dynamic_map(), blocksize=256)
+    ours = lookup_blocks(values)
+    assert_same_bits(ours[0], codes.view(-1))
+    assert_same_bits(ours[1], state.absmax)
+
+
 @pytest.mark.parametrize("shape", [(7, 80), (5, 48), (64, 96)])
 def test_fact_bitsandbytes_avx512_dequantize_takes_scales_by_row(shape):
     torch.manual_seed(7)
