@@ -83,8 +83,10 @@ def dequantize_4bit(
             return torch.ops.labkit.dequantize_4bit(
                 packed, scales, levels, blocksize, n, dtype, nested, offset
             )
-        out = kernels_for(packed).empty(n, dtype, packed.device)
-    if is_traced(packed):
+        kernels = kernels_for(packed)
+        out = kernels.empty(n, dtype, packed.device)
+        kernels.dequantize_4bit(packed, scales, levels, blocksize, out, nested, offset, new=True)
+    elif is_traced(packed):
         torch.ops.labkit.dequantize_4bit_out(packed, scales, levels, blocksize, out, nested, offset)
     else:
         kernels_for(packed).dequantize_4bit(packed, scales, levels, blocksize, out, nested, offset)
@@ -187,7 +189,7 @@ def _dequantize_op(
 ) -> Tensor:
     kernels = kernels_for(packed)
     out = kernels.empty(n, dtype, packed.device)
-    kernels.dequantize_4bit(packed, scales, levels, blocksize, out, nested, offset)
+    kernels.dequantize_4bit(packed, scales, levels, blocksize, out, nested, offset, new=True)
     return out
 
 

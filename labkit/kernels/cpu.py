@@ -52,17 +52,24 @@ def dequantize_4bit(
     out: Tensor,
     nested: Tensor | None = None,
     offset: Tensor | None = None,
+    new: bool = False,
 ) -> None:
-    """See `labkit.kernels.dequantize_4bit`; writes to `out`, n values, contiguous float32, float16 or bfloat16."""
+    """See `labkit.kernels.dequantize_4bit`; writes to `out`, n values, contiguous float32, float16 or bfloat16.
+
+    `new`: nobody has written to `out` yet. The system then zeroes each page just before it is first written, and it is in the
+    caches: going past them would be slower.
+    """
     if out.dtype == torch.float16:  # numba has no half precision on a CPU
         whole = empty(out.numel(), torch.float32, out.device)
-        dequantize_4bit(packed, scales, levels, blocksize, whole, nested, offset)
+        dequantize_4bit(packed, scales, levels, blocksize, whole, nested, offset, new=True)
         out.copy_(whole.view(out.shape))
         return
     n = out.numel()
     weight = weight_arguments(packed, scales, levels, blocksize, n, nested, offset)
-    streamed = out.nbytes >= STREAMED_FROM and blocksize % tasks.STEP == 0 and out.data_ptr() % ALIGNMENT == 0
-    threads.run(tasks.dequantize_task.address, weight[1], n, *weight, out.data_ptr(), out.itemsize, streamed)
+    place = out.data_ptr()
+    aligned = blocksize % tasks.STEP == 0 and place % ALIGNMENT == 0
+    streamed = aligned and out.nbytes >= STREAMED_FROM and not new
+    threads.run(tasks.dequantize_task.address, weight[1], n, *weight, place, out.itemsize, streamed)
 
 
 def multiply_4bit(
@@ -114,6 +121,4 @@ def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """
     if n * dtype.itemsize < HUGE_PAGES_FROM:
         return torch.empty(n, dtype=dtype)
-    memory = np.empty(n * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return torch.from_numpy(memory[start : start + n * dtype.itemsize]).view(dtype)
+    return torch.from_numpy(np.empty(n * dtype.itemsize, np.uint8)).view(dtype)

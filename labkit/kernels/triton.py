@@ -106,8 +106,9 @@ def dequantize_4bit(
     out: Tensor,
     nested: Tensor | None = None,
     offset: Tensor | None = None,
+    new: bool = False,
 ) -> None:
-    """See `labkit.kernels.dequantize_4bit`; writes to `out`, (n,) contiguous."""
+    """See `labkit.kernels.dequantize_4bit`; writes to `out`, (n,) contiguous; whether that is `new` is all the same here."""
     n, device = out.numel(), out.device
     is_nested = nested is not None
     extra = (nested, offset, dynamic8().to(device)) if is_nested else (scales, scales, scales)
