@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import flop_registry
 
 from labkit.lora_config import LoRAConfig, pattern_matches
 from labkit.quant import QuantizedTensor, quantize
@@ -96,6 +97,10 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}" + (", merged" if self.merged_from is not None else "")
+
+
+# PyTorch's counter of operations knows `addmm`, but not that it can be in place
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
 
 
 def add_product(y: Tensor, z: Tensor, B: Tensor, scaling: float) -> Tensor:

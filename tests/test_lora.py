@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from labkit.lora import (
     LoRAConfig,
@@ -92,6 +93,13 @@ def test_sum_in_place_changes_no_value_and_no_gradient_of_the_base_or_the_input(
     got, wanted = (torch.autograd.grad((out.sin() + x.sum()).sum(), inputs) for out in (y, expected))
     for one, other in zip(got, wanted):
         torch.testing.assert_close(one, other)
+
+
+def test_operations_of_a_layer_are_counted_whole():
+    layer = add_lora(nn.Sequential(nn.Linear(64, 48, bias=False)), LoRAConfig(r=4))[0]
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(10, 64))
+    assert counter.get_total_flops() == 2 * 10 * (64 * 48 + 4 * 64 + 4 * 48)
 
 
 def test_known_answer_of_torchtune():
