@@ -4,7 +4,8 @@
 must be next to nothing. A block has one scale and sixteen levels, so the sixteen products are made (and rounded to the
 dtype) first, and a weight is one look-up in a table that fits a vector register: see `vectors.py`. A result too large for
 the caches is *streamed*: an ordinary store first reads what it is about to overwrite, one past the caches does not. That halves
-the time on 4096 x 4096, and costs more than it saves where the result is still in the cache when it is used.
+the time on 4096 x 4096, and costs more than it saves where the result is still in the cache when it is used. (Streamed stores may
+become visible late; the atomic step with which each thread looks for another part, and finds none, waits for them.)
 
 *Quantizing* is bound by the search for the nearest level: fifteen compares and adds, which the compiler turns into
 vector instructions, beat a branching binary search.
