@@ -1,6 +1,7 @@
 """The LoRA family: each variant gives PEFT's numbers and gradients, on dense and 4-bit bases, and does what its paper says."""
 
 import copy
+import inspect
 import json
 
 import bitsandbytes as bnb
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from peft.utils import loftq_utils
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -203,6 +205,30 @@ def test_every_family_is_adapted_where_peft_adapts_it_and_computes_the_same(fami
         assert torch.equal(unmerge(ours)(input_ids=IDS)[0], before)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_what_it_learns_with_peft(family):
+    """Language models by heart what they read; the BERT type to tell two sentences apart by its pooled output."""
+    ours = add_lora(FAMILIES[family]().train(), LoRAConfig(r=4, alpha=12))
+    theirs = peft_model(FAMILIES[family]())
+    give(randomize(ours), theirs)
+    losses = []
+    for model in (ours.eval(), theirs.eval()):  # no dropout: the same numbers for both
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3, eps=1e-4)
+        losses.append([])
+        for _ in range(20):
+            out = model(input_ids=IDS)
+            if hasattr(out, "logits"):
+                loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+            else:
+                loss = F.cross_entropy(4 * out.pooler_output[:, :2], torch.tensor([0, 1]))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < 0.95 * losses[0][0]
+
+
 # -- DoRA
 
 
@@ -354,6 +380,20 @@ def test_loftqs_first_iteration_is_the_best_fit_to_the_error_of_quantization():
     left = error - layer.delta().detach()
     S = torch.linalg.svdvals(error)
     torch.testing.assert_close(left.norm() ** 2, (S[16:] ** 2).sum(), rtol=1e-4, atol=0)  # Eckart and Young
+
+
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_loftq_equals_pefts(iterations):
+    """PEFT's own code, but for the device: it runs on CUDA alone."""
+    theirs = dict(vars(loftq_utils))
+    exec(inspect.getsource(loftq_utils.loftq_init).replace('"cuda"', '"cpu"'), theirs)
+    W = spectrum_like_a_models()
+    dequantized, A, B = theirs["loftq_init"](W, num_bits=4, reduced_rank=16, num_iter=iterations)
+    layer = loftq_layer(W, f"loftq_iter_{iterations}")
+    # a weight on the edge between two levels may go either way after a rounding in the SVD
+    same = torch.isclose(dense_weight(layer.base), dequantized, rtol=1e-5, atol=1e-7).float().mean()
+    assert same == 1 if iterations == 1 else same > 0.999
+    assert (layer.delta().detach() - B @ A).norm() < (1e-4 if iterations == 1 else 1e-2) * (B @ A).norm()
 
 
 def test_more_iterations_of_loftq_leave_less_and_the_scaling_does_not_matter():
