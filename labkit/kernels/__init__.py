@@ -78,18 +78,12 @@ def dequantize_4bit(
     Returns:
         `out`, or (n,) values in `dtype`. See `labkit.quant.dequantize_blocks`.
     """
+    traced = is_traced(packed)
     if out is None:
-        if is_traced(packed):
-            return torch.ops.labkit.dequantize_4bit(
-                packed, scales, levels, blocksize, n, dtype, nested, offset
-            )
-        kernels = kernels_for(packed)
-        out = kernels.empty(n, dtype, packed.device)
-        kernels.dequantize_4bit(packed, scales, levels, blocksize, out, nested, offset, new=True)
-    elif is_traced(packed):
-        torch.ops.labkit.dequantize_4bit_out(packed, scales, levels, blocksize, out, nested, offset)
-    else:
-        kernels_for(packed).dequantize_4bit(packed, scales, levels, blocksize, out, nested, offset)
+        make = torch.ops.labkit.dequantize_4bit if traced else dequantize_to_new
+        return make(packed, scales, levels, blocksize, n, dtype, nested, offset)
+    write = torch.ops.labkit.dequantize_4bit_out if traced else kernels_for(packed).dequantize_4bit
+    write(packed, scales, levels, blocksize, out, nested, offset)
     return out
 
 
@@ -176,8 +170,7 @@ def _(flat, levels, blocksize):
     return flat.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), absmax
 
 
-@torch.library.custom_op("labkit::dequantize_4bit", mutates_args=(), device_types=("cpu", "cuda"))
-def _dequantize_op(
+def dequantize_to_new(
     packed: Tensor,
     scales: Tensor,
     levels: Tensor,
@@ -187,10 +180,16 @@ def _dequantize_op(
     nested: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
+    """`dequantize_4bit` without `out`, on numbers."""
     kernels = kernels_for(packed)
     out = kernels.empty(n, dtype, packed.device)
     kernels.dequantize_4bit(packed, scales, levels, blocksize, out, nested, offset, new=True)
     return out
+
+
+_dequantize_op = torch.library.custom_op(
+    "labkit::dequantize_4bit", dequantize_to_new, mutates_args=(), device_types=("cpu", "cuda")
+)
 
 
 @_dequantize_op.register_fake
