@@ -8,6 +8,9 @@ code's highest bit. On other processors `LANES` is 0, and the kernels loop over 
 This file gives numba two types, a vector of sixteen 32-bit words and one of sixteen fp32 numbers, and the few
 operations on them that the kernels use. LLVM cuts a vector of sixteen in two where a register holds eight.
 
+Quantizing asks the other way round, how many of fifteen thresholds a number exceeds: a search of four steps in sixteen numbers
+at once, whose thresholds are looked up in a register too.
+
 Why multiply the levels, and not the weights that were looked up: the product is the same, and rounding it to bfloat16
 then costs sixteen operations a block instead of one for every weight. Why the indices are not masked: the permutation
 reads only the lowest four (AVX2: three) bits of a lane.
@@ -24,6 +27,11 @@ LANES = 16 if "+avx512f" in FEATURES else 8 if {"+avx2", "+fma"} <= set(FEATURES
 ALIGNMENT = 64  # bytes, of what is stored past the caches
 INT32, INTP, FLOAT = ir.IntType(32), ir.IntType(types.intp.bitwidth), ir.FloatType()
 BYTES, WORDS, FLOATS = (ir.VectorType(element, 16) for element in (ir.IntType(8), INT32, FLOAT))
+PERMUTE = (
+    {"int": "llvm.x86.avx512.permvar.si.512", "float": "llvm.x86.avx512.permvar.sf.512"}
+    if LANES == 16
+    else {"int": "llvm.x86.avx2.permd", "float": "llvm.x86.avx2.permps"}
+)
 
 
 class VectorType(types.Type):
@@ -58,8 +66,14 @@ def place(context, builder: ir.IRBuilder, array_type, array: ir.Value, at: ir.Va
     return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
 
 
+def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """An fp32 number in every lane."""
+    first = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, INT32(0))
+    return lanes(builder, first, first, [0] * 16)
+
+
 def call(builder: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
-    """An LLVM intrinsic that takes and returns vectors of one type."""
+    """An LLVM intrinsic that returns a vector of the type of its first argument."""
     function_type = ir.FunctionType(arguments[0].type, [a.type for a in arguments])
     function = builder.module.globals.get(name) or ir.Function(builder.module, function_type, name)
     return builder.call(function, arguments)
@@ -90,9 +104,8 @@ def scaled_levels(typing_context, levels, scale):
 
     def generate(context, builder, signature, arguments):
         address = place(context, builder, signature.args[0], arguments[0], INTP(0), FLOATS)
-        first = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), arguments[1], INT32(0))
-        scales = lanes(builder, first, first, [0] * 16)
-        return builder.bitcast(builder.fmul(builder.load(address, align=4), scales), WORDS)
+        products = builder.fmul(builder.load(address, align=4), broadcast(builder, arguments[1]))
+        return builder.bitcast(products, WORDS)
 
     return words(levels, types.float32), generate
 
@@ -109,6 +122,17 @@ def to_bfloat16(typing_context, table):
     return words(words), generate
 
 
+def permute(builder: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
+    """table[index] in every lane, of a table of `LANES` lanes, by the lowest bits of each index."""
+    name = PERMUTE["float" if table.type.element == FLOAT else "int"]
+    return call(builder, name, table, indices)
+
+
+def halves(builder: ir.IRBuilder, vector: ir.Value) -> list[ir.Value]:
+    """The lower and the upper eight lanes."""
+    return [lanes(builder, vector, vector, half) for half in (range(8), range(8, 16))]
+
+
 @intrinsic
 def look_up(typing_context, table, codes):
     """table[code] in every lane; only the low four bits of a code count."""
@@ -116,19 +140,66 @@ def look_up(typing_context, table, codes):
     def generate(context, builder, signature, arguments):
         table, codes = arguments
         if LANES == 16:
-            return call(builder, "llvm.x86.avx512.permvar.si.512", table, codes)
-        lower, upper = (lanes(builder, table, table, half) for half in (range(8), range(8, 16)))
+            return permute(builder, table, codes)
+        lower, upper = halves(builder, table)
         found = []
-        for half in (range(8), range(8, 16)):
-            eight = lanes(builder, codes, codes, half)
+        for eight in halves(builder, codes):
             is_upper = builder.icmp_signed(
                 "<", builder.shl(eight, splat(eight.type, 28)), splat(eight.type, 0)
             )
-            either = [call(builder, "llvm.x86.avx2.permd", part, eight) for part in (upper, lower)]
+            either = [permute(builder, part, eight) for part in (upper, lower)]
             found.append(builder.select(is_upper, *either))
         return lanes(builder, *found, range(16))
 
     return words(words, words), generate
+
+
+@intrinsic
+def ranks(typing_context, values, thresholds):
+    """How many of the first fifteen thresholds, which rise, each value exceeds; of NaN: 0."""
+
+    def generate(context, builder, signature, arguments):
+        values, thresholds = arguments
+
+        def exceeds(limits):
+            return builder.fcmp_ordered(">", values, limits)
+
+        def all_equal(k):
+            return lanes(builder, thresholds, thresholds, [k] * 16)
+
+        def one_of(candidates, indices):  # at most eight candidates: they fit an AVX2 register
+            table = lanes(builder, thresholds, thresholds, candidates * (LANES // len(candidates)))
+            if LANES == 16:
+                return permute(builder, table, indices)
+            found = [permute(builder, table, eight) for eight in halves(builder, indices)]
+            return lanes(builder, *found, range(16))
+
+        def append(bit, rank):  # a comparison that holds is -1 in every bit
+            return builder.sub(builder.shl(rank, splat(WORDS, 1)), builder.sext(bit, WORDS))
+
+        upper = exceeds(all_equal(7))
+        rank = builder.zext(upper, WORDS)
+        rank = append(exceeds(builder.select(upper, all_equal(11), all_equal(3))), rank)
+        rank = append(exceeds(one_of([1, 5, 9, 13], rank)), rank)
+        return append(exceeds(one_of([0, 2, 4, 6, 8, 10, 12, 14], rank)), rank)
+
+    return words(floats, floats), generate
+
+
+@intrinsic
+def store_codes(typing_context, packed, at, first, second):
+    """packed[at : at + 16] = sixteen bytes of two codes each: of first[0] and first[1], …, second[14] and second[15]."""
+
+    def generate(context, builder, signature, arguments):
+        packed, at, *codes = arguments
+        in_bytes = lanes(builder, *(builder.trunc(half, BYTES) for half in codes), range(32))
+        two = builder.bitcast(in_bytes, ir.VectorType(ir.IntType(16), 16))  # the first of two is the low byte
+        joined = builder.or_(builder.shl(two, splat(two.type, 4)), builder.lshr(two, splat(two.type, 8)))
+        address = place(context, builder, signature.args[0], packed, at, BYTES)
+        builder.store(builder.trunc(joined, BYTES), address, align=1)
+        return context.get_dummy_value()
+
+    return types.void(packed, types.intp, words, words), generate
 
 
 def pairs(context, builder, signature, arguments) -> tuple[ir.Value, ir.Value]:
@@ -180,6 +251,59 @@ def load_floats(typing_context, array, at):
 
 
 @intrinsic
+def load_words(typing_context, array, at):
+    """The bits of array[at : at + 16], an array of 32-bit numbers."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(place(context, builder, signature.args[0], *arguments, WORDS), align=4)
+
+    return words(array, types.intp), generate
+
+
+@intrinsic
+def times(typing_context, values, factor):
+    """values * factor."""
+    return floats(floats, types.float32), lambda context, builder, signature, arguments: builder.fmul(
+        arguments[0], broadcast(builder, arguments[1])
+    )
+
+
+@intrinsic
+def magnitudes(typing_context, numbers):
+    """fp32 bits without their sign. As integers they sort like the magnitudes; infinity and NaN come last."""
+    return words(words), lambda context, builder, signature, arguments: builder.and_(
+        arguments[0], splat(WORDS, 0x7FFFFFFF)
+    )
+
+
+def greater(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed(">", one, other), one, other)
+
+
+@intrinsic
+def larger(typing_context, one, other):
+    """The larger of two integers in every lane."""
+    return words(words, words), lambda context, builder, signature, arguments: greater(builder, *arguments)
+
+
+@intrinsic
+def largest(typing_context, integers):
+    """The largest of the sixteen."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.extract_element(reduce(builder, greater, arguments[0]), INT32(0))
+
+    return types.int32(words), generate
+
+
+def reduce(builder: ir.IRBuilder, join, vector: ir.Value) -> ir.Value:
+    """A vector of one: the lanes joined two by two, always in the same order."""
+    for half in (8, 4, 2, 1):
+        vector = join(builder, *(lanes(builder, vector, vector, range(k, k + half)) for k in (0, half)))
+    return vector
+
+
+@intrinsic
 def zeros(typing_context):
     """Sixteen zeros."""
     return floats(), lambda context, builder, signature, arguments: splat(FLOATS, 0)
@@ -201,10 +325,7 @@ def total(typing_context, one, other):
     """The sum of both vectors, always in the same order."""
 
     def generate(context, builder, signature, arguments):
-        sums = builder.fadd(*arguments)
-        for half in (8, 4, 2, 1):
-            left, right = (lanes(builder, sums, sums, range(k, k + half)) for k in (0, half))
-            sums = builder.fadd(left, right)
+        sums = reduce(builder, ir.IRBuilder.fadd, builder.fadd(*arguments))
         return builder.extract_element(sums, INT32(0))
 
     return types.float32(floats, floats), generate
