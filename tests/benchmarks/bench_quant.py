@@ -8,8 +8,9 @@ faster.
 
 The two sides of a dequantization do not do the same: bitsandbytes returns new memory every time, and 64 MB of it cost
 more in page faults than the work. So ours is measured twice: into memory that exists (`out=`), beside `copy_` into
-the same memory, the usual yardstick (which reads as much as it writes); and into new memory, beside `clone` and bitsandbytes.
-torchao's columns need its package: `make bench` installs it.
+the same memory, the usual yardstick (which reads as much as it writes), and `fill_`, which only writes: the least that any
+kernel could take; "bnb/fill" is therefore the most that "bnb/out=" could become. And into new memory, beside `clone` and
+bitsandbytes. torchao's columns need its package: `make bench` installs it.
 """
 
 import argparse
@@ -63,6 +64,7 @@ def bench(size: int, double_quant: bool, dtype: torch.dtype, repeats: int, bnb, 
     out = torch.zeros_like(weight)
     quantize = {"quantize ours": lambda: lab.quantize(weight, double_quant=double_quant)}
     dequantize = {
+        "fill_": lambda: out.fill_(1.0),
         "copy_": lambda: out.copy_(weight),
         "ours out=": lambda: ours.dequantize(out=out),
         "clone": lambda: weight.clone(),
@@ -101,8 +103,8 @@ def main() -> None:
     )
     print(f"NF4, block 64, {arguments.dtype}; DQ: with double quantization; ms, and ours against …\n")
     print(
-        f"{'size':>5} {'thr':>3} {'DQ':>3} | {'copy_':>7} {'out=':>7} {'x copy':>6} | {'clone':>7} {'new':>7} {'bnb':>7} "
-        f"{'torchao':>8} {'bnb/out=':>8} {'bnb/new':>7} | {'quant':>7} {'bnb':>8} {'torchao':>8} {'bnb/ours':>8}"
+        f"{'size':>5} {'thr':>3} {'DQ':>3} | {'fill_':>7} {'copy_':>7} {'out=':>7} {'x copy':>6} | {'clone':>7} {'new':>7} {'bnb':>7} "
+        f"{'torchao':>8} {'bnb/fill':>8} {'bnb/out=':>8} {'bnb/new':>7} | {'quant':>7} {'bnb':>8} {'torchao':>8} {'bnb/ours':>8}"
     )
     for size in arguments.sizes:
         for threads in arguments.threads:
@@ -113,9 +115,10 @@ def main() -> None:
                 )
                 get = lambda name, ms=ms: ms.get(name, float("nan"))  # noqa: E731
                 print(
-                    f"{size:5} {threads:3} {'yes' if double_quant else 'no':>3} | {ms['copy_']:7.2f} {ms['ours out=']:7.2f}"
+                    f"{size:5} {threads:3} {'yes' if double_quant else 'no':>3} | {ms['fill_']:7.2f} {ms['copy_']:7.2f}"
+                    f" {ms['ours out=']:7.2f}"
                     f" {ms['ours out='] / ms['copy_']:6.2f} | {ms['clone']:7.2f} {ms['ours new']:7.2f} {get('bnb'):7.2f}"
-                    f" {get('torchao'):8.1f} {get('bnb') / ms['ours out=']:8.2f} {get('bnb') / ms['ours new']:7.2f}"
+                    f" {get('torchao'):8.1f} {get('bnb') / ms['fill_']:8.2f} {get('bnb') / ms['ours out=']:8.2f} {get('bnb') / ms['ours new']:7.2f}"
                     f" | {ms['quantize ours']:7.2f} {get('quantize bnb'):8.1f} {get('quantize torchao'):8.1f}"
                     f" {get('quantize bnb') / ms['quantize ours']:8.1f}",
                     flush=True,
