@@ -14,6 +14,7 @@ long as dequantizing a small layer, and is only needed when someone is tracing.
 
 import importlib.util
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -148,8 +149,14 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def kernels_for(tensor: Tensor) -> ModuleType:
-    """The module with the kernels for the device of `tensor`. numba takes a second to import: only when used."""
-    if tensor.device.type == "cuda":
+    """The module with the kernels for the device of `tensor`."""
+    return kernels_on(tensor.device.type)
+
+
+@cache
+def kernels_on(device_type: str) -> ModuleType:
+    """The module with the kernels for such a device. numba takes a second to import: only when used."""
+    if device_type == "cuda":
         from labkit.kernels import triton
 
         return triton

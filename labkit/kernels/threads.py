@@ -13,6 +13,7 @@ forked process, where it must not be used, Python threads call the same task.
 import ctypes
 import os
 import threading
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -60,13 +61,14 @@ def run(task: int, units: int, weights: int, *arguments: int) -> None:
     """
     threads = 1 if weights < SERIAL_BELOW else min(torch.get_num_threads(), units)
     parts = 1 if threads == 1 else min(units, PARTS_PER_THREAD * threads)
-    block = (ctypes.c_int64 * (2 + len(arguments)))(0, parts, *arguments)
+    block = array("q", (0, parts, *arguments))  # int64; made and read in a third of the time of a ctypes array
+    address, _ = block.buffer_info()
     if threads == 1:
-        Task(task)(ctypes.addressof(block))
+        Task(task)(address)
     elif _openmp is not None:
-        _openmp.GOMP_parallel(task, ctypes.addressof(block), threads, 0)
+        _openmp.GOMP_parallel(task, address, threads, 0)
     else:
-        run_in_pool(Task(task), ctypes.addressof(block), threads)
+        run_in_pool(Task(task), address, threads)
 
 
 def run_in_pool(task, block: int, threads: int) -> None:
