@@ -10,8 +10,8 @@ So freezing the weights saves some activations, not all; LoRA on every linear la
 tensor that several operations keep is there once: the norm's output is the input of q, k and v.
 
 With T tokens, width d, MLP width f, and q, k, v of H heads and G < H key/value heads of h numbers, a Llama block in fp32 with
-LoRA on all linears keeps 4 · (2 T (d + 1) norms + T (2 H h + 2 G h + H) attention + 4 T f MLP + 2 T d residual) bytes and
-r numbers a token for each adapter.
+LoRA on all linears keeps 4 · (2 T (d + 1) norms + T (2 H h + 2 G h + H) attention + 3 T f MLP + 2 T d residual) bytes and
+r numbers a token for each adapter. (Of the MLP: gate, up, and act(gate) · up. A fourth, act(gate), is made again: `labkit.recompute`.)
 
 In bf16 there are two more: transformers' RMSNorm computes in fp32 and keeps an fp32 copy of its input; and an fp32 adapter
 keeps an fp32 copy of its input, each of q, k and v its own.
@@ -160,9 +160,14 @@ def of_block(block: Block, setup: Setup, layer: int, grad: bool) -> Iterator[Sav
     if gate:
         yield Saved("mlp", w * T * f, "gate, for the derivative of the activation function, T f", layer)
         yield Saved("mlp", w * T * f, "up, for the product, T f", layer)
-    if up:
+    if up and not remade(setup, gate):
         yield Saved("mlp", w * T * f, "act(gate), for the product, T f", layer)
     yield from keeps("down_proj", width=f, what="act(gate) · up, T f", kind="mlp")
+
+
+def remade(setup: Setup, gate: bool) -> bool:
+    """Is act(gate) made again in the backward pass (`labkit.recompute`)? `gate`: does a gradient flow to the gate?"""
+    return setup.recompute_act and gate and not setup.checkpointing
 
 
 def of_attention(block: Block, setup: Setup, layer: int) -> Iterator[Saved]:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from labkit.data import IGNORE, Batch
+from labkit.recompute import recompute_activations
 
 LOGITS = ("supervised", "all")
 ROWS = 128  # scored at a time: 25 MB in fp32 on a vocabulary of 49,152
@@ -43,7 +44,7 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
     targets = batch.targets[:, 1:]  # (batch, time - 1)
     keep = targets != IGNORE
     if logits == "all":
-        scores = model(input_ids=batch.ids, use_cache=False).logits[:, :-1][keep]
+        scores = scores_of(model, batch)[:, :-1][keep]
         return F.cross_entropy(scores.float(), targets[keep], reduction="sum")
     output = model.get_output_embeddings()
     known = _unchanged.get(output)  # None: nobody has looked yet
@@ -59,7 +60,7 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
 
     hook = output.register_forward_pre_hook(select)
     try:
-        scores = model(input_ids=batch.ids, use_cache=False).logits[0]  # (scored, vocab)
+        scores = scores_of(model, batch)[0]  # (scored, vocab)
     finally:
         hook.remove()
     if not in_chunks:
@@ -70,6 +71,12 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
         if not _unchanged[output]:
             return supervised_loss(model, batch, logits)
     return _ChunkedLoss.apply(hidden[0], output.weight, targets[keep])
+
+
+def scores_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of a forward pass that keeps no more for the backward pass than it must."""
+    with recompute_activations(model):
+        return model(input_ids=batch.ids, use_cache=False).logits
 
 
 def may_be_chunked(output: nn.Module) -> bool:

@@ -10,13 +10,13 @@ up. Between its ends the sum is a straight line in the number of blocks, so the 
     end          all gradients, and what the embedding's needs
     optimizer    all gradients
 
-plus, always, what is static. In the MLP three tensors of T f numbers are there at a time; over a 4-bit layer two, and the dequantized
-weight. Each form is written beside the operation that it follows; all are held against `simulate` in `tests/test_memory.py`.
+plus, always, what is static. In the MLP four tensors of T f numbers are there at a time: the gradients of the product and of its two factors, and
+act(gate), made again. In `down_proj` three; over a 4-bit layer two, and the dequantized weight. Each form is written beside the operation that it follows; all are held against `simulate` in `tests/test_memory.py`.
 """
 
 from dataclasses import dataclass, replace
 
-from labkit.activations import Block, Saved, loss_peak, of_block, saved_tensors
+from labkit.activations import Block, Saved, loss_peak, of_block, remade, saved_tensors
 from labkit.ledger import Row
 from labkit.quant_linear import SCRATCH_BYTES
 from labkit.step_setup import Setup, itemsize
@@ -123,11 +123,11 @@ def in_the_last_block(block: Block, setup: Setup, shapes, kept: list[Saved]) -> 
     gradients = 0
     if block.adapted(last, "down_proj"):
         # through A, through the base, and their sum; or through A and the base, with the weight
-        through = max(3 * w * T * f, 2 * w * T * f + weight) - product
+        through = max(at_the_product(block, setup), 2 * w * T * f + weight) - product
         if itemsize(setup.adapter_dtype) != w:  # through A in the adapter's dtype, its input still there
             through = max(through, itemsize(setup.adapter_dtype) * T * f)
-    else:  # of the product, and of its two factors
-        through = max(3 * w * T * f, w * T * f + weight) - product
+    else:
+        through = max(at_the_product(block, setup), w * T * f + weight) - product
     if block.embeddings:
         g = itemsize(setup.gradient_dtype or setup.dtype)
         gradients = g * (block.vocab * d + (d * f if block.trained else 0))
@@ -140,6 +140,11 @@ def in_the_last_block(block: Block, setup: Setup, shapes, kept: list[Saved]) -> 
     if weight:
         formula += ", and its weight dequantized"
     return Peak("backward, last block", work + through, by_kind(at), gradients, formula)
+
+
+def at_the_product(block: Block, setup: Setup) -> int:
+    """act(gate) · up: the gradients of the product and of its two factors, and act(gate) if it is made again."""
+    return (4 if remade(setup, gate=True) else 3) * setup.width * setup.tokens * block.f
 
 
 def running_again(block: Block, setup: Setup, layer: int) -> int:
@@ -188,7 +193,7 @@ def in_the_first_block(block: Block, setup: Setup, shapes, kept: list[Saved]) ->
     if block.trained:  # and those of the first block's other layers
         q, kv = block.heads * block.h, block.groups * block.h
         gradients -= itemsize(setup.gradient_dtype or setup.dtype) * (2 * d * f + 2 * d * q + 2 * d * kv)
-    through = 3 * w * T * f - product
+    through = at_the_product(block, setup) - product
     if setup.checkpointing:
         through = max(through, running_again(block, setup, 0))
         through += sum(s.bytes for s in again if s.what != "input of the block, T d")

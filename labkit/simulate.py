@@ -37,7 +37,8 @@ from labkit.tracker import Record, Tracker
 
 def simulate_step(config, setup: Setup) -> Ledger:
     """Run a step of `setup` on fake tensors; see `labkit.memory.simulate`."""
-    for name, value in (("master", False), ("state_dtype", None), ("gradient_dtype", None)):
+    of_this_course = {"master": False, "state_dtype": None, "gradient_dtype": None, "recompute_act": True}
+    for name, value in of_this_course.items():
         if getattr(setup, name) != value:
             raise ValueError(
                 f"{name}={getattr(setup, name)!r}: the step of this course has no such thing to run; use plan"

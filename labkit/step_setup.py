@@ -28,6 +28,7 @@ class Setup:
         sequence: tokens of an example; batch: examples of a forward pass.
         optimizer: "adamw", "adamw8bit" (both moments in blocks of 256 8-bit codes), or "sgd" without momentum.
         checkpointing: keep only the input of each block, and run the block again in the backward pass.
+        recompute_act: make act(gate) again in the backward pass (`labkit.recompute`), as this course does; most others keep it.
         dtype: "fp32", "bf16" or "fp16": of the weights that are not in 4 bits, and of what is computed from them.
         adapter_dtype: of LoRA's A and B, their gradients and moments: "fp32" in this course, "bf16" in torchtune.
         state_dtype: of the optimizer's moments; None: that of what trains, as torch.optim does it.
@@ -56,6 +57,7 @@ class Setup:
     batch: int = 1
     optimizer: str = "adamw"
     checkpointing: bool = False
+    recompute_act: bool = True
     dtype: str = "bf16"
     adapter_dtype: str = "fp32"
     state_dtype: str | None = None
@@ -181,6 +183,7 @@ PUBLISHED = {
         dtype="bf16",
         adapter_dtype="bf16",
         checkpointing=True,
+        recompute_act=False,
         logits="all",
     ),
 }

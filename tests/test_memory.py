@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import bitsandbytes as bnb
 import pytest
@@ -161,7 +162,7 @@ def saved(method="lora", **choices):
 def test_a_block_keeps_what_the_module_docstring_says():
     T, d, f, H, G, h, r = 64, 64, 176, 4, 2, 16, 16
     got = sum(tensor.bytes for tensor in saved(rank=r) if tensor.layer == 1)
-    numbers = 2 * T * (d + 1) + T * (2 * H * h + 2 * G * h + H) + 4 * T * f + 2 * T * d + 7 * T * r
+    numbers = 2 * T * (d + 1) + T * (2 * H * h + 2 * G * h + H) + 3 * T * f + 2 * T * d + 7 * T * r
     assert got == 4 * numbers
 
 
@@ -237,6 +238,21 @@ def test_plan_agrees_with_a_measured_step_of_smollm2(method="qlora"):
     assert all(planned[name] == measured[name] for name in EXACT)
     assert close(planned["activations"], measured["activations"], 0.001)
     assert close(planned.peak, measured.peak, 0.01)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_plan_knows_a_step_that_keeps_what_this_course_makes_again(monkeypatch, method):
+    how = dict(dtype="fp32", rank=8, batch=2, sequence=100, supervised=0.5)
+    ours = plan("tiny-llama", method, device="cpu", **how)
+    usual = plan("tiny-llama", method, device="cpu", recompute_act=False, **how)
+    monkeypatch.setattr("labkit.loss.recompute_activations", lambda model: nullcontext())
+    model = measuring.real_model("tiny-llama", Setup(method=method, **how))
+    measured = measure(model, measuring.make_batch(model.config.vocab_size, 2, 100, 0.5))
+    assert abs(usual["activations/mlp"] - measured["activations/mlp"]) <= 16
+    assert close(usual.peak, measured.peak, 0.01)
+    config = model.config
+    act = 4 * 2 * 100 * config.intermediate_size * config.num_hidden_layers
+    assert usual["activations/mlp"] - ours["activations/mlp"] == act
 
 
 VARIATIONS = {
@@ -441,6 +457,8 @@ def test_a_simulation_refuses_what_the_courses_step_does_not_have():
         ValueError, match="master=True: the step of this course has no such thing to run; use plan"
     ):
         simulate(SMALL, "full", master=True)
+    with pytest.raises(ValueError, match="recompute_act=False: .* use plan"):
+        simulate(SMALL, "full", recompute_act=False)
 
 
 def test_measure_refuses_what_it_cannot_measure():
