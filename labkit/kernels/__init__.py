@@ -1,7 +1,7 @@
 """The fast path: the operations of `labkit.quant`, bit for bit, without reading speed for the student in mind.
 
 `set_fast(False)` turns it off everywhere; the environment variable LABKIT_FAST=0 does so from the start. On a device
-without a kernel the readable PyTorch code runs. `cpu.py` has the kernels for a CPU (numba: `tasks.py`, `vectors.py` and
+without a kernel the readable PyTorch code runs. `cpu.py` has the kernels for a CPU (numba: `tasks.py`, `lookups.py`, `vectors.py`,
 `threads.py`), `triton.py` those for CUDA.
 
 The operations are registered with PyTorch as `labkit::quantize_4bit` and `labkit::dequantize_4bit`, each with a

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from labkit.codebooks import codes_by_rank, dynamic8, midpoints
 from labkit.kernels import tasks, threads
-from labkit.kernels.vectors import ALIGNMENT, LANES
+from labkit.kernels.lookups import ALIGNMENT
+from labkit.kernels.vectors import LANES
 
 HUGE_PAGES_FROM = 1 << 22  # bytes
 STREAMED_FROM = 1 << 24  # bytes: a larger result is written past the caches

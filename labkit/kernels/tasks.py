@@ -2,7 +2,7 @@
 
 *Dequantizing* is bound by memory: half a byte is read and four are written for each weight, so the work per weight
 must be next to nothing. A block has one scale and sixteen levels, so the sixteen products are made (and rounded to the
-dtype) first, and a weight is one look-up in a table that fits a vector register: see `vectors.py`. A result too large for
+dtype) first, and a weight is one look-up in a table that fits a vector register: see `lookups.py`. A result too large for
 the caches is *streamed*: an ordinary store first reads what it is about to overwrite, one past the caches does not. That halves
 the time on 4096 x 4096, and costs more than it saves where the result is still in the cache when it is used. (Streamed stores may
 become visible late; the atomic step with which each thread looks for another part, and finds none, waits for them.)
@@ -21,26 +21,28 @@ import numba
 import numpy as np
 from numba.core import types
 
-from labkit.kernels.vectors import (
-    LANES,
+from labkit.kernels.lookups import (
     first_codes,
-    larger,
-    largest,
     load_codes,
-    load_floats,
-    load_words,
     look_up,
-    magnitudes,
-    multiply_add,
-    next_part,
-    pointer,
     ranks,
     scaled_levels,
     store_codes,
     store_pairs,
     stream_pairs,
-    times,
     to_bfloat16,
+)
+from labkit.kernels.vectors import (
+    LANES,
+    larger,
+    largest,
+    load_floats,
+    load_words,
+    magnitudes,
+    multiply_add,
+    next_part,
+    pointer,
+    times,
     total,
     zeros,
 )

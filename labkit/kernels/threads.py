@@ -61,7 +61,9 @@ def run(task: int, units: int, weights: int, *arguments: int) -> None:
     """
     threads = 1 if weights < SERIAL_BELOW else min(torch.get_num_threads(), units)
     parts = 1 if threads == 1 else min(units, PARTS_PER_THREAD * threads)
-    block = array("q", (0, parts, *arguments))  # int64; made and read in a third of the time of a ctypes array
+    block = array(
+        "q", (0, parts, *arguments)
+    )  # int64; made and read in a third of the time of a ctypes array
     address, _ = block.buffer_info()
     if threads == 1:
         Task(task)(address)
