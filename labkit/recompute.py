@@ -21,10 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
-
-# functions of one number, whose derivative keeps the input, and not the output as that of relu
-REMADE = (nn.SiLU, nn.GELU, SiLUActivation, GELUActivation, GELUTanh)
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,23 @@ def recompute_activations(model: nn.Module) -> Iterator[None]:
 
     Losses and gradients are the same to the last bit. Blocks under gradient checkpointing keep nothing anyway, and are as without.
     """
-    functions = [m for m in model.modules() if isinstance(m, REMADE) and not getattr(m, "inplace", False)]
     with ExitStack() as stack:
-        for function in functions:
+        for function in filter(is_remade, model.modules()):
             stack.callback(function.register_forward_hook(mark).remove)
         stack.enter_context(saved_tensors_hooks(*hooks_within(*callers_hooks())))
         yield
+
+
+def is_remade(module: nn.Module) -> bool:
+    """Is it a function of one number whose derivative keeps the input, and not the output, as that of relu?"""
+    from transformers.activations import (
+        GELUActivation,
+        GELUTanh,
+        SiLUActivation,
+    )  # slow to import, and there with a model
+
+    known = (nn.SiLU, nn.GELU, SiLUActivation, GELUActivation, GELUTanh)
+    return isinstance(module, known) and not getattr(module, "inplace", False)
 
 
 def mark(function: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
