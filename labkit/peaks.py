@@ -122,7 +122,7 @@ def in_the_last_block(block: Block, setup: Setup, shapes, kept: list[Saved]) -> 
     weight = dequantized_bytes(setup, shapes, "down_proj")
     gradients = 0
     if block.adapted(last, "down_proj"):
-        # through A, through the base, and their sum; or through A and the base, with the weight
+        # in down_proj: through A, the base, and their sum, never more than at the product; or through A and the base, with the weight
         through = max(at_the_product(block, setup), 2 * w * T * f + weight) - product
         if itemsize(setup.adapter_dtype) != w:  # through A in the adapter's dtype, its input still there
             through = max(through, itemsize(setup.adapter_dtype) * T * f)

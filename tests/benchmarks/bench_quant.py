@@ -8,8 +8,8 @@ faster.
 
 The two sides of a dequantization do not do the same: bitsandbytes returns new memory every time, and 64 MB of it cost
 more in page faults than the work. So ours is measured twice: into memory that exists (`out=`), beside `copy_` into
-the same memory, the usual yardstick (which reads as much as it writes), and `fill_`, which only writes: the least that any
-kernel could take; "bnb/fill" is therefore the most that "bnb/out=" could become. And into new memory, beside `clone` and
+the same memory, the usual yardstick (which reads as much as it writes), and `fill_`, which only writes: about the least
+that any kernel could take (stores past the caches may beat it), so "bnb/fill" is about the most that "bnb/out=" could become. And into new memory, beside `clone` and
 bitsandbytes. torchao's columns need its package: `make bench` installs it.
 """
 
