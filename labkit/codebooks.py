@@ -23,7 +23,7 @@ Agrees with: bitsandbytes `functional.py`: `create_normal_map`, `create_fp8_map`
 `get_4bit_type`.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -210,3 +210,14 @@ def midpoints(levels: Tensor) -> Tensor:
 def codes_by_rank(levels: Tensor) -> Tensor:
     """The code of the lowest level, of the next …: uint8, shape (len,). 0, 1, 2 … unless the codebook is fp4."""
     return levels.argsort(stable=True).to(torch.uint8)
+
+
+def search_tables(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """What a search for the nearest level needs, `midpoints` and `codes_by_rank`, kept: making them takes as long as a small layer."""
+    return kept_search_tables(tuple(levels.tolist()))
+
+
+@lru_cache(maxsize=64)
+def kept_search_tables(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    levels = torch.tensor(levels)
+    return midpoints(levels), codes_by_rank(levels)

@@ -52,7 +52,7 @@ class Scratch(threading.local):
         # with gradients enabled (create_graph=True) autograd would keep W', and find another layer's in it
         if (
             torch.is_grad_enabled()
-            or weight.packed.device.type != "cpu"
+            or not weight.packed.is_cpu
             or kernels.is_traced(weight.packed)
             or weight.shape.numel() * dtype.itemsize > SCRATCH_BYTES
         ):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from labkit import kernels
 from labkit.codebooks import dynamic8, midpoints, nf4
 from labkit.kernels import cpu, tasks, threads
+from labkit.kernels.outdated import forget_outdated
 from labkit.kernels.vectors import next_part, pointer
 from labkit.quant import (
     BLOCKSIZES,
@@ -404,6 +405,25 @@ def test_kernels_compiled_for_lesser_processors_give_the_reference_bits(cpu_name
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == lanes
+
+
+def test_compiled_kernels_older_than_any_of_their_sources_are_forgotten(tmp_path):
+    kept = tmp_path / "__pycache__"
+    kept.mkdir()
+    for name, seconds in (("tasks.py", 100), ("lookups.py", 300)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (seconds, seconds))
+    for name, seconds in (
+        ("tasks.a.nbi", 200),
+        ("tasks.a.1.nbc", 200),
+        ("tasks.pyc", 200),
+        ("tasks.b.nbi", 400),
+    ):
+        (kept / name).touch()
+        os.utime(kept / name, (seconds, seconds))
+    forget_outdated(tmp_path)
+    assert sorted(path.name for path in kept.iterdir()) == ["tasks.b.nbi", "tasks.pyc"]
+    forget_outdated(tmp_path)  # and nothing more
 
 
 INTERPRETED = """

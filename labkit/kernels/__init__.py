@@ -1,7 +1,7 @@
 """The fast path: the operations of `labkit.quant`, bit for bit, without reading speed for the student in mind.
 
 `set_fast(False)` turns it off everywhere; the environment variable LABKIT_FAST=0 does so from the start. On a device
-without a kernel the readable PyTorch code runs. `cpu.py` has the kernels for a CPU (numba: `tasks.py`, `lookups.py`, `vectors.py`,
+without a kernel the readable PyTorch code runs. `cpu.py` has the kernels for a CPU (numba: `tasks.py`, `stores.py`, `lookups.py`, `vectors.py`,
 `threads.py`), `triton.py` those for CUDA.
 
 The operations are registered with PyTorch as `labkit::quantize_4bit` and `labkit::dequantize_4bit`, each with a
@@ -32,7 +32,7 @@ def set_fast(on: bool) -> None:
 
 def fast_for(tensor: Tensor) -> bool:
     """Is there a fast kernel for the device of `tensor`, and is the fast path on?"""
-    return _fast and (tensor.device.type == "cpu" or (tensor.device.type == "cuda" and _has_triton))
+    return _fast and (tensor.is_cpu or (tensor.is_cuda and _has_triton))
 
 
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def dequantize_4bit(
 
 def quantizes_scales(flat: Tensor) -> bool:
     """Is there a kernel for `quantize_scales` of these?"""
-    return _fast and flat.device.type == "cpu" and not is_traced(flat)
+    return _fast and flat.is_cpu and not is_traced(flat)
 
 
 def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor,
 
 def multiplies(x: Tensor, width: int) -> bool:
     """Is there a kernel that multiplies these rows of `width` numbers by a 4-bit weight without dequantizing it?"""
-    if not _fast or x.device.type != "cpu" or x.dtype != torch.float32 or is_traced(x):
+    if not _fast or not x.is_cpu or x.dtype != torch.float32 or is_traced(x):
         return False
     from labkit.kernels import cpu
 
@@ -150,13 +150,13 @@ def is_traced(tensor: Tensor) -> bool:
 
 def kernels_for(tensor: Tensor) -> ModuleType:
     """The module with the kernels for the device of `tensor`."""
-    return kernels_on(tensor.device.type)
+    return kernels_on(tensor.is_cuda)
 
 
 @cache
-def kernels_on(device_type: str) -> ModuleType:
-    """The module with the kernels for such a device. numba takes a second to import: only when used."""
-    if device_type == "cuda":
+def kernels_on(cuda: bool) -> ModuleType:
+    """The module with the kernels for CUDA, or for a CPU. numba takes a second to import: only when used."""
+    if cuda:
         from labkit.kernels import triton
 
         return triton

@@ -3,15 +3,13 @@
 Agrees, bit for bit, with: `labkit.quant.quantize_blocks` and `dequantize_blocks`.
 """
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from labkit.codebooks import codes_by_rank, dynamic8, midpoints
+from labkit.codebooks import dynamic8, search_tables
 from labkit.kernels import tasks, threads
-from labkit.kernels.lookups import ALIGNMENT
+from labkit.kernels.stores import ALIGNMENT
 from labkit.kernels.vectors import LANES
 
 HUGE_PAGES_FROM = 1 << 22  # bytes
@@ -29,7 +27,7 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
     n_blocks = -(-n // blocksize)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(n_blocks)
-    tensors = flat, *search_tables(tuple(levels.tolist())), absmax, packed
+    tensors = flat, *search_tables(levels), absmax, packed
     addresses = [tensor.data_ptr() for tensor in tensors]
     threads.run(tasks.quantize_task.address, n_blocks, n, n, n_blocks, blocksize, *addresses)
     return packed, absmax
@@ -39,19 +37,12 @@ def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor,
     """See `labkit.kernels.quantize_scales`."""
     n, n_blocks, levels = flat.numel(), -(-flat.numel() // 256), dynamic8() if levels is None else levels
     codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n_blocks)
-    tensors = flat, *search_tables(tuple(levels.tolist())), codes, absmax
+    tensors = flat, *search_tables(levels), codes, absmax
     # a search takes about eight times as long as quantizing a weight
     threads.run(
         tasks.quantize_scales_task.address, n_blocks, 8 * n, n, n_blocks, *(t.data_ptr() for t in tensors)
     )
     return codes, absmax
-
-
-@lru_cache(maxsize=64)
-def search_tables(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """The thresholds between the levels, and the code of each rank: for a small layer as much work as to use them."""
-    levels = torch.tensor(levels)
-    return midpoints(levels), codes_by_rank(levels)
 
 
 def dequantize_4bit(

@@ -7,9 +7,7 @@ eight lanes: two permutations, one for each half of the table, and a choice by t
 Quantizing asks the other way round, how many of fifteen thresholds a number exceeds: a search of four steps in sixteen numbers
 at once, whose thresholds are looked up in a register too.
 
-Why multiply the levels, and not the weights that were looked up: the product is the same, and rounding it to bfloat16
-then costs sixteen operations a block instead of one for every weight. Why the indices are not masked: the permutation
-reads only the lowest four (AVX2: three) bits of a lane.
+Why the indices are not masked: the permutation reads only the lowest four (AVX2: three) bits of a lane.
 """
 
 from llvmlite import ir
@@ -19,9 +17,6 @@ from numba.extending import intrinsic
 from labkit.kernels.vectors import (
     BYTES,
     FLOAT,
-    FLOATS,
-    INT32,
-    INTP,
     LANES,
     WORDS,
     broadcast,
@@ -33,7 +28,6 @@ from labkit.kernels.vectors import (
     words,
 )
 
-ALIGNMENT = 64  # bytes, of what is stored past the caches
 PERMUTE = (
     {"int": "llvm.x86.avx512.permvar.si.512", "float": "llvm.x86.avx512.permvar.sf.512"}
     if LANES == 16
@@ -55,33 +49,25 @@ def load_codes(typing_context, packed, at):
 @intrinsic
 def first_codes(typing_context, codes):
     """The code that comes first in each byte, the high one, moved to the low four bits."""
-    return words(words), lambda context, builder, signature, arguments: builder.lshr(
-        arguments[0], splat(WORDS, 4)
-    )
+    return words(words), lambda context, builder, signature, arguments: first(builder, *arguments)
+
+
+def first(builder: ir.IRBuilder, codes: ir.Value) -> ir.Value:
+    """See `first_codes`."""
+    return builder.lshr(codes, splat(WORDS, 4))
 
 
 @intrinsic
 def scaled_levels(typing_context, levels, scale):
     """levels * scale, as words that hold the bits of the fp32 products."""
-
-    def generate(context, builder, signature, arguments):
-        address = place(context, builder, signature.args[0], arguments[0], INTP(0), FLOATS)
-        products = builder.fmul(builder.load(address, align=4), broadcast(builder, arguments[1]))
-        return builder.bitcast(products, WORDS)
-
-    return words(levels, types.float32), generate
+    return words(floats, types.float32), lambda context, builder, signature, arguments: scaled(
+        builder, *arguments
+    )
 
 
-@intrinsic
-def to_bfloat16(typing_context, table):
-    """fp32 bits to bfloat16 bits in the low half of each word: the upper half of a float32, rounded to even."""
-
-    def generate(context, builder, signature, arguments):
-        (bits,) = arguments
-        even = builder.and_(builder.lshr(bits, splat(WORDS, 16)), splat(WORDS, 1))
-        return builder.lshr(builder.add(builder.add(bits, splat(WORDS, 0x7FFF)), even), splat(WORDS, 16))
-
-    return words(words), generate
+def scaled(builder: ir.IRBuilder, levels: ir.Value, scale: ir.Value) -> ir.Value:
+    """See `scaled_levels`."""
+    return builder.bitcast(builder.fmul(levels, broadcast(builder, scale)), WORDS)
 
 
 def permute(builder: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
@@ -98,22 +84,20 @@ def halves(builder: ir.IRBuilder, vector: ir.Value) -> list[ir.Value]:
 @intrinsic
 def look_up(typing_context, table, codes):
     """table[code] in every lane; only the low four bits of a code count."""
+    return words(words, words), lambda context, builder, signature, arguments: find(builder, *arguments)
 
-    def generate(context, builder, signature, arguments):
-        table, codes = arguments
-        if LANES == 16:
-            return permute(builder, table, codes)
-        lower, upper = halves(builder, table)
-        found = []
-        for eight in halves(builder, codes):
-            is_upper = builder.icmp_signed(
-                "<", builder.shl(eight, splat(eight.type, 28)), splat(eight.type, 0)
-            )
-            either = [permute(builder, part, eight) for part in (upper, lower)]
-            found.append(builder.select(is_upper, *either))
-        return lanes(builder, *found, range(16))
 
-    return words(words, words), generate
+def find(builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
+    """See `look_up`."""
+    if LANES == 16:
+        return permute(builder, table, codes)
+    lower, upper = halves(builder, table)
+    found = []
+    for eight in halves(builder, codes):
+        is_upper = builder.icmp_signed("<", builder.shl(eight, splat(eight.type, 28)), splat(eight.type, 0))
+        either = [permute(builder, part, eight) for part in (upper, lower)]
+        found.append(builder.select(is_upper, *either))
+    return lanes(builder, *found, range(16))
 
 
 @intrinsic
@@ -162,41 +146,3 @@ def store_codes(typing_context, packed, at, first, second):
         return context.get_dummy_value()
 
     return types.void(packed, types.intp, words, words), generate
-
-
-def pairs(context, builder, signature, arguments) -> tuple[ir.Value, ir.Value]:
-    """The address of out[at] and what belongs there: first[0], second[0], first[1], second[1], …"""
-    out, at, first, second = arguments
-    if signature.args[0].dtype.bitwidth == 32:
-        both = lanes(builder, first, second, [lane for i in range(16) for lane in (i, 16 + i)])
-    else:  # the second of two 16-bit numbers is the upper half of their 32 bits
-        both = builder.or_(first, builder.shl(second, splat(WORDS, 16)))
-    return place(context, builder, signature.args[0], out, at, both.type), both
-
-
-@intrinsic
-def store_pairs(typing_context, out, at, first, second):
-    """out[at : at + 32] = first[0], second[0], first[1], second[1], …
-
-    `out` is an array of uint32 that holds fp32 bits, or of uint16 that holds bfloat16 bits.
-    """
-
-    def generate(context, builder, signature, arguments):
-        address, both = pairs(context, builder, signature, arguments)
-        builder.store(both, address, align=2)
-        return context.get_dummy_value()
-
-    return types.void(out, types.intp, words, words), generate
-
-
-@intrinsic
-def stream_pairs(typing_context, out, at, first, second):
-    """`store_pairs`, past the caches straight to memory; the address of out[at] must be a multiple of `ALIGNMENT`."""
-
-    def generate(context, builder, signature, arguments):
-        address, both = pairs(context, builder, signature, arguments)
-        store = builder.store(both, address, align=ALIGNMENT)
-        store.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
-        return context.get_dummy_value()
-
-    return types.void(out, types.intp, words, words), generate

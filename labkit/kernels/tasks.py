@@ -1,11 +1,11 @@
 """The loops of the CPU kernels, compiled by numba on first use and cached beside the package.
 
 *Dequantizing* is bound by memory: half a byte is read and four are written for each weight, so the work per weight
-must be next to nothing. A block has one scale and sixteen levels, so the sixteen products are made (and rounded to the
-dtype) first, and a weight is one look-up in a table that fits a vector register: see `lookups.py`. A result too large for
-the caches is *streamed*: an ordinary store first reads what it is about to overwrite, one past the caches does not. That halves
-the time on 4096 x 4096, and costs more than it saves where the result is still in the cache when it is used. (Streamed stores may
-become visible late; the atomic step with which each thread looks for another part, and finds none, waits for them.)
+must be next to nothing: sixteen levels fit a vector register or two, and thirty-two weights are looked up there at once, see
+`stores.py`. A result too large for the caches is *streamed*: an ordinary store first reads what it is about to overwrite, one past
+the caches does not. That halves the time on 4096 x 4096, and costs more than it saves where the result is still in the cache when
+it is used. (Streamed stores may become visible late; the atomic step with which each thread looks for another part, and finds
+none, waits for them.)
 
 *Quantizing* is bound by the search for the nearest level. Sixteen searches at once, of four steps each without a branch, beat
 fifteen compares and adds, which are what the compiler makes of the loop below them.
@@ -16,6 +16,8 @@ sum. An fp32 layer reads four bytes a weight to do so, this one half a byte; gen
 The functions with `_task` in their name are tasks for `threads.py`. They take addresses, cut the work, and call the
 loop; `cpu.py` puts their arguments together, in the order in which they stand here.
 """
+
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -28,10 +30,9 @@ from labkit.kernels.lookups import (
     ranks,
     scaled_levels,
     store_codes,
-    store_pairs,
-    stream_pairs,
-    to_bfloat16,
 )
+from labkit.kernels.outdated import forget_outdated
+from labkit.kernels.stores import store_weights, stream_weights
 from labkit.kernels.vectors import (
     LANES,
     larger,
@@ -50,6 +51,8 @@ from labkit.kernels.vectors import (
 SMALLEST = np.float32(1e-38)  # `labkit.quant.SMALLEST_ABSMAX`
 STEP = 32  # weights: 16 bytes, the two codes of each in a vector; every block size of `labkit.quant` is a multiple
 TASK = types.void(types.CPointer(types.int64))
+
+forget_outdated(Path(__file__).parent)
 
 
 @numba.njit
@@ -145,17 +148,14 @@ def _dequantize(first, last, packed, scales, levels, blocksize, out, streamed):
     whole = first
     if LANES > 0:
         whole = min(last, out.size // blocksize) if blocksize % STEP == 0 else first
+        sixteen = load_floats(levels, 0)
         for block in range(first, whole):
-            table = scaled_levels(levels, _scale(block, scales))
-            if out.itemsize == 2:
-                table = to_bfloat16(table)
+            scale = _scale(block, scales)
             for i in range(block * blocksize, (block + 1) * blocksize, STEP):
-                codes = load_codes(packed, i // 2)
-                ones, others = look_up(table, first_codes(codes)), look_up(table, codes)
                 if streamed:
-                    stream_pairs(out, i, ones, others)
+                    stream_weights(out, i, packed, sixteen, scale)
                 else:
-                    store_pairs(out, i, ones, others)
+                    store_weights(out, i, packed, sixteen, scale)
     if whole < last:
         _dequantize_one_by_one(whole, last, packed, scales, levels, blocksize, out)
 
@@ -190,10 +190,11 @@ def _split(x):
 def _multiply_one(at, end, evens, odds, x_at, packed, scales, levels, blocksize):
     """The sum of weights[at:end] * x[x_at:]."""
     a, b = zeros(), zeros()
+    sixteen = load_floats(levels, 0)
     block = at // blocksize
     x_at = (x_at - at) // 2
     while at < end:
-        table = scaled_levels(levels, _scale(block, scales))
+        table = scaled_levels(sixteen, _scale(block, scales))
         block += 1
         stop = min(end, block * blocksize)
         for i in range(at // 2, stop // 2, STEP // 2):
@@ -209,10 +210,11 @@ def _multiply_four(at, end, evens, odds, x_at, packed, scales, levels, blocksize
     """The same, in the same order, for four rows of x at once, so that a weight is looked up once for all."""
     a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
     b0, b1, b2, b3 = zeros(), zeros(), zeros(), zeros()
+    sixteen = load_floats(levels, 0)
     block, step = at // blocksize, (end - at) // 2
     x_at = (x_at - at) // 2
     while at < end:
-        table = scaled_levels(levels, _scale(block, scales))
+        table = scaled_levels(sixteen, _scale(block, scales))
         block += 1
         stop = min(end, block * blocksize)
         for i in range(at // 2, stop // 2, STEP // 2):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit.codebooks import codes_by_rank, dynamic8, midpoints
+from labkit.codebooks import dynamic8, search_tables
 
 BYTES_PER_PROGRAM = 1024
 
@@ -91,7 +91,7 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
     n_blocks = triton.cdiv(n, blocksize)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(n_blocks, device=device)
-    mids, by_rank = midpoints(levels).to(device), codes_by_rank(levels).to(device)
+    mids, by_rank = (table.to(device) for table in search_tables(levels))
     _quantize[(n_blocks,)](
         flat, mids, by_rank, packed, absmax, n, 1e-38, BLOCKSIZE=blocksize, enable_fp_fusion=False
     )

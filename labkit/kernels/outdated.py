@@ -1,0 +1,17 @@
+"""Forget compiled kernels that are older than their sources.
+
+numba keeps what it compiled beside the package, and compiles again when the file that holds a kernel has changed. That the kernel
+calls functions of other files it does not know: after an update that touches only those, the old kernels would run on.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def forget_outdated(folder: Path) -> None:
+    """Remove what numba keeps of the files in `folder`, if one of them has changed since; where that is not allowed, nothing."""
+    changed = max(source.stat().st_mtime for source in folder.glob("*.py"))
+    with suppress(OSError):  # installed for all users, or another process was faster
+        for kept in (folder / "__pycache__").glob("*.nb[ic]"):
+            if kept.stat().st_mtime < changed:
+                kept.unlink(missing_ok=True)
