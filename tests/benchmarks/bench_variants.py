@@ -11,7 +11,6 @@ The losses of the last step stand beside the times: ours and PEFT's begin with o
 """
 
 import argparse
-import statistics
 import sys
 from functools import partial
 
@@ -128,15 +127,12 @@ def main() -> None:
                     flush=True,
                 )
         if arguments.only != "memory":
-            seconds, losses = times(
-                makers_of(group, arguments.model), batch_for(arguments.model), arguments.rounds
-            )
-            median = {method: statistics.median(taken) for method, taken in seconds.items()}
-            for method, taken in seconds.items():
-                ratio = median[method] / median[peer]
+            runs = times(makers_of(group, arguments.model), batch_for(arguments.model), arguments.rounds)
+            for method, run in runs.items():
+                ratio = run.median / runs[peer].median
                 print(
-                    f"{method:26} median {median[method]:6.3f} s ({ratio:.2f}×), fastest {min(taken):6.3f} s, "
-                    f"loss {losses[method]:.4f}{verdict(method, ratio)}",
+                    f"{method:26} median {run.median:6.3f} s ({ratio:.2f}×), fastest {min(run.seconds):6.3f} s, "
+                    f"loss {run.loss:.4f}{verdict(method, ratio)}",
                     flush=True,
                 )
 
