@@ -1,4 +1,4 @@
-"""A real JupyterLab in a real browser: a slider moves, and the figure behind it is drawn anew."""
+"""A real JupyterLab in a real browser: a control moves, and the figure behind it is drawn anew."""
 
 import json
 import os
@@ -20,16 +20,22 @@ CELLS = [
     "question.reveal('two', 'Because two is more than one.')",
 ]
 
+EXPLORERS = {
+    "weights = {'layers.0.q_proj': torch.randn(96, 96), 'layers.1.up_proj': torch.randn(128, 96)}": None,
+    "lab.explore.codebook_explorer(weights)": 4,
+    "lab.explore.constants_explorer(weights)": 4,
+    "lab.explore.paging_explorer(weights)": 3,
+    "lab.explore.variant_explorer(weights, {n: w.sign() for n, w in weights.items()})": 4,
+    "lab.explore.cost_explorer(['llama-2-7b', 'tiny-llama'])": 3,
+}  # and how many controls each has
+
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None,
     reason="no chromium here: the explorers were NOT tried in a browser (apt install chromium)",
 )
 
 
-@pytest.fixture(scope="module")
-def lab_url(tmp_path_factory):
-    """JupyterLab on a free port of localhost, with one notebook; stopped afterwards."""
-    folder = tmp_path_factory.mktemp("lab")
+def write_notebook(path, sources):
     cells = [
         {
             "cell_type": "code",
@@ -39,11 +45,19 @@ def lab_url(tmp_path_factory):
             "outputs": [],
             "execution_count": None,
         }
-        for i, s in enumerate(CELLS)
+        for i, s in enumerate(sources)
     ]
     spec = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = {"cells": cells, "metadata": spec, "nbformat": 4, "nbformat_minor": 5}
-    (folder / "x.ipynb").write_text(json.dumps(notebook))
+    path.write_text(json.dumps(notebook))
+
+
+@pytest.fixture(scope="module")
+def lab_url(tmp_path_factory):
+    """JupyterLab on a free port of localhost, with two notebooks; stopped afterwards. `{0}` in the address is for their name."""
+    folder = tmp_path_factory.mktemp("lab")
+    write_notebook(folder / "first.ipynb", CELLS)
+    write_notebook(folder / "explorers.ipynb", ["import torch\nfrom labkit import lab", *EXPLORERS])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,40 +78,81 @@ def lab_url(tmp_path_factory):
                 break
             except OSError:
                 time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/lab/tree/x.ipynb?token=sesame"
+        yield f"http://127.0.0.1:{port}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=sesame"
     finally:
         server.terminate()
         server.wait(20)
 
 
-def test_slider_redraws_the_figure_and_a_prediction_is_remembered(lab_url):
+@pytest.fixture(scope="module")
+def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1300, "height": 1400})
-        page.goto(lab_url)
-        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=90_000)
-        page.get_by_text("Python 3", exact=False).first.wait_for(timeout=60_000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        figure = page.locator(".jp-OutputArea img").first
-        figure.wait_for(timeout=120_000)
-        before = figure.get_attribute("src")
-
-        page.locator(".noUi-handle").first.focus()
-        page.keyboard.press("ArrowRight")
-        page.get_by_text("13B", exact=True).first.wait_for(timeout=20_000)
-        page.wait_for_function(
-            "before => { const i = document.querySelector('.jp-OutputArea img'); return i && i.src !== before }",
-            arg=before,
-            timeout=20_000,
-        )
-
-        page.get_by_text("You made no prediction", exact=False).wait_for(timeout=20_000)
-        page.locator("label:has-text('one') input[type=radio]").first.check()
-        last = page.locator(".jp-CodeCell").nth(2)
-        last.locator(".cm-content").click()
-        page.keyboard.press("Shift+Enter")
-        page.get_by_text("You said: one.", exact=False).wait_for(timeout=20_000)
+        yield browser
         browser.close()
+
+
+def run_all_cells(browser, url):
+    """The page of the notebook at `url`, as soon as its cells have been sent to the kernel."""
+    page = browser.new_page(viewport={"width": 1300, "height": 1400})
+    page.goto(url)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=90_000)
+    page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    return page
+
+
+def wait_for_another_figure(page, cell, before):
+    """Until the figure in the output of that cell is not `before`."""
+    page.wait_for_function(
+        "([cell, before]) => { const image = document.querySelectorAll('.jp-CodeCell')[cell].querySelector('.jp-OutputArea img');"
+        " return image && image.src !== before }",
+        arg=[cell, before],
+        timeout=20_000,
+    )
+
+
+def test_slider_redraws_the_figure_and_a_prediction_is_remembered(browser, lab_url):
+    page = run_all_cells(browser, lab_url.format("first"))
+    figure = page.locator(".jp-OutputArea img").first
+    figure.wait_for(timeout=120_000)
+    before = figure.get_attribute("src")
+
+    page.locator(".noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_text("13B", exact=True).first.wait_for(timeout=20_000)
+    wait_for_another_figure(page, 1, before)
+
+    page.get_by_text("You made no prediction", exact=False).wait_for(timeout=20_000)
+    page.locator("label:has-text('one') input[type=radio]").first.check()
+    last = page.locator(".jp-CodeCell").nth(2)
+    last.locator(".cm-content").click()
+    page.keyboard.press("Shift+Enter")
+    page.get_by_text("You said: one.", exact=False).wait_for(timeout=20_000)
+    page.close()
+
+
+def test_every_control_of_the_explorers_redraws_the_figure(browser, lab_url):
+    page = run_all_cells(browser, lab_url.format("explorers"))
+    for number, controls in enumerate(EXPLORERS.values(), 1):
+        if controls is None:
+            continue
+        cell = page.locator(".jp-CodeCell").nth(number)
+        figure = cell.locator(".jp-OutputArea img").first
+        figure.wait_for(timeout=120_000)
+        sliders, lists = cell.locator(".noUi-handle"), cell.locator("select")
+        assert sliders.count() + lists.count() == controls
+        for slider in sliders.all():
+            before = figure.get_attribute("src")
+            slider.focus()
+            page.keyboard.press("ArrowRight")
+            wait_for_another_figure(page, number, before)
+        for choice in lists.all():
+            before = figure.get_attribute("src")
+            chosen = choice.evaluate("list => list.selectedIndex")
+            choice.select_option(index=0 if chosen else 1)
+            wait_for_another_figure(page, number, before)
+    page.close()

@@ -107,6 +107,6 @@ def peak_explorer() -> None:
         controls["checkpointing"] = Checkbox(value=False, description="checkpointing", **wide)
         controls["logits"] = Dropdown(options=["supervised", "all"], description="logits", **wide)
         controls["supervised"] = FloatSlider(
-            min=0.1, max=1, step=0.1, value=1.0, description="share in the loss", **wide
+            min=0.1, max=1, step=0.1, value=1.0, description="in the loss", **wide
         )
     panel(draw, controls, static)
