@@ -100,7 +100,15 @@ def _record(arguments):
 
 
 @pytest.mark.parametrize(
-    ("number", "n", "parts"), [(1, LARGE, 1), (3, LARGE, 12), (3, LARGE - 1, 1), (64, LARGE, 16)]
+    ("number", "n", "parts"),
+    [
+        (1, LARGE, 1),
+        (3, LARGE - 1, 1),
+        (3, LARGE, 3),
+        (3, 5 * threads.PART, 5),
+        (3, 99 * threads.PART, 12),
+        (64, LARGE, 16),
+    ],
 )
 def test_work_is_cut_into_parts_that_are_taken_once_each(number, n, parts, threading_by):
     before = torch.get_num_threads()

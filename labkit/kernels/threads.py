@@ -19,7 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 SERIAL_BELOW = 1 << 16  # weights; below this, handing work to a thread costs more than it saves
+# Of small work each thread gets one part, so that it finds its share of the result in its own cache, the next time. Of
+# large work it gets several, so that a thread that comes late leaves them to the others.
 PARTS_PER_THREAD = 4
+PART = 1 << 17  # weights in a part, at least, where a thread has several
 
 Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -60,7 +63,8 @@ def run(task: int, units: int, weights: int, *arguments: int) -> None:
         arguments: what `arguments[2:]` shall be.
     """
     threads = 1 if weights < SERIAL_BELOW else min(torch.get_num_threads(), units)
-    parts = 1 if threads == 1 else min(units, PARTS_PER_THREAD * threads)
+    most = PARTS_PER_THREAD * threads
+    parts = 1 if threads == 1 else min(units, max(threads, min(most, weights // PART)))
     block = array(
         "q", (0, parts, *arguments)
     )  # int64; made and read in a third of the time of a ctypes array
