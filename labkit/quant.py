@@ -95,7 +95,7 @@ class QuantizedTensor:
         """The weight again: `levels[code] * absmax` in fp32, then rounded to `dtype`.
 
         Args:
-            dtype: float32, float16 or bfloat16; the original's by default.
+            dtype: a floating dtype; the original's by default.
             out: contiguous tensor of `shape` to write to. Memory that was written before is twice as fast as new
                 memory or more, so a loop over layers should keep one.
 
@@ -103,6 +103,7 @@ class QuantizedTensor:
             `out`, or a new tensor of `shape`.
 
         Raises:
+            TypeError: `dtype` is not a floating one.
             ValueError: `out` does not fit.
         """
         if out is not None:
@@ -113,6 +114,8 @@ class QuantizedTensor:
                     f"contiguous tensor of shape {tuple(self.shape)} and dtype {dtype}"
                 )
         dtype, n = dtype or self.dtype, self.shape.numel()
+        if not dtype.is_floating_point:
+            raise TypeError(f"weights cannot be dequantized to {dtype}; choose float32, bfloat16 or float16")
         if not kernels.fast_for(self.packed):
             levels = levels_of(self.codebook)
             flat = dequantize_blocks(unpack(self.packed, n), self.absmax, levels, self.blocksize).to(dtype)

@@ -239,6 +239,34 @@ def test_kernels_refuse_what_they_could_not_read():
     ]:
         with pytest.raises(ValueError, match="256 weights in blocks of 64 need 128 contiguous bytes"):
             kernels.dequantize_4bit(*wrong, nf4(), 64, 256)
+    q = quantize(torch.randn(128, 256))  # 512 scales, with two of their own
+    for nested in (q.scales.absmax[:1], q.scales.absmax.double(), torch.ones(4)[::2]):
+        with pytest.raises(
+            ValueError, match="512 quantized scales need 2 contiguous float32 scales of their own"
+        ):
+            kernels.dequantize_4bit(
+                q.packed, q.scales.codes, nf4(), 64, 128 * 256, torch.float32, nested, q.scales.offset
+            )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_weights_are_dequantized_to_any_floating_dtype_and_to_no_other(fast):
+    q = quantize(torch.randn(33, 97))
+    exact = q.dequantize()
+    kernels.set_fast(fast)
+    try:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+            assert torch.equal(q.dequantize(dtype).double(), exact.to(dtype).double())
+            assert torch.equal(
+                q.dequantize(out=torch.empty(33, 97, dtype=dtype)).double(), exact.to(dtype).double()
+            )
+        for dtype in (torch.int8, torch.int32, torch.bool, torch.complex64):
+            with pytest.raises(TypeError, match="cannot be dequantized to"):
+                q.dequantize(dtype)
+            with pytest.raises(TypeError, match="cannot be dequantized to"):
+                q.dequantize(out=torch.empty(33, 97, dtype=dtype))
+    finally:
+        kernels.set_fast(True)
 
 
 class QuantizedItems(Dataset):

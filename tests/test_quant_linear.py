@@ -37,6 +37,13 @@ def test_output_and_gradients_equal_a_dense_layer_with_the_dequantized_weight(bi
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
 
 
+def test_a_layer_made_double_computes_in_double():
+    layer, dense = layer_and_dense(bias=True, double_quant=True)
+    layer, dense, x = layer.double(), dense.double(), torch.randn(20, 96, dtype=torch.float64)
+    assert layer.weight.dtype == torch.float64
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-14, atol=1e-14)
+
+
 def test_output_equals_bitsandbytes_linear4bit():
     torch.manual_seed(0)
     linear = nn.Linear(128, 64, bias=False)

@@ -71,7 +71,7 @@ def dequantize_4bit(
         levels: (16,) fp32 codebook.
         blocksize: values per block, even.
         n: number of values.
-        dtype: float32, float16 or bfloat16.
+        dtype: a floating one.
         nested: (ceil(n_blocks / 256),) fp32 scales of the scales.
         offset: () fp32 mean of the scales.
         out: contiguous tensor of n values of `dtype` to write to, instead of a new one.

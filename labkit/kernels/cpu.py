@@ -13,6 +13,7 @@ from labkit.kernels.stores import ALIGNMENT
 from labkit.kernels.vectors import LANES
 
 HUGE_PAGES_FROM = 1 << 22  # bytes
+WRITTEN = torch.float32, torch.bfloat16  # dtypes of results that the tasks know
 STREAMED_FROM = 1 << 24  # bytes: a larger result is written past the caches
 
 
@@ -55,12 +56,12 @@ def dequantize_4bit(
     offset: Tensor | None = None,
     new: bool = False,
 ) -> None:
-    """See `labkit.kernels.dequantize_4bit`; writes to `out`, n values, contiguous float32, float16 or bfloat16.
+    """See `labkit.kernels.dequantize_4bit`; writes to `out`, n values, contiguous.
 
     `new`: nobody has written to `out` yet. The system then zeroes each page just before it is first written, and it is in the
     caches: going past them would be slower.
     """
-    if out.dtype == torch.float16:  # numba has no half precision on a CPU
+    if out.dtype not in WRITTEN:  # numba has no half precision on a CPU; float64 holds every float32
         whole = empty(out.numel(), torch.float32, out.device)
         dequantize_4bit(packed, scales, levels, blocksize, whole, nested, offset, new=True)
         out.copy_(whole.view(out.shape))
@@ -110,6 +111,15 @@ def weight_arguments(packed, scales, levels, blocksize, n, nested, offset) -> tu
     if nested is None:
         places = scales.data_ptr(), 0, 0, 0, 0
     else:
+        if (
+            nested.numel() < -(-n_blocks // 256)
+            or nested.dtype != torch.float32
+            or not nested.is_contiguous()
+        ):
+            raise ValueError(
+                f"{n_blocks} quantized scales need {-(-n_blocks // 256)} contiguous float32 scales of their own, not "
+                f"{nested.numel()} {nested.dtype}; was the file that they came from cut short?"
+            )
         places = 0, scales.data_ptr(), nested.data_ptr(), offset.data_ptr(), dynamic8().data_ptr()
     return n, n_blocks, blocksize, packed.data_ptr(), *places, levels.data_ptr()
 
