@@ -18,6 +18,7 @@ Agrees, bit for bit, with: bitsandbytes `functional.py`, `quantize_4bit` and `de
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -128,7 +129,14 @@ class QuantizedTensor:
         """`x @ dequantize().T` for few rows x, (rows, in) fp32, without making the dequantized weight.
 
         Only where `kernels.multiplies` says that there is a kernel; see `kernels.multiply_4bit` for what differs.
+
+        Raises:
+            ValueError: x is of another width, dtype or device than the kernel reads.
         """
+        if x.dim() != 2 or x.shape[1:] != self.shape[1:] or x.dtype != torch.float32 or not x.is_cpu:
+            raise ValueError(
+                f"x is {tuple(x.shape)} {x.dtype} on {x.device}; this weight needs (rows, {self.shape[-1]}) float32 on a CPU"
+            )
         weight, nested = self.kernel_arguments()
         return kernels.multiply_4bit(x, *weight, self.shape[0], *nested)
 
@@ -220,7 +228,7 @@ def check_quantizable(weight: Tensor, blocksize: int) -> None:
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"a weight must be a float32, float16 or bfloat16 tensor, not {given}")
-    if blocksize not in BLOCKSIZES:
+    if not isinstance(blocksize, Integral) or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize={blocksize!r} is not supported; choose one of {BLOCKSIZES}")
     if weight.numel() == 0:
         raise ValueError(f"the weight of shape {tuple(weight.shape)} is empty; there is nothing to quantize")

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from labkit import kernels
-from labkit.quant import NestedScales, QuantizedTensor, quantize
+from labkit.quant import NestedScales, QuantizedTensor, check_finite, check_quantizable, quantize
 
 FEW_ROWS = 16  # rows of x up to which not writing W' was faster than a matrix multiplication with it
 SCRATCH_BYTES = 1 << 26  # a larger W' gets new memory: nothing of its size is kept when the layer is done
@@ -256,7 +256,7 @@ def quantize_model(
     codebook: str = "nf4",
     blocksize: int = 64,
     double_quant: bool = True,
-    skip: tuple[str, ...] = (),
+    skip: str | tuple[str, ...] = (),
     progress: bool = True,
     scale_rounding: str = "nearest",
     compute_dtype: torch.dtype | None = None,
@@ -270,7 +270,7 @@ def quantize_model(
     Args:
         model: any module with linear layers.
         codebook, blocksize, double_quant, scale_rounding: as for `labkit.quantize`.
-        skip: names, or last parts of names, of layers to leave alone.
+        skip: a name, or several, of layers to leave alone; the last part of a name is enough.
         progress: show a progress bar.
         compute_dtype: of the products with the quantized weights; None for that of what comes in.
 
@@ -278,8 +278,11 @@ def quantize_model(
         A `LayerReport` of bytes before and after for each layer.
 
     Raises:
-        ValueError: nothing to quantize (no linear layer, or quantized already), or `skip` matches no layer.
+        ValueError: nothing to quantize (no linear layer, or quantized already), `skip` matches no layer, a weight is not
+            finite, or a setting is none that `labkit.quantize` knows. Nothing is changed then.
+        TypeError: a weight is of a dtype that cannot be quantized. Nothing is changed then.
     """
+    skip = (skip,) if isinstance(skip, str) else skip
     linears = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)
     }
@@ -295,20 +298,31 @@ def quantize_model(
             else "it has no linear layer besides the output"
         )
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {reason}")
+    settings = codebook, blocksize, double_quant, scale_rounding, compute_dtype
+    QuantLinear.from_linear(nn.Linear(1, 1, device="meta"), *settings)  # may raise: before any change
+    for name in names:
+        check_before(name, linears[name].weight, blocksize)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     detach_from_file(model, {id(linears[name].weight) for name in names})
     report = LayerReport()
     for name in tqdm(names, desc="quantize", unit="layer", disable=not progress, leave=False):
         linear = linears.pop(name)
-        layer = QuantLinear.from_linear(
-            linear, codebook, blocksize, double_quant, scale_rounding, compute_dtype
-        )
+        layer = QuantLinear.from_linear(linear, *settings)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         replace_module(model, name, layer)
         report[name] = (linear.weight.nbytes, layer.weight.nbytes)
     return report
+
+
+def check_before(name: str, weight: Tensor, blocksize: int) -> None:
+    """Raise what quantizing this layer would, with its name, while no other has been replaced."""
+    try:
+        check_quantizable(weight, blocksize)
+        check_finite(torch.stack(weight.detach().aminmax()).abs(), weight)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def detach_from_file(model: nn.Module, leave: set[int]) -> None:

@@ -37,6 +37,54 @@ def test_output_and_gradients_equal_a_dense_layer_with_the_dequantized_weight(bi
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "settings", "error", "message"),
+    [
+        (
+            lambda last: last.weight.data[3, 5].fill_(torch.nan),
+            {},
+            ValueError,
+            "^1: 1 of 2048 weights are NaN",
+        ),
+        (
+            lambda last: last.weight.data[3, 5].fill_(-torch.inf),
+            {},
+            ValueError,
+            "^1: 1 of 2048 weights are NaN",
+        ),
+        (lambda last: last.double(), {}, TypeError, "^1: a weight must be a float32.* not torch.float64"),
+        (lambda last: None, {"codebook": "nf5"}, ValueError, "codebook='nf5' is not known"),
+        (lambda last: None, {"blocksize": 64.0}, ValueError, "blocksize=64.0 is not supported"),
+        (lambda last: None, {"scale_rounding": "up"}, ValueError, "scale_rounding='up' is not known"),
+        (lambda last: None, {"compute_dtype": torch.int8}, ValueError, "none to multiply in"),
+    ],
+)
+def test_a_model_that_cannot_be_quantized_is_left_as_it_was(spoil, settings, error, message):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    spoil(model[1])
+    before, random = copy.deepcopy(model), torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        quantize_model(model, progress=False, **settings)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(type(layer) is nn.Linear for layer in model)
+    for now, then in zip(model.parameters(), before.parameters(), strict=True):
+        assert now.requires_grad and torch.equal(now.nan_to_num(), then.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantizing_a_model_takes_no_random_numbers(dtype):
+    model, random = nn.Sequential(nn.Linear(64, 64)).to(dtype), torch.get_rng_state()
+    quantize_model(model, progress=False)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 95), torch.ones(2, 96, dtype=torch.long), torch.ones(96)])
+def test_few_rows_of_another_width_or_dtype_are_refused(x):
+    weight = QuantLinear.from_linear(nn.Linear(96, 64)).weight
+    with pytest.raises(ValueError, match=r"this weight needs \(rows, 96\) float32 on a CPU"):
+        weight.multiply(x)
+
+
 def test_a_layer_made_double_computes_in_double():
     layer, dense = layer_and_dense(bias=True, double_quant=True)
     layer, dense, x = layer.double(), dense.double(), torch.randn(20, 96, dtype=torch.float64)
@@ -132,6 +180,8 @@ def test_skip_leaves_layers_alone(small_llama):
 def test_mistakes_are_named(small_llama):
     with pytest.raises(ValueError, match="skip='down_porj' matches no linear layer"):
         quantize_model(small_llama, skip=("down_porj",), progress=False)
+    report = quantize_model(small_llama, skip="down_proj", progress=False)
+    assert report and not any("down_proj" in name for name in report)
     quantize_model(small_llama, progress=False)
     with pytest.raises(ValueError, match="quantized already"):
         quantize_model(small_llama, progress=False)
