@@ -111,13 +111,10 @@ def weight_arguments(packed, scales, levels, blocksize, n, nested, offset) -> tu
     if nested is None:
         places = scales.data_ptr(), 0, 0, 0, 0
     else:
-        if (
-            nested.numel() < -(-n_blocks // 256)
-            or nested.dtype != torch.float32
-            or not nested.is_contiguous()
-        ):
+        n_nested = -(-n_blocks // 256)
+        if nested.numel() < n_nested or nested.dtype != torch.float32 or not nested.is_contiguous():
             raise ValueError(
-                f"{n_blocks} quantized scales need {-(-n_blocks // 256)} contiguous float32 scales of their own, not "
+                f"{n_blocks} quantized scales need {n_nested} contiguous float32 scales of their own, not "
                 f"{nested.numel()} {nested.dtype}; was the file that they came from cut short?"
             )
         places = 0, scales.data_ptr(), nested.data_ptr(), offset.data_ptr(), dynamic8().data_ptr()

@@ -12,8 +12,6 @@ same product, so the same bits.
 What depends only on levels and scale stands within the loop over weights here; LLVM moves it out.
 """
 
-from collections.abc import Iterator
-
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -45,10 +43,8 @@ def store_weights(typing_context, out, at, packed, levels, scale):
     `out` is an array of uint32 that holds fp32 bits, or of uint16 that holds bfloat16 bits.
     """
 
-    def generate(context, builder, signature, arguments):
-        for address, values in weights(context, builder, signature.args, arguments):
-            builder.store(values, address, align=2)
-        return context.get_dummy_value()
+    def generate(*arguments):
+        return write(*arguments, streamed=False)
 
     return types.void(out, types.intp, packed, floats, types.float32), generate
 
@@ -57,41 +53,44 @@ def store_weights(typing_context, out, at, packed, levels, scale):
 def stream_weights(typing_context, out, at, packed, levels, scale):
     """`store_weights`, past the caches straight to memory; the address of out[at] must be a multiple of `ALIGNMENT`."""
 
-    def generate(context, builder, signature, arguments):
-        for address, values in weights(context, builder, signature.args, arguments):
-            store = builder.store(values, address, align=ALIGNMENT if LANES == 16 else ALIGNMENT // 2)
-            store.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
-        return context.get_dummy_value()
+    def generate(*arguments):
+        return write(*arguments, streamed=True)
 
     return types.void(out, types.intp, packed, floats, types.float32), generate
 
 
-def weights(context, builder: ir.IRBuilder, types_of, arguments) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """The vectors that belong in out[at : at + 32], each with its address."""
+def write(context, builder: ir.IRBuilder, signature, arguments, streamed: bool) -> ir.Value:
+    """The code of both."""
     out, at, packed, levels, scale = arguments
+    out_type, packed_type = signature.args[0], signature.args[2]
     half = builder.lshr(at, INTP(1))
-    codes = builder.load(place(context, builder, types_of[2], packed, half, BYTES), align=1)
-    in_fp32 = types_of[0].dtype.bitwidth == 32
-    if LANES == 16:
-        vectors = [by_words(builder, codes, levels, scale, in_fp32)]
-    elif in_fp32:
-        factor = broadcast(builder, scale)
-        vectors = [multiplied(builder, eight, factor) for eight in by_bytes(builder, codes, levels, 4)]
-    else:
-        table = to_bfloat16(builder, scaled(builder, levels, scale))
-        vectors = by_bytes(builder, codes, table, 2)
+    codes = builder.load(place(context, builder, packed_type, packed, half, BYTES), align=1)
+    vectors = weights(builder, codes, levels, scale, in_fp32=out_type.dtype.bitwidth == 32)
     for vector in vectors:
-        yield place(context, builder, types_of[0], out, at, vector.type), vector
+        store = builder.store(vector, place(context, builder, out_type, out, at, vector.type), align=2)
+        if streamed:
+            store.align = ALIGNMENT if LANES == 16 else ALIGNMENT // 2  # a register
+            store.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
         at = builder.add(at, INTP(32 // len(vectors)))
+    return context.get_dummy_value()
 
 
-def by_words(
+def weights(
     builder: ir.IRBuilder, codes: ir.Value, levels: ir.Value, scale: ir.Value, in_fp32: bool
-) -> ir.Value:
-    """Thirty-two weights as words of fp32, or as sixteen words of two bfloat16 each."""
-    table = scaled(builder, levels, scale)
+) -> list[ir.Value]:
+    """Vectors that hold the weights of sixteen bytes of codes, one after the other."""
+    products = scaled(builder, levels, scale)
+    table = products if in_fp32 else to_bfloat16(builder, products)
+    if LANES == 16:
+        return [by_words(builder, codes, table, in_fp32)]
     if not in_fp32:
-        table = to_bfloat16(builder, table)
+        return by_bytes(builder, codes, table, 2)
+    factor = broadcast(builder, scale)
+    return [multiplied(builder, eight, factor) for eight in by_bytes(builder, codes, levels, 4)]
+
+
+def by_words(builder: ir.IRBuilder, codes: ir.Value, table: ir.Value, in_fp32: bool) -> ir.Value:
+    """Thirty-two weights as words of fp32, or as sixteen words of two bfloat16 each."""
     codes = builder.zext(codes, WORDS)
     ones, others = find(builder, table, first(builder, codes)), find(builder, table, codes)
     if in_fp32:

@@ -1,7 +1,7 @@
 """Sixteen numbers at once: the part of the CPU kernels that numba cannot say in Python.
 
 This file gives numba two types, a vector of sixteen 32-bit words and one of sixteen fp32 numbers, and the few operations on them
-that the kernels use; those on 4-bit codes are in `lookups.py`. One AVX-512 register holds such a vector; with AVX2 a register
+that the kernels use; those on 4-bit codes are in `lookups.py` and `stores.py`. One AVX-512 register holds such a vector; with AVX2 a register
 has eight lanes, and LLVM cuts a vector in two. On other processors `LANES` is 0, and the kernels loop without vectors (but for
 the largest magnitude of a block, which needs no instruction that any processor lacks).
 """
