@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from labkit.lora import Adapter, LoRAConfig, LoRALinear, lora_layers, make_adapter, put_in_place
-from labkit.quant_linear import replace_module
+from labkit.models.surgery import replace_module
 
 COMBINATIONS = ("cat", "linear")
 

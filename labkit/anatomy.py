@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from labkit.quant_linear import is_output_layer
-from labkit.targets import ends_with, is_linear
+from labkit.models.surgery import ends_with, is_output_layer
+from labkit.targets import is_linear
 
 SUBLAYERS = {"attention": ("self_attn", "attn", "attention"), "mlp": ("mlp", "feed_forward")}
 

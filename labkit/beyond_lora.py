@@ -30,8 +30,8 @@ from torch import nn
 from labkit.anatomy import decoder, sizes
 from labkit.bottleneck import Bottleneck, BottleneckConfig, add_bottleneck, bottlenecks
 from labkit.ia3 import IA3Config, IA3Linear, add_ia3, ia3_layers, merge_ia3, unmerge_ia3
+from labkit.models.surgery import replace_module
 from labkit.prompts import Prefix, PrefixConfig, PromptConfig, SoftPrompt, add_prefix, add_prompt, fold_prefix
-from labkit.quant_linear import replace_module
 from labkit.targets import is_linear, widths
 
 SIZED = {  # how to add the methods whose size is to be chosen, and their configs, which take it first

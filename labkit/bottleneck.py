@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from labkit.anatomy import check_bare, sizes, sublayers, train_dtype
-from labkit.quant_linear import replace_module
+from labkit.models.surgery import replace_module
 
 FORMS = ("serial", "parallel")
 INITS = ("zero", "near-identity")

@@ -19,7 +19,7 @@ from torch import nn
 
 from labkit.ledger import Row
 from labkit.lora import LoRAConfig, matching_layers
-from labkit.model_shapes import config_of, meta_model
+from labkit.models.shapes import config_of, meta_model
 from labkit.quant import NESTED_BLOCKSIZE
 from labkit.step_setup import DTYPES, Setup, itemsize
 

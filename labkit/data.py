@@ -11,23 +11,18 @@ write customers' messages, which nobody asked it to do.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from labkit.paths import data_folder
 
 IGNORE = -100  # cross_entropy's name for "no loss here"
 TICKET_FIELDS = ("customer", "product", "category", "order", "urgency", "contact")
 TICKET_INSTRUCTION = "Ticket to JSON."
 SPLITS = ("train", "validation", "test")
-
-
-def data_folder() -> Path:
-    """The folder `data/` of the checkout; LABKIT_DATA names another one."""
-    return Path(os.environ.get("LABKIT_DATA") or Path(__file__).resolve().parent.parent / "data")
 
 
 def tickets(split: str) -> list[dict]:

@@ -38,8 +38,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from labkit.data import SPLITS, Encoded, collate, data_folder, encode_all
+from labkit.data import SPLITS, Encoded, collate, encode_all
 from labkit.evaluate import loss_of_examples
+from labkit.paths import data_folder
 
 DOCUMENT_START = "<|endoftext|>"  # id 0 of tiny-llama's tokenizer: before every document, and after it
 HELD_OUT_DOMAINS = ("kjv", "jargon", "pydocs", "docstrings", "sqlite", "devil")

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from labkit.anatomy import check_bare, layers_named
-from labkit.quant_linear import QuantLinear, replace_module
+from labkit.models.surgery import replace_module
+from labkit.quant_linear import QuantLinear
 from labkit.targets import is_conv1d, widths
 
 # (outputs, inputs): which layers make keys and values, and which reads the inner activations of the MLP

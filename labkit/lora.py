@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from labkit.lora_config import LoRAConfig, pattern_matches
+from labkit.models.surgery import replace_module
 from labkit.quant import QuantizedTensor, quantize
-from labkit.quant_linear import QuantLinear, replace_module
+from labkit.quant_linear import QuantLinear
 from labkit.targets import dense_weight, is_four_bit, is_transposed, matching_layers, saved_names, widths
 
 __all__ = [

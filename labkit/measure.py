@@ -272,7 +272,7 @@ def make_batch(vocabulary: int, batch: int, sequence: int, supervised: float = 1
 def real_model(name: str, setup: Setup) -> nn.Module:
     """A base model, quantized and adapted as `setup` says: the real thing that `plan` and `simulate` are about."""
     from labkit.lora import LoRAConfig, add_lora
-    from labkit.models import load
+    from labkit.models.loading import load
     from labkit.quant_linear import quantize_model
 
     model, _ = load(name, dtype=DTYPES[setup.dtype])

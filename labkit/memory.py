@@ -25,7 +25,7 @@ from labkit import peaks
 from labkit.activations import KINDS, PARTS, Block, kept_with_checkpointing, saved_tensors
 from labkit.counting import Shapes, constants_bytes, shapes_of, training_rows, weight_rows
 from labkit.ledger import COMPONENTS, Ledger, Row, Timeline, size
-from labkit.model_shapes import attention_of, changes_logits, config_of, known_models
+from labkit.models.shapes import attention_of, changes_logits, config_of, known_models
 from labkit.step_setup import METHODS, OPTIMIZERS, PUBLISHED, Setup, setup_of
 
 __all__ = [

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.lora import adapter_in_place, lora_layers
+from labkit.models.surgery import replace_module
 from labkit.quant import QuantizedTensor
-from labkit.quant_linear import QuantLinear, replace_module
+from labkit.quant_linear import QuantLinear
 
 PROVENANCE = "labkit.json"
 VERSIONS = ("labkit", "torch", "transformers", "safetensors")

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from labkit import kernels
+from labkit.models.surgery import detach_from_file, is_output_layer, replace_module
 from labkit.quant import NestedScales, QuantizedTensor, check_finite, check_quantizable, quantize
 
 FEW_ROWS = 16  # rows of x up to which not writing W' was faster than a matrix multiplication with it
@@ -239,18 +240,6 @@ class LayerReport(dict):
         return "\n".join([*rows, total])
 
 
-def is_output_layer(model: nn.Module, module: nn.Module) -> bool:
-    """Is `module` the layer that makes logits (`lm_head`)? Its weight is often the embedding's, tied."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return module is output
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the submodule called `name` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
 def quantize_model(
     model: nn.Module,
     codebook: str = "nf4",
@@ -323,17 +312,6 @@ def check_before(name: str, weight: Tensor, blocksize: int) -> None:
         check_finite(torch.stack(weight.detach().aminmax()).abs(), weight)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
-
-
-def detach_from_file(model: nn.Module, leave: set[int]) -> None:
-    """Copy the parameters and buffers of `model`, one after the other, but for those with an id in `leave`.
-
-    The weights of a model that was loaded from a file are views of the file, mapped into memory as a whole. One view
-    keeps all of it there: without this, the embedding would hold on to every weight that was quantized.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in leave and tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

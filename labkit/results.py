@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from labkit import runs
-from labkit.data import data_folder
+from labkit.paths import data_folder
 from labkit.runs import RunConfig
 
 

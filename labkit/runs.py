@@ -29,6 +29,7 @@ from labkit.data import ticket_chat, tickets
 from labkit.evaluate import chat_prompts, generate, held_out_loss, score_json
 from labkit.hardware import best_device, product_dtype
 from labkit.lora import LoRAConfig, add_lora
+from labkit.models.fetching import sha256
 from labkit.parameter_count import trainable
 from labkit.subspace import add_subspace, matching_lr
 from labkit.train import History, TrainConfig, train
@@ -352,4 +353,4 @@ def weights_hash(model: str) -> str:
     if model in models.SOURCES:
         return models.SOURCES[model].sha256
     folder = models.shipped(model) if model in models.SHIPPED else Path(model)
-    return "+".join(models.sha256(path) for path in sorted(folder.glob("*.safetensors"))) or model
+    return "+".join(sha256(path) for path in sorted(folder.glob("*.safetensors"))) or model

@@ -28,9 +28,10 @@ from labkit.counting import shapes_of, state_tensors
 from labkit.data import IGNORE, Batch
 from labkit.ledger import Ledger, Row
 from labkit.lora import LoRAConfig, add_lora, lora_layers, matching_layers
-from labkit.model_shapes import changes_logits, meta_model
+from labkit.models.shapes import changes_logits, meta_model
+from labkit.models.surgery import replace_module
 from labkit.quant import NESTED_BLOCKSIZE, NestedScales, QuantizedTensor
-from labkit.quant_linear import QuantLinear, replace_module
+from labkit.quant_linear import QuantLinear
 from labkit.step_setup import DTYPES, Setup, dtype_name
 from labkit.tracker import Record, Tracker
 

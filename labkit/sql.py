@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from labkit.data import SPLITS, data_folder
+from labkit.data import SPLITS
+from labkit.paths import data_folder
 
 SQL_INSTRUCTION = "Question to SQL."
 MAX_STEPS = 1_000_000  # of SQLite's virtual machine, some 0.1 s; a reference query takes less than 2,000

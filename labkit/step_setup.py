@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 from labkit.loss import LOGITS
-from labkit.model_shapes import ATTENTION
+from labkit.models.shapes import ATTENTION
 from labkit.quant import BLOCKSIZES
 
 METHODS = ("full", "lora", "qlora")

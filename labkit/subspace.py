@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from labkit.quant_linear import is_output_layer
+from labkit.models.surgery import is_output_layer
 
 
 class Offset(nn.Module):

@@ -40,8 +40,8 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from labkit import runs
-from labkit.data import data_folder
 from labkit.hardware import best_device, memory_bytes, product_dtype
+from labkit.paths import data_folder
 from labkit.results import (
     Results,
     SweepWarning,

@@ -17,10 +17,10 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from labkit.quant_linear import QuantLinear, is_output_layer
+from labkit.models.surgery import ends_with, inside, is_output_layer, tied_partner, weight_holders
+from labkit.quant_linear import QuantLinear
 
 PRESETS = {"all-linear": r".*", "attention": r".*(attn|attention).*", "mlp": r".*(mlp|ffn|feed_forward).*"}
 
@@ -67,11 +67,6 @@ def dense_weight(module: nn.Module) -> Tensor:
         )
     weight = module.weight.detach()
     return weight.T if is_transposed(module) else weight
-
-
-def ends_with(name: str, part: str) -> bool:
-    """Is `part` the last parts of the module name? ("layers.0.q_proj", "q_proj") yes, ("my_q_proj", "q_proj") no."""
-    return f".{name}".endswith(f".{part}")
 
 
 def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Sequence[str] = ()) -> list[str]:
@@ -122,12 +117,6 @@ def matching_pattern(model: nn.Module, targets: str, linears: dict[str, nn.Modul
     return matches
 
 
-def inside(name: str, parents: Sequence[str]) -> bool:
-    """Is the module one of `parents` (names or last parts of names), or in one?"""
-    parts = name.split(".")
-    return any(ends_with(".".join(parts[:i]), p) for p in parents for i in range(1, len(parts) + 1))
-
-
 def check_adaptable(model: nn.Module, name: str, holders: Mapping[int, list]) -> None:
     """Raise a `ValueError` that says why the module `name` cannot have an adapter, if it cannot."""
     module = model.get_submodule(name)
@@ -142,30 +131,6 @@ def check_adaptable(model: nn.Module, name: str, holders: Mapping[int, list]) ->
             f"{name} and {partner} share one weight: an adapter on {name} would leave {partner} as it is, and merging it would "
             f"change both. Take {name} out of targets, or make two weights of the one: labkit.untie_embeddings(model)"
         )
-
-
-def weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """The modules that hold each weight tensor, by the id of the tensor; more than one where weights are tied."""
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            holders.setdefault(id(weight), []).append((name, module))
-    return holders
-
-
-def tied_partner(
-    model: nn.Module, module: nn.Module, holders: Mapping[int, list] | None = None
-) -> str | None:
-    """The name of another module with the very same weight tensor.
-
-    Args:
-        model, module: a model, and a module of it.
-        holders: `weight_holders(model)`, to look up many modules without walking the model for each.
-    """
-    weight = module._parameters.get("weight")
-    same = (weight_holders(model) if holders is None else holders).get(id(weight), ())
-    return next((name for name, other in same if other is not module), None)
 
 
 def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[str]:
@@ -195,27 +160,6 @@ def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[s
             raise ValueError(f"modules_to_save={part!r} matches no module of {type(model).__name__}")
         found += names
     return found
-
-
-def untie_embeddings(model: nn.Module) -> nn.Module:
-    """Give the output layer a weight of its own, equal to the embedding's, in place; it then counts and is saved apart.
-
-    Returns:
-        `model`; its output is what it was.
-
-    Raises:
-        ValueError: the two are not tied.
-    """
-    tied = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
-    if not tied or tied_partner(model, model.get_output_embeddings()) is None:
-        raise ValueError(
-            f"the embedding and the output layer of {type(model).__name__} share no weight; nothing to untie"
-        )
-    output = model.get_output_embeddings()
-    with torch.no_grad():
-        output.weight = nn.Parameter(output.weight.clone(), requires_grad=output.weight.requires_grad)
-    model.config.tie_word_embeddings = False
-    return model
 
 
 def no_match_message(model: nn.Module, unmatched: list[str], linears: dict[str, nn.Module]) -> str:

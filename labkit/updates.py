@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.lora import LoRALinear
+from labkit.models.surgery import is_output_layer
 from labkit.quant import QuantizedTensor
-from labkit.quant_linear import QuantLinear, is_output_layer
+from labkit.quant_linear import QuantLinear
 from labkit.targets import dense_weight, is_linear, is_transposed
 
 PARTS = ("update", "error", "total")

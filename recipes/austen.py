@@ -23,8 +23,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from labkit.data import data_folder
 from labkit.datasets import passages
+from labkit.paths import data_folder
 from recipes.tiny_llama.corpus import run
 
 PACKAGE = "r-cran-janeaustenr"

@@ -20,8 +20,9 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from labkit.data import SPLITS, data_folder
+from labkit.data import SPLITS
 from labkit.datasets import PACKAGES, tiny_llama_tokens
+from labkit.paths import data_folder
 from recipes.austen import unpack, write
 
 PACKAGE = "libpython3.11-stdlib"

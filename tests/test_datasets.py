@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from labkit import datasets, models
-from labkit.data import SPLITS, data_folder, encode
+from labkit.data import SPLITS, encode
+from labkit.paths import data_folder
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from labkit.lab.check import beyond as check
 from labkit.lab.explore import beyond as explore
 from labkit.lab.plots import canvas
 from labkit.lora import LoRAConfig, add_lora
-from labkit.model_shapes import config_of, meta_model
+from labkit.models.shapes import config_of, meta_model
 from labkit.parameter_count import trainable
 from tests import exercise_checks
 

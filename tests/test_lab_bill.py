@@ -113,7 +113,7 @@ def plan_linears():
     """(in, out) of the linear layers of tiny-llama, counted on the meta device."""
     from torch import nn
 
-    from labkit.model_shapes import config_of, meta_model
+    from labkit.models.shapes import config_of, meta_model
 
     model = meta_model(config_of("tiny-llama"))
     for name, module in model.named_modules():

@@ -19,7 +19,7 @@ from labkit.counting import constants_bytes, shapes_of, state_tensors
 from labkit.ledger import COMPONENTS, Ledger, Row, size
 from labkit.lora import LoRAConfig, add_lora
 from labkit.memory import PUBLISHED, Setup, block_of, crossover, known_models, measure, plan, simulate
-from labkit.model_shapes import config_of, meta_model
+from labkit.models.shapes import config_of, meta_model
 from labkit.parameter_count import trainable
 from labkit.quant import quantize
 
@@ -297,7 +297,7 @@ def test_a_70b_step_is_planned_and_its_blocks_simulated_in_little_memory():
     code = """
 from labkit.measure import status
 from labkit.memory import plan, simulate
-from labkit.model_shapes import config_of
+from labkit.models.shapes import config_of
 how = dict(checkpointing=True, sequence=1024)
 whole = plan("llama-3-70b", "qlora", **how).peak
 config = config_of("llama-3-70b")

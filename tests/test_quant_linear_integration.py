@@ -19,7 +19,8 @@ from labkit.data import Batch
 from labkit.kernels import cpu
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
-from labkit.quant_linear import QuantLinear, dequantize_model, is_output_layer, quantize_model, replace_module
+from labkit.models.surgery import is_output_layer, replace_module
+from labkit.quant_linear import QuantLinear, dequantize_model, quantize_model
 from tests.conftest import make_small_llama
 
 IDS = torch.arange(40).view(2, 20)

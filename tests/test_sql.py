@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from labkit import data, sql
+from labkit import data, paths, sql
 from recipes.sql_questions.__main__ import main as write_data
 from recipes.sql_questions.generate import is_trivial, read_schemas, told_apart
 from recipes.sql_questions.near_misses import core, spare
@@ -37,7 +37,7 @@ def books():
 
 
 def sheet() -> str:
-    return (data.data_folder() / "sql" / "README.md").read_text(encoding="utf-8")
+    return (paths.data_folder() / "sql" / "README.md").read_text(encoding="utf-8")
 
 
 def test_there_are_as_many_as_the_datasheet_says(splits):
@@ -57,7 +57,7 @@ def test_the_recipe_writes_the_committed_files_byte_for_byte(tmp_path):
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(made) == {"databases.json", "train.jsonl", "validation.jsonl", "test.jsonl", "more.jsonl"}
     for name, content in made.items():
-        assert content == (data.data_folder() / "sql" / name).read_bytes(), name
+        assert content == (paths.data_folder() / "sql" / name).read_bytes(), name
     assert sum(map(len, made.values())) < 2_000_000
 
 

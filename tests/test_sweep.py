@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from labkit import runs, sweep
-from labkit.data import data_folder
+from labkit.paths import data_folder
 from labkit.runs import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent

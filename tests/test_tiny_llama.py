@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from labkit import models
-from labkit.data import data_folder
+from labkit.paths import data_folder
 from recipes.tiny_llama import card as model_card
 from recipes.tiny_llama import corpus, evaluate, finish, ngram, pages, pretrain, tokens
 

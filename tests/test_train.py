@@ -158,7 +158,7 @@ SCRIPT = textwrap.dedent(
     import hashlib, json, sys, torch
     from labkit.data import ticket_chat, tickets
     from labkit.lora import LoRAConfig, add_lora
-    from labkit.models import cache_folder
+    from labkit.paths import cache_folder
     from labkit.quant_linear import quantize_model
     from labkit.train import TrainConfig, train
     from tests.conftest import make_small_llama

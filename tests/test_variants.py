@@ -33,10 +33,11 @@ from transformers import (
 )
 
 from labkit.adapters import disabled
-from labkit.data import data_folder
 from labkit.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, merge, unmerge
+from labkit.models.surgery import is_output_layer, replace_module
+from labkit.paths import data_folder
 from labkit.quant import quantize
-from labkit.quant_linear import QuantLinear, is_output_layer, quantize_model, replace_module
+from labkit.quant_linear import QuantLinear, quantize_model
 from labkit.runs import RunConfig
 from labkit.targets import dense_weight
 from labkit.train import TrainConfig, train

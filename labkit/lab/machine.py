@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from labkit.hardware import best_device, memory_bytes, product_dtype
-from labkit.models import SOURCES, cache_folder, is_complete
+from labkit.models.fetching import SOURCES, is_complete
+from labkit.paths import cache_folder
 
 OK, WARNING, PROBLEM = "OK", "warning", "problem"
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numba", "ipywidgets", "matplotlib", "jupyterlab")

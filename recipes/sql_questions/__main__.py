@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from labkit.data import data_folder
+from labkit.paths import data_folder
 from recipes.sql_questions.generate import check_names, generate
 
 

@@ -34,7 +34,8 @@ from labkit.data import Batch
 from labkit.hardware import product_dtype
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
-from labkit.quant_linear import is_output_layer, quantize_model, replace_module
+from labkit.models.surgery import is_output_layer, replace_module
+from labkit.quant_linear import quantize_model
 
 BATCH, TOKENS, SUPERVISED, RANK = 8, 80, 40, 16
 

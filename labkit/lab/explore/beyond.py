@@ -17,7 +17,7 @@ from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora import LoRALinear
-from labkit.model_shapes import config_of, meta_model
+from labkit.models.shapes import config_of, meta_model
 from labkit.prompts import SoftPrompt
 from labkit.targets import is_linear, widths
 
@@ -292,7 +292,7 @@ def cost_explorer(models: Sequence[str] = ("llama-2-7b", "llama-3-8b", "smollm2-
     positions that it takes. Counted on the model's real modules, without weights.
 
     Args:
-        models: names of `labkit.model_shapes.known_models()`.
+        models: names of `labkit.models.shapes.known_models()`.
 
     Raises:
         ValueError: no model, or an unknown one.

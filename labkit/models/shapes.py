@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from labkit.data import data_folder
+from labkit.paths import data_folder
 
 ATTENTION = ("sdpa", "eager")
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")

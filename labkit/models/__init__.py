@@ -1,0 +1,23 @@
+"""Base models by name, their shapes without weights, and how to change a module of one.
+
+Read `loading` first; `fetching` and `gguf` bring the named models here, `shapes` builds models without memory, `surgery`
+replaces layers.
+"""
+
+from labkit.models.fetching import SOURCES, ModelUnavailable, Source, fetch
+from labkit.models.loading import SHIPPED, load, shipped
+from labkit.models.shapes import changes_logits, config_of, known_models, meta_model
+
+__all__ = [
+    "SHIPPED",
+    "SOURCES",
+    "ModelUnavailable",
+    "Source",
+    "changes_logits",
+    "config_of",
+    "fetch",
+    "known_models",
+    "load",
+    "meta_model",
+    "shipped",
+]

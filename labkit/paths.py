@@ -1,0 +1,16 @@
+"""Where things are on disk: the data of the course, and what is fetched once and kept."""
+
+import os
+from pathlib import Path
+
+from platformdirs import user_cache_dir
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: LABKIT_CACHE, or the user's cache folder for labkit."""
+    return Path(os.environ.get("LABKIT_CACHE") or user_cache_dir("labkit"))
+
+
+def data_folder() -> Path:
+    """The folder `data/` of the checkout; LABKIT_DATA names another one."""
+    return Path(os.environ.get("LABKIT_DATA") or Path(__file__).resolve().parent.parent / "data")
