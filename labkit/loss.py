@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from labkit.data import IGNORE, Batch
+from labkit.data.batches import IGNORE, Batch
 from labkit.recompute import recompute_activations
 
 LOGITS = ("supervised", "all")

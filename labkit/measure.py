@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from labkit.data import Batch
+from labkit.data.batches import Batch
 from labkit.ledger import Ledger, Row, Timeline
 from labkit.lora import lora_layers
 from labkit.loss import supervised_loss

@@ -23,16 +23,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from labkit import datasets, models, sql
+from labkit import models
 from labkit.beyond_lora import SIZED, add_ia3
-from labkit.data import ticket_chat, tickets
-from labkit.evaluate import chat_prompts, generate, held_out_loss, score_json
+from labkit.data import sql
+from labkit.data.docstrings import load_docstrings
+from labkit.data.facts import make_facts
+from labkit.data.passages import load_austen, load_held_out
+from labkit.data.tickets import load_tickets, ticket_chat
 from labkit.hardware import best_device, product_dtype
 from labkit.lora import LoRAConfig, add_lora
 from labkit.models.fetching import sha256
 from labkit.parameter_count import trainable
 from labkit.subspace import add_subspace, matching_lr
 from labkit.train import History, TrainConfig, train
+from labkit.training.evaluate import chat_prompts, generate, held_out_loss, text_loss
+from labkit.training.metrics import bits_learned, classification_accuracy, score_json
 from labkit.update_numbers import effect_numbers, spectral_numbers
 from labkit.updates import updates
 from labkit.variants import add_qlora
@@ -156,11 +161,11 @@ class Task:
 
 def measure_austen(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
     losses = {
-        "validation_loss": datasets.austen("validation"),
-        "test_loss": datasets.austen("test")[:TEST_PASSAGES],
+        "validation_loss": load_austen("validation"),
+        "test_loss": load_austen("test")[:TEST_PASSAGES],
     }
-    losses |= {f"{domain}_loss": datasets.held_out(domain, OLD_BYTES) for domain in OLD_DOMAINS}
-    return {name: datasets.text_loss(model, tokenizer, records, 32)[0] for name, records in losses.items()}
+    losses |= {f"{domain}_loss": load_held_out(domain, OLD_BYTES) for domain in OLD_DOMAINS}
+    return {name: text_loss(model, tokenizer, records, 32)[0] for name, records in losses.items()}
 
 
 def measure_spectra(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
@@ -168,7 +173,7 @@ def measure_spectra(model: nn.Module, tokenizer, config: RunConfig) -> dict[str,
     twin, _, _ = fit(replace(config, seed=config.seed + TWIN))
 
     def loss(any_model: nn.Module) -> float:
-        return datasets.text_loss(any_model, tokenizer, datasets.austen("validation"), 32)[0]
+        return text_loss(any_model, tokenizer, load_austen("validation"), 32)[0]
 
     return (
         {"validation_loss": loss(model)}
@@ -179,20 +184,20 @@ def measure_spectra(model: nn.Module, tokenizer, config: RunConfig) -> dict[str,
 
 def sql_records(config: RunConfig, split: str = "train") -> list[dict]:
     form = "plain" if config.model == "tiny-llama" else "chat"
-    return [sql.sql_record(item, form) for item in sql.questions(split)]
+    return [sql.sql_record(item, form) for item in sql.load_questions(split)]
 
 
 def measure_sql(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
     loss, _ = held_out_loss(model, tokenizer, sql_records(config, "validation"), 32)
-    items, records = sql.questions("test"), sql_records(config, "test")
+    items, records = sql.load_questions("test"), sql_records(config, "test")
     prompts = [r["prompt"] for r in records] if "prompt" in records[0] else chat_prompts(records, tokenizer)
     score = sql.score_sql(generate(model, tokenizer, prompts, 48, 100, progress=False), items)
     return {"validation_loss": loss, "execution": score.execution_accuracy, "exact_match": score.exact_match}
 
 
 def measure_tickets(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
-    loss, _ = held_out_loss(model, tokenizer, [ticket_chat(t) for t in tickets("validation")], 16)
-    gold = tickets("test")
+    loss, _ = held_out_loss(model, tokenizer, [ticket_chat(t) for t in load_tickets("validation")], 16)
+    gold = load_tickets("test")
     answers = generate(
         model, tokenizer, chat_prompts([ticket_chat(t) for t in gold], tokenizer), progress=False
     )
@@ -201,31 +206,31 @@ def measure_tickets(model: nn.Module, tokenizer, config: RunConfig) -> dict[str,
 
 
 def measure_facts(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
-    bits = datasets.bits_learned(model, tokenizer, datasets.facts(config.examples, config.seed))
+    bits = bits_learned(model, tokenizer, make_facts(config.examples, config.seed))
     counted = trainable(model).trainable
     return {"bits": bits, "bits_per_parameter": bits / counted if counted else math.nan}
 
 
 def measure_docstrings(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
     return {
-        f"{split}_accuracy": datasets.classification_accuracy(model, tokenizer, datasets.docstrings(split))
+        f"{split}_accuracy": classification_accuracy(model, tokenizer, load_docstrings(split))
         for split in ("train", "validation", "test")
     }
 
 
 TASKS = {
     "austen": Task(
-        lambda config: datasets.austen("train"),
+        lambda config: load_austen("train"),
         measure_austen,
         lambda config: (
-            [datasets.austen(s) for s in ("train", "validation", "test")]
-            + [datasets.held_out(domain, OLD_BYTES) for domain in OLD_DOMAINS]
+            [load_austen(s) for s in ("train", "validation", "test")]
+            + [load_held_out(domain, OLD_BYTES) for domain in OLD_DOMAINS]
         ),
     ),
     "spectra": Task(
-        lambda config: datasets.austen("train"),
+        lambda config: load_austen("train"),
         measure_spectra,
-        lambda config: [datasets.austen(split) for split in ("train", "validation")],
+        lambda config: [load_austen(split) for split in ("train", "validation")],
     ),
     "sql": Task(
         sql_records,
@@ -238,19 +243,19 @@ TASKS = {
         lambda config: [sql_records(config, s) for s in ("train", "more", "validation", "test")],
     ),
     "tickets": Task(
-        lambda config: [ticket_chat(t) for t in tickets("train")],
+        lambda config: [ticket_chat(t) for t in load_tickets("train")],
         measure_tickets,
-        lambda config: [tickets(s) for s in ("train", "validation", "test")],
+        lambda config: [load_tickets(s) for s in ("train", "validation", "test")],
     ),
     "facts": Task(
-        lambda config: datasets.facts(config.examples, config.seed),
+        lambda config: make_facts(config.examples, config.seed),
         measure_facts,
-        lambda config: datasets.facts(config.examples, config.seed),
+        lambda config: make_facts(config.examples, config.seed),
     ),
     "docstrings": Task(
-        lambda config: datasets.docstrings("train"),
+        lambda config: load_docstrings("train"),
         measure_docstrings,
-        lambda config: [datasets.docstrings(s) for s in ("train", "validation", "test")],
+        lambda config: [load_docstrings(s) for s in ("train", "validation", "test")],
     ),
 }
 

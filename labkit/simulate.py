@@ -25,7 +25,7 @@ from torch.optim import SGD, AdamW
 
 from labkit import loss, quant_linear
 from labkit.counting import shapes_of, state_tensors
-from labkit.data import IGNORE, Batch
+from labkit.data.batches import IGNORE, Batch
 from labkit.ledger import Ledger, Row
 from labkit.lora import LoRAConfig, add_lora, lora_layers, matching_layers
 from labkit.models.shapes import changes_logits, meta_model

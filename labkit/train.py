@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from labkit import checkpoint
-from labkit.data import collate, encode_all, endless_batches, fingerprint
+from labkit.data.batches import collate, endless_batches
+from labkit.data.encoding import encode_all, fingerprint
 from labkit.loss import LOGITS, supervised_loss
 from labkit.paging import OPTIMIZERS, detach_paging, make_optimizer
 from labkit.variants import parameter_groups
@@ -185,7 +186,7 @@ def train(
     Args:
         model: a causal language model of transformers, with or without adapters.
         tokenizer: its tokenizer.
-        data: records; see `labkit.data`.
+        data: records; see `labkit.data.encoding`.
         config: see `TrainConfig`.
         held_out: records for the held-out loss; needed for `eval_every`.
 
@@ -334,7 +335,7 @@ class _Run:
             )
 
     def evaluate(self, step: int) -> None:
-        from labkit.evaluate import loss_of_examples
+        from labkit.training.evaluate import loss_of_examples
 
         # four times the batch: nothing is kept for a backward pass
         loss, tokens = loss_of_examples(self.model, self.held_out, self.pad_id, 4 * self.config.batch_size)

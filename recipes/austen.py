@@ -23,7 +23,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from labkit.datasets import passages
+from labkit.data.passages import cut_passages
 from labkit.paths import data_folder
 from recipes.tiny_llama.corpus import run
 
@@ -140,7 +140,7 @@ def main() -> None:
         rows = [
             {"novel": TITLES[name], "text": text}
             for name in names
-            for text in sample(passages("\n\n".join(paragraphs(novels[name]))), budget, seed=0)
+            for text in sample(cut_passages("\n\n".join(paragraphs(novels[name]))), budget, seed=0)
         ]
         random.Random(1).shuffle(rows)
         write(options.out / f"{split}.jsonl", rows)

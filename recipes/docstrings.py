@@ -20,8 +20,9 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from labkit.data import SPLITS
-from labkit.datasets import PACKAGES, tiny_llama_tokens
+from labkit.data.docstrings import PACKAGES
+from labkit.data.passages import tiny_llama_tokens
+from labkit.data.splits import SPLITS
 from labkit.paths import data_folder
 from recipes.austen import unpack, write
 

@@ -34,6 +34,6 @@ def tokenizer(smollm2):
 @pytest.fixture(scope="session")
 def records():
     """Sixteen chat records to train on."""
-    from labkit.data import ticket_chat, tickets
+    from labkit.data.tickets import load_tickets, ticket_chat
 
-    return [ticket_chat(ticket) for ticket in tickets("train")[:16]]
+    return [ticket_chat(ticket) for ticket in load_tickets("train")[:16]]

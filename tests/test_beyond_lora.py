@@ -28,7 +28,7 @@ from labkit.beyond_lora import (
     unmerge_ia3,
 )
 from labkit.bottleneck import bottlenecks
-from labkit.data import IGNORE, Batch
+from labkit.data.batches import IGNORE, Batch
 from labkit.ia3 import ia3_layers
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss

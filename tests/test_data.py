@@ -5,27 +5,29 @@ import re
 
 import pytest
 
-from labkit import data
-
-FIELDS = data.TICKET_FIELDS
+from labkit.data.batches import batch_order
+from labkit.data.encoding import encode_all
+from labkit.data.splits import SPLITS
+from labkit.data.tickets import TICKET_FIELDS, load_tickets, ticket_chat
+from labkit.paths import data_folder
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: data.tickets(split) for split in data.SPLITS}
+    return {split: load_tickets(split) for split in SPLITS}
 
 
 def test_there_are_as_many_as_the_datasheet_says(splits):
     sizes = {split: len(rows) for split, rows in splits.items()}
     assert sizes == {"train": 500, "validation": 60, "test": 100}
-    sheet = (data.data_folder() / "tickets" / "README.md").read_text()
+    sheet = (data_folder() / "tickets" / "README.md").read_text()
     assert all(f"| {split} | {n} |" in sheet for split, n in sizes.items())
 
 
 def test_every_label_follows_the_guide(splits):
     for ticket in (t for rows in splits.values() for t in rows):
         label, message = ticket["label"], ticket["message"]
-        assert tuple(label) == FIELDS, ticket["id"]
+        assert tuple(label) == TICKET_FIELDS, ticket["id"]
         for field in ("customer", "product", "order"):
             assert label[field] is None or label[field] in message, ticket["id"]
         assert label["category"] in ("delivery", "fault", "billing", "return", "question")
@@ -73,27 +75,23 @@ def test_the_announced_difficulties_are_there(splits):
 
 def test_unknown_split_and_missing_folder(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="split='dev' is not known"):
-        data.tickets("dev")
+        load_tickets("dev")
     monkeypatch.setenv("LABKIT_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="set LABKIT_DATA"):
-        data.tickets("train")
+        load_tickets("train")
 
 
 def test_batches_cover_an_epoch_once_and_are_the_same_for_the_same_seed():
     lengths = [(7 * i) % 50 + 1 for i in range(103)]
-    order = data.batch_order(lengths, 8, seed=1, epoch=0)
+    order = batch_order(lengths, 8, seed=1, epoch=0)
     assert sorted(i for batch in order for i in batch) == list(range(103))
-    assert (
-        order
-        == data.batch_order(lengths, 8, seed=1, epoch=0)
-        != data.batch_order(lengths, 8, seed=1, epoch=1)
-    )
+    assert order == batch_order(lengths, 8, seed=1, epoch=0) != batch_order(lengths, 8, seed=1, epoch=1)
 
 
 def test_batching_by_length_pads_less_than_a_plain_shuffle(splits, tokenizer):
     import torch
 
-    examples, _ = data.encode_all([data.ticket_chat(t) for t in splits["train"]], tokenizer, 512)
+    examples, _ = encode_all([ticket_chat(t) for t in splits["train"]], tokenizer, 512)
     lengths = [len(e) for e in examples]
 
     def padded(batches):
@@ -101,4 +99,4 @@ def test_batching_by_length_pads_less_than_a_plain_shuffle(splits, tokenizer):
 
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = [order[i : i + 8] for i in range(0, len(order), 8)]
-    assert padded(data.batch_order(lengths, 8, 0, 0)) < 1.08 < padded(shuffled)
+    assert padded(batch_order(lengths, 8, 0, 0)) < 1.08 < padded(shuffled)

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from labkit import datasets, models
-from labkit.data import SPLITS, encode
+from labkit import models
+from labkit.data.docstrings import PACKAGES, load_docstrings
+from labkit.data.encoding import encode
+from labkit.data.facts import make_facts
+from labkit.data.passages import HELD_OUT_DOMAINS, cut_passages, fits, load_austen, load_held_out
+from labkit.data.splits import SPLITS, read_jsonl
 from labkit.paths import data_folder
+from labkit.training.evaluate import text_loss
+from labkit.training.metrics import bits_learned, classification_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +38,21 @@ def words(text, n):
 
 def test_every_passage_starts_with_the_document_token_ends_with_it_and_fits_into_192_tokens(tiny):
     _, tokenizer = tiny
-    records = [r for split in SPLITS for r in datasets.austen(split)]
-    records += [r for domain in datasets.HELD_OUT_DOMAINS for r in datasets.held_out(domain)]
+    records = [r for split in SPLITS for r in load_austen(split)]
+    records += [r for domain in HELD_OUT_DOMAINS for r in load_held_out(domain)]
     for record in records:
         one = encode(record, tokenizer)
         assert one.prompt == [0] and one.completion[-1] == 0 and 0 not in one.completion[:-1]
         assert len(one) <= 192 and len(record["completion"]) <= 600
 
 
-@pytest.mark.parametrize("domain", datasets.HELD_OUT_DOMAINS)
+@pytest.mark.parametrize("domain", HELD_OUT_DOMAINS)
 def test_held_out_passages_are_the_whole_text_said_once(domain):
-    rows = datasets.read_jsonl(data_folder() / "tiny-llama" / "heldout" / f"{domain}.jsonl")
-    passages = [datasets.passages(row["text"]) for row in rows]
+    rows = read_jsonl(data_folder() / "tiny-llama" / "heldout" / f"{domain}.jsonl")
+    passages = [cut_passages(row["text"]) for row in rows]
     for row, cut in zip(rows, passages):
         assert "".join("".join(cut).split()) == "".join(row["text"].split())
-    assert sorted(r["completion"] for r in datasets.held_out(domain)) == sorted(
+    assert sorted(r["completion"] for r in load_held_out(domain)) == sorted(
         passage for cut in passages for passage in cut
     )
 
@@ -54,37 +60,33 @@ def test_held_out_passages_are_the_whole_text_said_once(domain):
 @settings(max_examples=50, deadline=None)
 @given(st.text(alphabet="ab .,;-\n☃é", max_size=3000))
 def test_passages_of_any_text_fit_and_lose_only_space(text):
-    cut = datasets.passages(text)
-    assert all(passage and datasets.fits(passage) for passage in cut)
+    cut = cut_passages(text)
+    assert all(passage and fits(passage) for passage in cut)
     assert "".join("".join(cut).split()) == "".join(text.split())
 
 
 def test_passages_prefer_paragraphs_and_do_not_end_after_mr():
     first, second = "One two three four. " * 20, "Mr. Darcy bowed. " * 20
-    assert datasets.passages(f"{first}\n\n{second}") == [first.strip(), second.strip()]
-    assert not any(
-        passage.endswith("Mr.") for passage in datasets.passages("We saw Mr. Darcy there, and " * 200)
-    )
+    assert cut_passages(f"{first}\n\n{second}") == [first.strip(), second.strip()]
+    assert not any(passage.endswith("Mr.") for passage in cut_passages("We saw Mr. Darcy there, and " * 200))
     long = ("It is Mr. Bennet's own. " * 60).strip()
-    assert len(datasets.passages(long)) > 1
-    assert all(
-        passage.startswith("It is") and passage.endswith("own.") for passage in datasets.passages(long)
-    )
+    assert len(cut_passages(long)) > 1
+    assert all(passage.startswith("It is") and passage.endswith("own.") for passage in cut_passages(long))
 
 
 def test_a_limit_gives_a_prefix_of_at_least_so_many_bytes_from_several_documents():
-    everything = datasets.held_out("kjv")
-    some = datasets.held_out("kjv", limit_bytes=8000)
-    assert some == everything[: len(some)] == datasets.held_out("kjv", limit_bytes=8000)
+    everything = load_held_out("kjv")
+    some = load_held_out("kjv", limit_bytes=8000)
+    assert some == everything[: len(some)] == load_held_out("kjv", limit_bytes=8000)
     sizes = [len(r["completion"].encode()) for r in some]
     assert sum(sizes) >= 8000 > sum(sizes[:-1])
     assert len({r["name"] for r in some}) > 5
-    assert datasets.held_out("kjv", limit_bytes=10**9) == everything
+    assert load_held_out("kjv", limit_bytes=10**9) == everything
 
 
 def test_text_loss_is_torchs_cross_entropy_of_the_text_without_its_end(tiny):
     model, tokenizer = tiny
-    records = datasets.austen("test")[:5]
+    records = load_austen("test")[:5]
     total, n = 0.0, 0
     for record in records:
         ids = torch.tensor([0, *tokenizer(record["completion"], add_special_tokens=False)["input_ids"]])
@@ -92,7 +94,7 @@ def test_text_loss_is_torchs_cross_entropy_of_the_text_without_its_end(tiny):
             logits = model(ids[None]).logits[0]
         total += F.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
         n += len(ids) - 1
-    loss, tokens = datasets.text_loss(model, tokenizer, records, batch_size=2)
+    loss, tokens = text_loss(model, tokenizer, records, batch_size=2)
     assert tokens == n and loss == pytest.approx(total / n, rel=1e-4)
 
 
@@ -101,7 +103,7 @@ def test_text_loss_is_torchs_cross_entropy_of_the_text_without_its_end(tiny):
 
 @pytest.fixture(scope="module")
 def novels():
-    return {split: datasets.austen(split) for split in SPLITS}
+    return {split: load_austen(split) for split in SPLITS}
 
 
 def test_austen_is_split_by_whole_novels_and_shares_no_eight_words(novels):
@@ -146,7 +148,7 @@ def test_austens_sheet_counts_what_is_there(novels, tiny):
 def test_austens_sheet_has_the_loss_before_adaptation(novels, tiny):
     sheet = (data_folder() / "austen" / "README.md").read_text(encoding="utf-8")
     row = re.search(r"^\| validation \| (\d\.\d+) \|", sheet, re.M)
-    loss, _ = datasets.text_loss(*tiny, novels["validation"])
+    loss, _ = text_loss(*tiny, novels["validation"])
     assert loss == pytest.approx(float(row[1]), abs=2e-3)
 
 
@@ -194,7 +196,7 @@ def knows(tokenizer, facts, known):
 @pytest.mark.parametrize("digits", [1, 4, 7])
 def test_a_fact_is_one_token_a_digit_and_nothing_merges_at_the_boundary(tiny, digits):
     _, tokenizer = tiny
-    for fact in datasets.facts(300, seed=3, digits=digits):
+    for fact in make_facts(300, seed=3, digits=digits):
         assert re.fullmatch(r"<\|endoftext\|>The number of [A-Z][a-z]{5} is ", fact["prompt"])
         one = encode(fact, tokenizer)
         assert one.prompt[0] == 0 and 0 not in one.prompt[1:]
@@ -205,17 +207,17 @@ def test_a_fact_is_one_token_a_digit_and_nothing_merges_at_the_boundary(tiny, di
 
 
 def test_facts_are_a_prefix_of_more_facts_distinct_and_the_same_for_a_seed():
-    many = datasets.facts(5000, seed=1)
-    assert datasets.facts(700, seed=1) == many[:700] and datasets.facts(5000, seed=1) == many
+    many = make_facts(5000, seed=1)
+    assert make_facts(700, seed=1) == many[:700] and make_facts(5000, seed=1) == many
     assert len({fact["prompt"] for fact in many}) == 5000
-    other = datasets.facts(700, seed=2)
+    other = make_facts(700, seed=2)
     assert sum(a == b for a, b in zip(other, many)) < 3
-    longer = datasets.facts(700, seed=1, digits=6)
+    longer = make_facts(700, seed=1, digits=6)
     assert [fact["prompt"] for fact in longer] == [fact["prompt"] for fact in many[:700]]
 
 
 def test_digits_of_facts_are_uniform_in_every_place():
-    answers = [fact["completion"] for fact in datasets.facts(20_000, seed=0)]
+    answers = [fact["completion"] for fact in make_facts(20_000, seed=0)]
     for place in range(4):
         counts = [sum(answer[place] == digit for answer in answers) for digit in "0123456789"]
         chi2 = sum((count - 2000) ** 2 / 2000 for count in counts)
@@ -225,31 +227,31 @@ def test_digits_of_facts_are_uniform_in_every_place():
 @pytest.mark.parametrize("known", [0, 13, 40])
 def test_bits_learned_are_those_of_the_facts_that_a_model_knows(tiny, known):
     _, tokenizer = tiny
-    facts = datasets.facts(40, seed=5)
-    bits = datasets.bits_learned(knows(tokenizer, facts, known), tokenizer, facts, batch_size=7)
+    facts = make_facts(40, seed=5)
+    bits = bits_learned(knows(tokenizer, facts, known), tokenizer, facts, batch_size=7)
     assert bits == pytest.approx(known * 4 * math.log2(10), abs=1e-2)
 
 
 def test_a_uniform_model_and_a_wrong_one_have_learned_nothing(tiny):
     _, tokenizer = tiny
-    facts = datasets.facts(20, seed=5)
+    facts = make_facts(20, seed=5)
     uniform = Fixed(lambda ids: torch.zeros(len(ids), 4096))
-    assert datasets.bits_learned(uniform, tokenizer, facts) == 0.0
+    assert bits_learned(uniform, tokenizer, facts) == 0.0
     liar = knows(tokenizer, [{**f, "completion": f["completion"][::-1]} for f in facts], 20)
-    assert datasets.bits_learned(liar, tokenizer, facts) == 0.0
+    assert bits_learned(liar, tokenizer, facts) == 0.0
 
 
 def test_half_sure_digits_count_half_their_bits(tiny):
     """Probability q on each right digit, the rest shared: the closed form is n d (log2 10 + log2 q)."""
     _, tokenizer = tiny
-    facts = datasets.facts(10, seed=6)
+    facts = make_facts(10, seed=6)
     sure = knows(tokenizer, facts, 10)
     q = 0.5
 
     def logits_of(ids):
         return torch.log(q * sure.logits_of(ids).softmax(-1) + (1 - q) / 4096)
 
-    bits = datasets.bits_learned(Fixed(logits_of), tokenizer, facts)
+    bits = bits_learned(Fixed(logits_of), tokenizer, facts)
     assert bits == pytest.approx(40 * (math.log2(10) + math.log2(q + (1 - q) / 4096)), rel=1e-4)
 
 
@@ -260,7 +262,7 @@ def test_bits_learned_agrees_with_torch_on_tiny_llama(tiny):
     with torch.no_grad():
         p = model(ids).logits[0, -1].softmax(-1)[tokenizer("7", add_special_tokens=False)["input_ids"][0]]
     expected = max(0.0, math.log2(10) + math.log2(p.item()))
-    assert datasets.bits_learned(model, tokenizer, facts) == pytest.approx(expected, abs=1e-3)
+    assert bits_learned(model, tokenizer, facts) == pytest.approx(expected, abs=1e-3)
 
 
 class Pairs:
@@ -281,11 +283,11 @@ class Pairs:
 
 def test_bits_learned_refuses_tokenizers_that_merge_digits_and_answers_that_are_no_numbers(tiny):
     with pytest.raises(ValueError, match="token of every digit"):
-        datasets.bits_learned(tiny[0], Pairs(), datasets.facts(2))
+        bits_learned(tiny[0], Pairs(), make_facts(2))
     with pytest.raises(ValueError, match="must be digits, not 'blue'"):
-        datasets.bits_learned(*tiny, [{"prompt": "The sky is ", "completion": "blue"}])
+        bits_learned(*tiny, [{"prompt": "The sky is ", "completion": "blue"}])
     with pytest.raises(ValueError, match="no facts"):
-        datasets.bits_learned(*tiny, [])
+        bits_learned(*tiny, [])
 
 
 # Docstrings
@@ -293,14 +295,14 @@ def test_bits_learned_refuses_tokenizers_that_merge_digits_and_answers_that_are_
 
 @pytest.fixture(scope="module")
 def labelled():
-    return {split: datasets.docstrings(split) for split in SPLITS}
+    return {split: load_docstrings(split) for split in SPLITS}
 
 
 def test_docstrings_are_balanced_and_as_many_as_the_sheet_says(labelled, tiny):
     _, tokenizer = tiny
     sheet = (data_folder() / "docstrings" / "README.md").read_text(encoding="utf-8")
     for split, records in labelled.items():
-        each = {label: sum(r["completion"] == label for r in records) for label in datasets.PACKAGES}
+        each = {label: sum(r["completion"] == label for r in records) for label in PACKAGES}
         assert len(set(each.values())) == 1 and sum(each.values()) == len(records)
         modules = len({r["module"] for r in records})
         assert f"| {split} | {len(records)} | {each['A']} | {modules} |" in sheet
@@ -312,7 +314,7 @@ def test_docstrings_are_balanced_and_as_many_as_the_sheet_says(labelled, tiny):
         digest = hashlib.sha256((data_folder() / "docstrings" / f"{split}.jsonl").read_bytes()).hexdigest()
         assert f"| `{split}.jsonl` | `{digest}` |" in sheet
     assert all(len(labelled[s]) // 8 >= n for s, n in zip(SPLITS, (60, 15, 20)))
-    for label, name in datasets.PACKAGES.items():
+    for label, name in PACKAGES.items():
         assert f"| {label} | {name} |" in sheet
 
 
@@ -380,9 +382,7 @@ def test_accuracy_reads_the_label_that_stands_highest_after_the_prompt(labelled,
         return scores
 
     for batch_size in (1, 3, 64):
-        accuracy = datasets.classification_accuracy(
-            Fixed(logits_of), tokenizer, records, batch_size=batch_size
-        )
+        accuracy = classification_accuracy(Fixed(logits_of), tokenizer, records, batch_size=batch_size)
         assert accuracy == 7 / 10
 
 
@@ -396,7 +396,7 @@ def test_accuracy_of_tiny_llama_is_the_same_without_batches(labelled, tiny):
         with torch.no_grad():
             best = model(prompt).logits[0, -1, ids].argmax().item()
         right += "ABCDEFGH"[best] == record["completion"]
-    assert datasets.classification_accuracy(model, tokenizer, records) == right / 20
+    assert classification_accuracy(model, tokenizer, records) == right / 20
 
 
 # Errors
@@ -405,18 +405,18 @@ def test_accuracy_of_tiny_llama_is_the_same_without_batches(labelled, tiny):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: datasets.austen("dev"), "split='dev'.*train.*validation.*test"),
-        (lambda t: datasets.docstrings("all"), "split='all'.*train.*validation.*test"),
-        (lambda t: datasets.held_out("bible"), "domain='bible'.*kjv.*devil"),
-        (lambda t: datasets.held_out("kjv", limit_bytes=0), "limit_bytes=0 must be at least 1"),
-        (lambda t: datasets.facts(0), "n=0.*1 to 250,000"),
-        (lambda t: datasets.facts(5, digits=0), "digits=0.*at least 1"),
-        (lambda t: datasets.facts(300_000), "n=300000.*1 to 250,000"),
+        (lambda t: load_austen("dev"), "split='dev'.*train.*validation.*test"),
+        (lambda t: load_docstrings("all"), "split='all'.*train.*validation.*test"),
+        (lambda t: load_held_out("bible"), "domain='bible'.*kjv.*devil"),
+        (lambda t: load_held_out("kjv", limit_bytes=0), "limit_bytes=0 must be at least 1"),
+        (lambda t: make_facts(0), "n=0.*1 to 250,000"),
+        (lambda t: make_facts(5, digits=0), "digits=0.*at least 1"),
+        (lambda t: make_facts(300_000), "n=300000.*1 to 250,000"),
         (
-            lambda t: datasets.classification_accuracy(*t, datasets.docstrings("test"), ("A", "B")),
+            lambda t: classification_accuracy(*t, load_docstrings("test"), ("A", "B")),
             "'A', 'B'.*got",
         ),
-        (lambda t: datasets.classification_accuracy(*t, [], ("A", "asyncio")), "single tokens.*'asyncio'"),
+        (lambda t: classification_accuracy(*t, [], ("A", "asyncio")), "single tokens.*'asyncio'"),
     ],
 )
 def test_errors_name_what_is_allowed(tiny, call, message):
@@ -427,4 +427,4 @@ def test_errors_name_what_is_allowed(tiny, call, message):
 def test_a_missing_data_folder_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("LABKIT_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="set LABKIT_DATA"):
-        datasets.austen("test")
+        load_austen("test")

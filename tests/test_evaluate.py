@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from labkit.beyond_lora import PrefixConfig, PromptConfig, add_prefix, add_prompt, bare
-from labkit.data import ticket_chat, tickets
-from labkit.evaluate import chat_prompts, generate, held_out_loss, parse_json, score_json
+from labkit.data.tickets import load_tickets, ticket_chat
+from labkit.training.evaluate import chat_prompts, generate, held_out_loss
+from labkit.training.metrics import parse_json, score_json
 from tests.conftest import make_small_llama
 
 
@@ -90,14 +91,14 @@ def test_missing_answers_are_an_error():
 
 
 def test_prompts_end_where_the_assistant_begins(tokenizer):
-    ticket = tickets("test")[0]
+    ticket = load_tickets("test")[0]
     prompt = chat_prompts([ticket_chat(ticket)], tokenizer)[0]
     assert prompt.endswith("<|im_start|>assistant\n") and ticket["message"] in prompt
     assert json.dumps(ticket["label"], ensure_ascii=False) not in prompt
 
 
 def test_a_prompt_and_its_completion_tokenize_the_same_apart_and_together(tokenizer, records):
-    from labkit.data import encode
+    from labkit.data.encoding import encode
 
     for record in records:
         one = encode(record, tokenizer)

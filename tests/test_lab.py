@@ -192,8 +192,8 @@ def test_interactive_only_where_somebody_can_click(monkeypatch):
 
 
 def test_token_probabilities_multiply_to_the_loss(small_llama, tokenizer, records):
-    from labkit.data import encode
-    from labkit.evaluate import held_out_loss
+    from labkit.data.encoding import encode
+    from labkit.training.evaluate import held_out_loss
 
     chances = explore.token_probabilities(small_llama, encode(records[0], tokenizer))
     loss, tokens = held_out_loss(small_llama, tokenizer, records[:1])

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import labkit
-from labkit import datasets, models
+from labkit import models
 from labkit.lab.check import NotYet
 from labkit.lab.check import lora as check
 from labkit.lab.explore import lora as explore
 from labkit.lora import adapter_strength, lora_layers
+from labkit.training import evaluate
 from tests import exercise_checks
 
 
@@ -170,7 +171,7 @@ def test_the_curve_of_the_explorer_is_the_loss_at_each_strength(monkeypatch, ada
     _, trained, now = figure.axes[0].lines
     for strength, loss in zip(*trained.get_data()):
         with adapter_strength(model, strength):
-            assert loss == pytest.approx(datasets.text_loss(model, tokenizer, records)[0], rel=1e-5)
+            assert loss == pytest.approx(evaluate.text_loss(model, tokenizer, records)[0], rel=1e-5)
     assert list(now.get_xdata()) == [1.0] and now.get_ydata()[0] == trained.get_ydata()[4]
 
 
@@ -181,7 +182,7 @@ def test_one_layer_alone_is_turned_and_nothing_else(monkeypatch, adapted):
     (figure,) = shown_figures(monkeypatch, adapted, layer="1 · down_proj", strength=0.0)
     without = copy.deepcopy(model)
     without.get_submodule(name).lora_B.data.zero_()
-    expected = datasets.text_loss(without, tokenizer, records)[0]
+    expected = evaluate.text_loss(without, tokenizer, records)[0]
     assert figure.axes[0].lines[2].get_ydata()[0] == pytest.approx(expected, rel=1e-5)
     assert "1 · down_proj" in figure.axes[1].get_title(loc="left")
     assert scalings == [layer.scaling for layer in lora_layers(model).values()], (

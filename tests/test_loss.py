@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from labkit import loss
-from labkit.data import IGNORE, Batch
+from labkit.data.batches import IGNORE, Batch
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
 from tests.conftest import make_small_llama

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
 from labkit import kernels, quant_linear
-from labkit.data import Batch
+from labkit.data.batches import Batch
 from labkit.kernels import cpu
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss

@@ -7,7 +7,9 @@ import sqlite3
 
 import pytest
 
-from labkit import data, paths, sql
+from labkit.data import sql
+from labkit.data.encoding import encode_all
+from labkit.paths import data_folder
 from recipes.sql_questions.__main__ import main as write_data
 from recipes.sql_questions.generate import is_trivial, read_schemas, told_apart
 from recipes.sql_questions.near_misses import core, spare
@@ -23,7 +25,7 @@ BOOKS = {
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: sql.questions(split) for split in sql.SQL_SPLITS}
+    return {split: sql.load_questions(split) for split in sql.SQL_SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def books():
 
 
 def sheet() -> str:
-    return (paths.data_folder() / "sql" / "README.md").read_text(encoding="utf-8")
+    return (data_folder() / "sql" / "README.md").read_text(encoding="utf-8")
 
 
 def test_there_are_as_many_as_the_datasheet_says(splits):
@@ -57,7 +59,7 @@ def test_the_recipe_writes_the_committed_files_byte_for_byte(tmp_path):
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(made) == {"databases.json", "train.jsonl", "validation.jsonl", "test.jsonl", "more.jsonl"}
     for name, content in made.items():
-        assert content == (paths.data_folder() / "sql" / name).read_bytes(), name
+        assert content == (data_folder() / "sql" / name).read_bytes(), name
     assert sum(map(len, made.values())) < 2_000_000
 
 
@@ -171,7 +173,7 @@ def test_every_value_of_a_query_stands_in_its_question(splits):
 def test_records_fit_into_128_tokens_in_both_forms(splits, tokenizer):
     for form in ("chat", "plain"):
         records = [sql.sql_record(item, form) for rows in splits.values() for item in rows]
-        encoded, too_long = data.encode_all(records, tokenizer, max_length=128)
+        encoded, too_long = encode_all(records, tokenizer, max_length=128)
         assert not too_long and len(encoded) == sum(SIZES.values())
     item = splits["test"][0]
     plain = sql.sql_record(item, "plain")
@@ -310,9 +312,9 @@ def test_scoring_refuses_what_cannot_be_scored(splits):
 
 def test_unknown_split_database_and_missing_folder(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="split='dev' is not known"):
-        sql.questions("dev")
+        sql.load_questions("dev")
     with pytest.raises(ValueError, match="db='nowhere' is not known"):
         sql.database("nowhere")
     monkeypatch.setenv("LABKIT_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="set LABKIT_DATA"):
-        sql.questions("train")
+        sql.load_questions("train")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from labkit.data import collate, encode_all
+from labkit.data.batches import collate
+from labkit.data.encoding import encode_all
 from labkit.lora import LoRAConfig, add_lora, lora_layers
 from labkit.loss import supervised_loss
 from labkit.quant_linear import quantize_model
@@ -95,7 +96,7 @@ def test_training_with_checkpointing_reaches_the_same_weights(records, tokenizer
 
 def test_steps_equal_a_plain_torch_loop_with_adamw(records, tokenizer):
     """Batches in order of `batch_order`; loss by transformers; AdamW and clipping of torch."""
-    from labkit.data import batch_order
+    from labkit.data.batches import batch_order
 
     ours = adapted()
     history = train(ours, tokenizer, records, TrainConfig(**QUIET, schedule="constant", warmup=0, clip=0.5))
@@ -156,7 +157,7 @@ def test_schedules():
 SCRIPT = textwrap.dedent(
     """
     import hashlib, json, sys, torch
-    from labkit.data import ticket_chat, tickets
+    from labkit.data.encoding import ticket_chat, tickets
     from labkit.lora import LoRAConfig, add_lora
     from labkit.paths import cache_folder
     from labkit.quant_linear import quantize_model
@@ -258,7 +259,7 @@ def test_nan_stops_the_run_says_where_and_keeps_the_weights_of_the_step_before(t
 
 
 def test_early_stop_goes_back_to_the_best_weights(records, tokenizer):
-    from labkit.evaluate import held_out_loss
+    from labkit.training.evaluate import held_out_loss
 
     model = adapted()
     settings = QUIET | {"lr": 0.5, "steps": 40, "eval_every": 2, "patience": 2, "schedule": "constant"}

@@ -10,7 +10,7 @@ import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from labkit.sql import connect, execute, is_ordered, same_rows
+from labkit.data.sql import connect, execute, is_ordered, same_rows
 from recipes.sql_questions import phrasings as say
 from recipes.sql_questions.near_misses import core
 
@@ -85,7 +85,7 @@ def numbers(rng: random.Random, column: Column, n: int) -> list:
 
 
 def fill(rng: random.Random, tables: list[Table]) -> dict[str, dict]:
-    """Fill the tables with rows; returns them as `labkit.sql.tables` does."""
+    """Fill the tables with rows; returns them as `labkit.data.sql.tables` does."""
     for table in reversed(tables):  # the table that is referred to comes last
         n = len(table.of("name")[0].values.split("; ")) if table.of("name") else 12
         filled = []

@@ -72,7 +72,7 @@ def other_shapes(query: str) -> list[str]:
 
 
 def core(query: str, content: dict[str, dict]) -> list[str]:
-    """The near misses that must return something else; `content` as of `labkit.sql.tables`."""
+    """The near misses that must return something else; `content` as of `labkit.data.sql.tables`."""
     return other_columns(query, content) + other_conditions(query) + other_shapes(query)
 
 

@@ -125,7 +125,7 @@ The other sources ask for nothing; the Jargon File asks for the courtesy of cita
 ### The held-out text in a notebook
 ```python
 import json
-from labkit.data import data_folder
+from labkit.data.encoding import data_folder
 
 def held_out(domain):  # kjv, jargon, pydocs, docstrings, sqlite, devil
     path = data_folder() / "tiny-llama" / "heldout" / f"{{domain}}.jsonl"

@@ -17,7 +17,7 @@ import time
 import torch
 
 from labkit import models
-from labkit.data import Batch
+from labkit.data.batches import Batch
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
 from labkit.paging import attach_paging

@@ -13,7 +13,7 @@ import torch
 from bench_train_step import bitsandbytes_model
 
 from labkit import models
-from labkit.data import ticket_chat, tickets
+from labkit.data.tickets import load_tickets, ticket_chat
 from labkit.lora import LoRAConfig, add_lora
 from labkit.quant_linear import quantize_model
 from labkit.train import TrainConfig, train
@@ -25,7 +25,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     ours, tokenizer = models.load("smollm2-135m")
     quantize_model(ours, progress=False, scale_rounding="lookup")
-    chats = [ticket_chat(ticket) for ticket in tickets("train")]
+    chats = [ticket_chat(ticket) for ticket in load_tickets("train")]
     config = TrainConfig(lr=2e-3, steps=steps, batch_size=2, schedule="constant", progress=False)
     losses = []
     for model in (ours, bitsandbytes_model()):

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from labkit import models
-from labkit.data import Batch
+from labkit.data.batches import Batch
 from labkit.hardware import product_dtype
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss

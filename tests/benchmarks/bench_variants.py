@@ -28,7 +28,7 @@ from bench_train_step import (
 )
 
 from labkit import models
-from labkit.data import Batch
+from labkit.data.batches import Batch
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
 from labkit.variants import add_qlora

@@ -9,11 +9,11 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from torch import nn
 
-from labkit.datasets import text_loss
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora import lora_layers
+from labkit.training.evaluate import text_loss
 
 ALL = "all layers"
 STRENGTHS = tuple(i / 4 for i in range(9))  # 0 to 2

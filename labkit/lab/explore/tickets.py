@@ -8,12 +8,14 @@ import torch
 from IPython.display import HTML, display
 from matplotlib import pyplot as plt
 
-from labkit.data import Encoded, collate, encode, ticket_chat
-from labkit.evaluate import parse_json
+from labkit.data.batches import collate
+from labkit.data.encoding import Encoded, encode
+from labkit.data.tickets import ticket_chat
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora import adapter_strength
+from labkit.training.metrics import parse_json
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from labkit.data import SPLITS
+from labkit.data.splits import SPLITS
 from labkit.paths import data_folder
 
 SQL_INSTRUCTION = "Question to SQL."
@@ -52,7 +52,7 @@ SQL_SPLITS = (*SPLITS, "more")
 TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\w+(?:\.\w+)*|<=|>=|<>|!=|\S")
 
 
-def questions(split: str) -> list[dict]:
+def load_questions(split: str) -> list[dict]:
     """Questions with the query to write: `{"db", "question", "query", "kind", "pattern"}`; see data/sql/README.md.
 
     Args:

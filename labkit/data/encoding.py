@@ -1,4 +1,4 @@
-"""Data sets of the course, and the way from a record to token ids.
+"""From a record to token ids.
 
 A record is a dict, either a chat, whose last message is the assistant's answer to learn,
 
@@ -11,54 +11,7 @@ write customers' messages, which nobody asked it to do.
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from labkit.paths import data_folder
-
-IGNORE = -100  # cross_entropy's name for "no loss here"
-TICKET_FIELDS = ("customer", "product", "category", "order", "urgency", "contact")
-TICKET_INSTRUCTION = "Ticket to JSON."
-SPLITS = ("train", "validation", "test")
-
-
-def tickets(split: str) -> list[dict]:
-    """Support messages with the JSON to extract: `{"id", "message", "label", "tags"}`; see data/tickets/README.md.
-
-    Args:
-        split: "train", "validation" or "test". Test has products, names and phrasings that train never shows.
-
-    Raises:
-        ValueError: another split.
-        FileNotFoundError: the data folder is not there.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not known; choose one of {SPLITS}")
-    path = data_folder() / "tickets" / f"{split}.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing; run from a checkout of the course, or set LABKIT_DATA to its data/"
-        )
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def ticket_answer(label: dict) -> str:
-    """The JSON text to learn: compact, because a space after each colon and comma would be ten tokens more of 38."""
-    return json.dumps(label, ensure_ascii=False, separators=(",", ":"))
-
-
-def ticket_chat(ticket: dict) -> dict:
-    """A ticket as a chat record: instruction, message, and the label as the JSON answer."""
-    return {
-        "messages": [
-            {"role": "system", "content": TICKET_INSTRUCTION},
-            {"role": "user", "content": ticket["message"]},
-            {"role": "assistant", "content": ticket_answer(ticket["label"])},
-        ]
-    }
 
 
 @dataclass(frozen=True)
@@ -135,59 +88,6 @@ def encode_all(records: list[dict], tokenizer, max_length: int) -> tuple[list[En
             f"all {len(records)} records are longer than max_length={max_length} tokens; raise max_length"
         )
     return encoded, too_long
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded token ids (batch, time), and the targets: the same ids where supervised, IGNORE elsewhere."""
-
-    ids: Tensor
-    targets: Tensor
-
-    @property
-    def n_supervised(self) -> int:
-        return int((self.targets[:, 1:] != IGNORE).sum())
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids.to(device), self.targets.to(device))
-
-
-def collate(examples: list[Encoded], pad_id: int) -> Batch:
-    """Pad examples on the right to the longest. Under a causal model no token sees a later one, so that the padding
-    needs no attention mask: what it computes is never read."""
-    width = max(len(example) for example in examples)
-    ids = torch.full((len(examples), width), pad_id)
-    targets = torch.full((len(examples), width), IGNORE)
-    for row, example in enumerate(examples):
-        start, end = len(example.prompt), len(example)
-        ids[row, :end] = torch.tensor(example.prompt + example.completion)
-        targets[row, start:end] = ids[row, start:end]
-    return Batch(ids, targets)
-
-
-def batch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of each batch of an epoch: shuffled, with neighbours of similar length together so as to pad little.
-
-    Only windows of eight batches are sorted, and the batches are shuffled again, so that the order stays random.
-    """
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    window = 8 * batch_size
-    by_length = [
-        i
-        for w in range(0, len(order), window)
-        for i in sorted(order[w : w + window], key=lengths.__getitem__)
-    ]
-    batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-
-def endless_batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """The batches of epoch 0, then of epoch 1, and so on; the same for the same seed."""
-    epoch = 0
-    while True:
-        yield from batch_order(lengths, batch_size, seed, epoch)
-        epoch += 1
 
 
 def fingerprint(examples: list[Encoded]) -> str:

@@ -1,0 +1,30 @@
+"""Data sets of the course, and the way from records to batches of token ids."""
+
+from labkit.data.batches import IGNORE, Batch, batch_order, collate, endless_batches
+from labkit.data.docstrings import load_docstrings
+from labkit.data.encoding import Encoded, encode, encode_all
+from labkit.data.facts import make_facts
+from labkit.data.passages import cut_passages, load_austen, load_held_out
+from labkit.data.splits import SPLITS
+from labkit.data.sql import load_questions
+from labkit.data.tickets import load_tickets, ticket_chat
+
+__all__ = [
+    "IGNORE",
+    "SPLITS",
+    "Batch",
+    "Encoded",
+    "batch_order",
+    "collate",
+    "cut_passages",
+    "encode",
+    "encode_all",
+    "endless_batches",
+    "load_austen",
+    "load_docstrings",
+    "load_held_out",
+    "load_questions",
+    "load_tickets",
+    "make_facts",
+    "ticket_chat",
+]

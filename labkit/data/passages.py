@@ -1,0 +1,123 @@
+"""Prose in passages: what an adapter learns (Austen's novels), and what the model forgets meanwhile (held-out text).
+
+    load_austen     learning a new domain: loss on a novel that nobody trained on, before and after
+    load_held_out   forgetting the old ones: loss on the held-out text that came with tiny-llama
+
+A *passage* is consecutive text of at most `MAX_CHARACTERS` and at most `MAX_TOKENS` of tiny-llama's tokens, cut at the largest
+boundary that serves: between paragraphs, else lines, sentences, clauses, words. Nothing is left out and nothing is said
+twice. A passage is one record for `labkit.train`: the prompt is the token `<|endoftext|>`, with which tiny-llama expects every
+document to begin, and the passage is the completion, of which every token counts. Compare losses of passages with
+`labkit.training.evaluate.text_loss`.
+"""
+
+import random
+import re
+from functools import lru_cache
+
+from tokenizers import Tokenizer
+
+from labkit.data.splits import read_jsonl, rows
+from labkit.paths import data_folder
+
+DOCUMENT_START = "<|endoftext|>"  # id 0 of tiny-llama's tokenizer: before every document, and after it
+HELD_OUT_DOMAINS = ("kjv", "jargon", "pydocs", "docstrings", "sqlite", "devil")
+MAX_CHARACTERS = 600
+MAX_TOKENS = 190  # and one before and one after make 192
+
+
+BOUNDARIES = (  # from large to small; each cuts behind the text that it matches
+    r"(?<=\n\n)",
+    r"(?<=\n)",
+    r"""(?:(?<=[.!?] )|(?<=[.!?]["'] ))(?<!Mr\. )(?<!Mrs\. )(?<!Dr\. )(?=["'(]?[A-Z])""",
+    r"(?<=[;:,] )|(?<=--)",
+    r"(?<= )",
+    r"(?s)(?<=.)",
+)
+
+
+def load_austen(split: str) -> list[dict]:
+    """Passages of Jane Austen's novels: `{"prompt", "completion", "novel"}`; see data/austen/README.md.
+
+    Args:
+        split: "train" (four novels), "validation" (a fifth) or "test" (a sixth). The order is random and fixed, so
+            that the first n passages are a sample of the split.
+
+    Raises:
+        ValueError: another split.
+        FileNotFoundError: the data folder is not there.
+    """
+    return [
+        {"prompt": DOCUMENT_START, "completion": row["text"], "novel": row["novel"]}
+        for row in rows("austen", split)
+    ]
+
+
+def load_held_out(domain: str, limit_bytes: int | None = None) -> list[dict]:
+    """Passages of the held-out text of tiny-llama: `{"prompt", "completion", "name"}`, `name` being the document.
+
+    The passages of all documents are in one random and fixed order. With `limit_bytes` you get the first of them, which
+    is a sample of the whole domain and not its first document: enough of them to hold at least that many bytes.
+
+    Args:
+        domain: "kjv", "jargon", "pydocs", "docstrings" or "sqlite", which tiny-llama was trained on (on other
+            documents), or "devil", which it was not.
+        limit_bytes: of UTF-8 text; default: all of it (35 to 60 kB a domain).
+
+    Raises:
+        ValueError: another domain, or a limit below 1.
+        FileNotFoundError: the data folder is not there.
+    """
+    if domain not in HELD_OUT_DOMAINS:
+        raise ValueError(f"domain={domain!r} is not known; choose one of {HELD_OUT_DOMAINS}")
+    if limit_bytes is not None and limit_bytes < 1:
+        raise ValueError(
+            f"limit_bytes={limit_bytes} must be at least 1, or None for all of the domain's text"
+        )
+    documents = read_jsonl(data_folder() / "tiny-llama" / "heldout" / f"{domain}.jsonl")
+    records = [
+        {"prompt": DOCUMENT_START, "completion": passage, "name": document["name"]}
+        for document in documents
+        for passage in cut_passages(document["text"])
+    ]
+    random.Random(0).shuffle(records)
+    if limit_bytes is None:
+        return records
+    size = 0
+    for n, record in enumerate(records):
+        size += len(record["completion"].encode())
+        if size >= limit_bytes:
+            return records[: n + 1]
+    return records
+
+
+def cut_passages(text: str) -> list[str]:
+    """Cut a text into passages that fit, as long as may be. Joined, they are the text but for space at the cuts."""
+    found: list[str] = []
+    current = ""
+    for piece in pieces(text, 0):
+        if current and not fits(current + piece):
+            found.append(current.strip())
+            current = ""
+        current += piece
+    found.append(current.strip())
+    return [passage for passage in found if passage]
+
+
+def pieces(text: str, level: int) -> list[str]:
+    """`text` cut at the boundaries of `level`; a piece that is still too long is cut at those of the next level."""
+    if fits(text):
+        return [text]
+    parts = [part for part in re.split(BOUNDARIES[level], text) if part]
+    return [piece for part in parts for piece in pieces(part, level + 1)]
+
+
+def fits(text: str) -> bool:
+    """Is `text`, without the space around it, a passage by both measures?"""
+    text = text.strip()
+    return len(text) <= MAX_CHARACTERS and len(tiny_llama_tokens().encode(text).ids) <= MAX_TOKENS
+
+
+@lru_cache(maxsize=1)
+def tiny_llama_tokens() -> Tokenizer:
+    """tiny-llama's tokenizer without its model, to count tokens by."""
+    return Tokenizer.from_file(str(data_folder() / "tiny-llama" / "tokenizer.json"))

@@ -1,0 +1,23 @@
+"""Reading the lines of a data set: one JSON object a line, in `data/NAME/SPLIT.jsonl`."""
+
+import json
+from pathlib import Path
+
+from labkit.paths import data_folder
+
+SPLITS = ("train", "validation", "test")
+
+
+def rows(name: str, split: str) -> list[dict]:
+    """The lines of data/`name`/`split`.jsonl."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not known; choose one of {SPLITS}")
+    return read_jsonl(data_folder() / name / f"{split}.jsonl")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing; run from a checkout of the course, or set LABKIT_DATA to its data/"
+        )
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
