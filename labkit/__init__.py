@@ -16,8 +16,9 @@ from labkit.models.surgery import untie_embeddings
 from labkit.paging import PagedAdamW, attach_paging, detach_paging
 from labkit.parameter_count import adapter_report, trainable
 from labkit.provenance import AdapterMismatch
-from labkit.quant import QuantizedTensor, quantize
-from labkit.quant_linear import QuantLinear, dequantize_model, quantize_model
+from labkit.quant.linear import QuantLinear
+from labkit.quant.model import dequantize_model, quantize_model
+from labkit.quant.tensor import QuantizedTensor, quantize
 from labkit.train import History, TrainConfig, TrainingDiverged, train
 from labkit.variants import add_qlora, to_plain_lora
 

@@ -20,7 +20,7 @@ Source: Adam (Kingma & Ba 2015); decoupled weight decay (Loshchilov & Hutter 201
 2021), section 2.
 Agrees, bit for bit, with: `torch.optim.AdamW(foreach=False, fused=False)`. `AdamW8bit` agrees with bitsandbytes' on a CPU:
 bit for bit in the update of w; its 8-bit codes are the nearest, where bitsandbytes looks them up in 65,536 bins (see
-`labkit.quant.lookup_blocks`). Its CUDA kernel rounds to nearest, but never lets a code change the sign of m.
+`labkit.quant.blockwise.lookup_blocks`). Its CUDA kernel rounds to nearest, but never lets a code change the sign of m.
 """
 
 import math
@@ -28,9 +28,9 @@ import math
 import torch
 from torch import Tensor
 
-from labkit import kernels
-from labkit.codebooks import dynamic8
-from labkit.quant import dequantize_blocks, quantize_blocks
+from labkit.quant import kernels
+from labkit.quant.blockwise import dequantize_blocks, quantize_blocks
+from labkit.quant.codebooks import dynamic8
 
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # numbers; a smaller tensor keeps its state in fp32, as in bitsandbytes

@@ -47,7 +47,7 @@ from labkit.provenance import (
     read_provenance,
     versions,
 )
-from labkit.quant_linear import QuantLinear
+from labkit.quant.linear import QuantLinear
 from labkit.variants import add_qlora, plain_factors
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from labkit.models.surgery import ends_with, is_output_layer
-from labkit.targets import is_linear
+from labkit.quant.linears import is_linear
 
 SUBLAYERS = {"attention": ("self_attn", "attn", "attention"), "mlp": ("mlp", "feed_forward")}
 

@@ -29,7 +29,7 @@ from labkit.ia3 import IA3Config, add_ia3, ia3_layers
 from labkit.peft_folder import PREFIX, read_files, write_folder
 from labkit.prompts import Prefix, PrefixConfig, PromptConfig, add_prefix, add_prompt
 from labkit.provenance import AdapterMismatch, check_base, fingerprint, read_provenance, versions
-from labkit.targets import is_conv1d, is_linear, widths
+from labkit.quant.linears import is_conv1d, is_linear, widths
 
 PROMPT = "prompt_embeddings"
 KINDS = {"IA3": "(IA)^3", "PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning"}

@@ -32,7 +32,7 @@ from labkit.bottleneck import Bottleneck, BottleneckConfig, add_bottleneck, bott
 from labkit.ia3 import IA3Config, IA3Linear, add_ia3, ia3_layers, merge_ia3, unmerge_ia3
 from labkit.models.surgery import replace_module
 from labkit.prompts import Prefix, PrefixConfig, PromptConfig, SoftPrompt, add_prefix, add_prompt, fold_prefix
-from labkit.targets import is_linear, widths
+from labkit.quant.linears import is_linear, widths
 
 SIZED = {  # how to add the methods whose size is to be chosen, and their configs, which take it first
     "prompt": (add_prompt, PromptConfig),

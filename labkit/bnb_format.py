@@ -20,8 +20,9 @@ import json
 import torch
 from torch import Tensor
 
-from labkit.codebooks import codebook as levels_of
-from labkit.quant import BLOCKSIZES, NESTED_BLOCKSIZE, NestedScales, QuantizedTensor
+from labkit.quant.blockwise import NESTED_BLOCKSIZE
+from labkit.quant.codebooks import codebook as levels_of
+from labkit.quant.tensor import BLOCKSIZES, NestedScales, QuantizedTensor
 
 QUANT_TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes can read
 
@@ -130,7 +131,7 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
 
 
 def check_map(levels: Tensor, name: str, prefix: str) -> None:
-    """Refuse a weight that was quantized with other levels than `labkit.codebooks` has (to within fp32 rounding)."""
+    """Refuse a weight that was quantized with other levels than `labkit.quant.codebooks` has (to within fp32 rounding)."""
     error = (levels.float().cpu() - levels_of(name)).abs().max().item()
     if error > 1e-6:
         raise ValueError(

@@ -20,7 +20,7 @@ from torch import nn
 from labkit.ledger import Row
 from labkit.lora import LoRAConfig, matching_layers
 from labkit.models.shapes import config_of, meta_model
-from labkit.quant import NESTED_BLOCKSIZE
+from labkit.quant.blockwise import NESTED_BLOCKSIZE
 from labkit.step_setup import DTYPES, Setup, itemsize
 
 STATE_BLOCK = 256  # values that share a scale in 8-bit AdamW

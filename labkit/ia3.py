@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from labkit.anatomy import check_bare, layers_named
 from labkit.models.surgery import replace_module
-from labkit.quant_linear import QuantLinear
-from labkit.targets import is_conv1d, widths
+from labkit.quant.linear import QuantLinear
+from labkit.quant.linears import is_conv1d, widths
 
 # (outputs, inputs): which layers make keys and values, and which reads the inner activations of the MLP
 KNOWN_NAMES = (

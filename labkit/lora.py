@@ -27,9 +27,10 @@ from torch.utils.flop_counter import flop_registry
 
 from labkit.lora_config import LoRAConfig, pattern_matches
 from labkit.models.surgery import replace_module
-from labkit.quant import QuantizedTensor, quantize
-from labkit.quant_linear import QuantLinear
-from labkit.targets import dense_weight, is_four_bit, is_transposed, matching_layers, saved_names, widths
+from labkit.quant.linear import QuantLinear
+from labkit.quant.linears import dense_weight, is_four_bit, is_transposed, widths
+from labkit.quant.tensor import QuantizedTensor, quantize
+from labkit.targets import matching_layers, saved_names
 
 __all__ = [
     "Adapter",

@@ -31,7 +31,8 @@ from labkit.ledger import Ledger, Row, Timeline
 from labkit.lora import lora_layers
 from labkit.loss import supervised_loss
 from labkit.parameter_count import trainable
-from labkit.quant_linear import QuantLinear, use_scratch
+from labkit.quant.linear import QuantLinear
+from labkit.quant.scratch import use_scratch
 from labkit.simulate import ledger_of, state_of, static_tensors
 from labkit.step_setup import DTYPES, Setup
 from labkit.tracker import Tracker
@@ -273,7 +274,7 @@ def real_model(name: str, setup: Setup) -> nn.Module:
     """A base model, quantized and adapted as `setup` says: the real thing that `plan` and `simulate` are about."""
     from labkit.lora import LoRAConfig, add_lora
     from labkit.models.loading import load
-    from labkit.quant_linear import quantize_model
+    from labkit.quant.model import quantize_model
 
     model, _ = load(name, dtype=DTYPES[setup.dtype])
     if setup.method == "qlora":

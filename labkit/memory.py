@@ -85,7 +85,7 @@ def plan(model, method: str = "qlora", **settings) -> Ledger:
     if buffer := peaks.buffer_bytes(setup, shapes):
         formula = "one dequantized weight, in memory that every layer uses"
         rows.append(
-            Row("temporary", "buffer for a dequantized layer", buffer, buffer, formula, "labkit.quant_linear")
+            Row("temporary", "buffer for a dequantized layer", buffer, buffer, formula, "labkit.quant.linear")
         )
     if setup.device == "cuda":
         extra = sum(-n % CUDA_ROUNDING for n in shapes.tensor_bytes(setup))

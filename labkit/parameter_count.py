@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from labkit.quant_linear import QuantLinear
+from labkit.quant.linear import QuantLinear
 
 
 @dataclass(frozen=True)

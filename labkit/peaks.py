@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from labkit.activations import Block, Saved, loss_peak, of_block, remade, saved_tensors
 from labkit.ledger import Row
-from labkit.quant_linear import SCRATCH_BYTES
+from labkit.quant.scratch import SCRATCH_BYTES
 from labkit.step_setup import Setup, itemsize
 
 

@@ -20,7 +20,8 @@ from labkit.lora import Adapter, LoRAConfig, LoRAEmbedding, LoRALinear
 from labkit.lora_config import pattern_matches
 from labkit.models.surgery import ends_with
 from labkit.provenance import PROVENANCE, AdapterMismatch
-from labkit.targets import is_conv1d, is_linear, saved_names, widths
+from labkit.quant.linears import is_conv1d, is_linear, widths
+from labkit.targets import saved_names
 from labkit.variants import plain_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

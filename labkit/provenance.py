@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from labkit.lora import adapter_in_place, lora_layers
 from labkit.models.surgery import replace_module
-from labkit.quant import QuantizedTensor
-from labkit.quant_linear import QuantLinear
+from labkit.quant.linear import QuantLinear
+from labkit.quant.tensor import QuantizedTensor
 
 PROVENANCE = "labkit.json"
 VERSIONS = ("labkit", "torch", "transformers", "safetensors")

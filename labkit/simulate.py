@@ -23,15 +23,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, AdamW
 
-from labkit import loss, quant_linear
+from labkit import loss
 from labkit.counting import shapes_of, state_tensors
 from labkit.data.batches import IGNORE, Batch
 from labkit.ledger import Ledger, Row
 from labkit.lora import LoRAConfig, add_lora, lora_layers, matching_layers
 from labkit.models.shapes import changes_logits, meta_model
 from labkit.models.surgery import replace_module
-from labkit.quant import NESTED_BLOCKSIZE, NestedScales, QuantizedTensor
-from labkit.quant_linear import QuantLinear
+from labkit.quant.blockwise import NESTED_BLOCKSIZE
+from labkit.quant.linear import QuantLinear
+from labkit.quant.scratch import SCRATCH_BYTES, Scratch, current_scratch, use_scratch
+from labkit.quant.tensor import NestedScales, QuantizedTensor
 from labkit.step_setup import DTYPES, Setup, dtype_name
 from labkit.tracker import Record, Tracker
 
@@ -161,7 +163,7 @@ def static_tensors(
 ) -> dict[str, list[torch.Tensor]]:
     """What is there before the step, by the kinds of a ledger."""
     found: dict[str, list[torch.Tensor]] = {"activations/inputs": [batch.ids, batch.targets]}
-    buffer = quant_linear._scratch.memory
+    buffer = current_scratch().memory
     if buffer.numel():
         found["temporary/buffer for a dequantized layer"] = [buffer]
     adapters = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
@@ -203,24 +205,24 @@ def known_answers(model: nn.Module, config):
 def scratch_as_on(device: str, model: nn.Module):
     """Within the block `QuantLinear` takes its memory for dequantized weights as it does on `device`."""
     if device != "cpu":
-        with quant_linear.use_scratch():
+        with use_scratch():
             yield
         return
 
-    class Scratch(quant_linear.Scratch):
+    class FakeScratch(Scratch):
         def dequantize(self, weight, dtype):
-            if weight.shape.numel() * dtype.itemsize > quant_linear.SCRATCH_BYTES:
+            if weight.shape.numel() * dtype.itemsize > SCRATCH_BYTES:
                 return weight.dequantize(dtype)
             view = self.views.get((weight.shape, dtype))
             return weight.dequantize(dtype, self.new_view(weight.shape, dtype) if view is None else view)
 
-    scratch = Scratch()
+    scratch = FakeScratch()
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     for layer in layers:
         dtype = layer.compute_dtype or layer.dtype
-        if layer.weight.shape.numel() * dtype.itemsize <= quant_linear.SCRATCH_BYTES:
+        if layer.weight.shape.numel() * dtype.itemsize <= SCRATCH_BYTES:
             scratch.new_view(layer.weight.shape, dtype)
-    with quant_linear.use_scratch(scratch):
+    with use_scratch(scratch):
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 
 from labkit.loss import LOGITS
 from labkit.models.shapes import ATTENTION
-from labkit.quant import BLOCKSIZES
+from labkit.quant.tensor import BLOCKSIZES
 
 METHODS = ("full", "lora", "qlora")
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")

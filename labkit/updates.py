@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from labkit.lora import LoRALinear
 from labkit.models.surgery import is_output_layer
-from labkit.quant import QuantizedTensor
-from labkit.quant_linear import QuantLinear
-from labkit.targets import dense_weight, is_linear, is_transposed
+from labkit.quant.linear import QuantLinear
+from labkit.quant.linears import dense_weight, is_linear, is_transposed
+from labkit.quant.tensor import QuantizedTensor
 
 PARTS = ("update", "error", "total")
 

@@ -36,9 +36,10 @@ from labkit.lora import (
     put_in_place,
 )
 from labkit.models.surgery import inside, is_output_layer
-from labkit.quant import quantize
-from labkit.quant_linear import QuantLinear, quantize_model
-from labkit.targets import dense_weight, is_four_bit, is_transposed
+from labkit.quant.linear import QuantLinear
+from labkit.quant.linears import dense_weight, is_four_bit, is_transposed
+from labkit.quant.model import quantize_model
+from labkit.quant.tensor import quantize
 
 LOFTQ_ITERATIONS = 5
 OVERSAMPLING = 10  # directions beyond r in a random decomposition, which make the first r more exact (Halko et al., section 4.2)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit import kernels
 from labkit.adam import MAPS, AdamW, AdamW8bit, quantize_moment
-from labkit.codebooks import midpoints
-from labkit.quant import quantize_blocks
+from labkit.quant import kernels
+from labkit.quant.blockwise import quantize_blocks
+from labkit.quant.codebooks import midpoints
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

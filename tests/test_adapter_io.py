@@ -15,7 +15,7 @@ from labkit.adapter_io import load_adapter, save_adapter
 from labkit.adapters import active_adapter, use_adapter
 from labkit.lora import LoRAConfig, add_lora, lora_layers, merge
 from labkit.provenance import AdapterMismatch
-from labkit.quant_linear import dequantize_model, quantize_model
+from labkit.quant.model import dequantize_model, quantize_model
 from labkit.variants import add_qlora
 from tests.conftest import make_small_llama
 from tests.test_variants import FAMILIES, make_gpt2, make_model, randomize

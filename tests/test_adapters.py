@@ -19,7 +19,7 @@ from labkit.adapters import (
 )
 from labkit.lora import LoRAConfig, add_lora, lora_layers, merge, unmerge
 from labkit.parameter_count import adapter_report, trainable
-from labkit.quant_linear import quantize_model
+from labkit.quant.model import quantize_model
 from labkit.variants import add_qlora
 from tests.test_variants import IDS, make_model, randomize
 

@@ -17,7 +17,7 @@ from labkit.ia3 import ia3_layers
 from labkit.lora import LoRAConfig, add_lora
 from labkit.prompts import PrefixConfig
 from labkit.provenance import AdapterMismatch
-from labkit.quant_linear import quantize_model
+from labkit.quant.model import quantize_model
 from tests.test_beyond_lora import ALL, MAKERS, METHODS, N, gpt2, llama, randomize, text, with_method
 
 pytestmark = pytest.mark.filterwarnings("ignore")

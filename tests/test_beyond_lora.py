@@ -33,7 +33,8 @@ from labkit.ia3 import ia3_layers
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
 from labkit.parameter_count import trainable
-from labkit.quant_linear import QuantLinear, quantize_model
+from labkit.quant.linear import QuantLinear
+from labkit.quant.model import quantize_model
 from labkit.train import TrainConfig, train
 
 VOCAB, N = 199, 5

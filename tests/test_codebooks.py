@@ -4,7 +4,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from labkit.codebooks import (
+from labkit.quant.codebooks import (
     CODEBOOKS,
     codebook,
     codes_by_rank,

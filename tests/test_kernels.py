@@ -16,20 +16,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
-from labkit import kernels
-from labkit.codebooks import dynamic8, midpoints, nf4
-from labkit.kernels import cpu, tasks, threads
-from labkit.kernels.outdated import forget_outdated
-from labkit.kernels.vectors import next_part, pointer
-from labkit.quant import (
-    BLOCKSIZES,
-    dequantize_blocks,
-    pack,
-    quantize,
-    quantize_blocks,
-    quantize_scales,
-    unpack,
-)
+from labkit.quant import kernels
+from labkit.quant.blockwise import dequantize_blocks, pack, quantize_blocks, unpack
+from labkit.quant.codebooks import dynamic8, midpoints, nf4
+from labkit.quant.kernels import cpu, tasks, threads
+from labkit.quant.kernels.outdated import forget_outdated
+from labkit.quant.kernels.vectors import next_part, pointer
+from labkit.quant.tensor import BLOCKSIZES, quantize, quantize_scales
 
 LARGE = threads.SERIAL_BELOW  # weights: the size from which threads share the work
 
@@ -391,7 +384,7 @@ def test_fake_and_meta_tensors_have_the_real_shapes_and_dtypes(fast):
 
 
 def test_the_fast_path_can_be_turned_off_by_the_environment():
-    code = "import torch; from labkit import kernels; print(kernels.fast_for(torch.empty(1)))"
+    code = "import torch; from labkit.quant import kernels; print(kernels.fast_for(torch.empty(1)))"
     for value, expected in [("0", "False"), ("1", "True")]:
         environment = os.environ | {"LABKIT_FAST": value}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -400,10 +393,10 @@ def test_the_fast_path_can_be_turned_off_by_the_environment():
 
 ALL_SHAPES = """
 import torch
-from labkit import kernels
-from labkit.codebooks import codebook
-from labkit.kernels import cpu
-from labkit.quant import dequantize_blocks, pack, quantize_blocks
+from labkit.quant import kernels
+from labkit.quant.codebooks import codebook
+from labkit.quant.kernels import cpu
+from labkit.quant.blockwise import dequantize_blocks, pack, quantize_blocks
 
 torch.manual_seed(0)
 for n in (1, 2, 15, 16, 17, 63, 64, 65, 1001, 4096, 4113):
@@ -464,10 +457,10 @@ def test_compiled_kernels_older_than_any_of_their_sources_are_forgotten(tmp_path
 
 INTERPRETED = """
 import sys, torch
-from labkit import kernels
-from labkit.codebooks import codebook
-from labkit.kernels import cpu, triton
-from labkit.quant import quantize_scales
+from labkit.quant import kernels
+from labkit.quant.codebooks import codebook
+from labkit.quant.kernels import cpu, triton
+from labkit.quant.blockwise import quantize_scales
 
 def same(a, b):
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 import labkit
-from labkit.codebooks import dynamic8, midpoints
 from labkit.lab import check, explore
 from labkit.lab.explore.double_quantization import LINEAR_WEIGHTS, measure
+from labkit.quant.codebooks import dynamic8, midpoints
 from tests import exercise_checks
 
 

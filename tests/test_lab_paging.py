@@ -9,7 +9,7 @@ from labkit.adam import AdamW8bit
 from labkit.lab.check import paging as check
 from labkit.lab.explore import paging as explore
 from labkit.page_table import Event
-from labkit.quant import dequantize_blocks
+from labkit.quant.blockwise import dequantize_blocks
 from tests import exercise_checks
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from labkit.codebooks import nf4
 from labkit.lab import check, explore
-from labkit.quant import pack, quantize, unpack
+from labkit.quant.blockwise import pack, unpack
+from labkit.quant.codebooks import nf4
+from labkit.quant.tensor import quantize
 from tests import exercise_checks
 
 

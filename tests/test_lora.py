@@ -18,8 +18,8 @@ from labkit.lora import (
     unmerge,
 )
 from labkit.parameter_count import trainable
-from labkit.quant import quantize
-from labkit.quant_linear import quantize_model
+from labkit.quant.model import quantize_model
+from labkit.quant.tensor import quantize
 from tests.conftest import make_small_llama
 
 IDS = torch.arange(40).view(2, 20)

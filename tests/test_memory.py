@@ -21,7 +21,7 @@ from labkit.lora import LoRAConfig, add_lora
 from labkit.memory import PUBLISHED, Setup, block_of, crossover, known_models, measure, plan, simulate
 from labkit.models.shapes import config_of, meta_model
 from labkit.parameter_count import trainable
-from labkit.quant import quantize
+from labkit.quant.tensor import quantize
 
 EXACT = ("weights", "constants", "lora", "gradients", "optimizer")
 SMALL = dict(

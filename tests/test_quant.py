@@ -16,10 +16,11 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labkit import kernels
 from labkit.bnb_format import from_bitsandbytes, to_bitsandbytes
-from labkit.codebooks import codebook as levels_of
-from labkit.quant import BLOCKSIZES, NestedScales, lookup_blocks, pack, quantize, quantize_scales, unpack
+from labkit.quant import kernels
+from labkit.quant.blockwise import lookup_blocks, pack, unpack
+from labkit.quant.codebooks import codebook as levels_of
+from labkit.quant.tensor import BLOCKSIZES, NestedScales, quantize, quantize_scales
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ODD_SHAPES = [(1,), (2,), (5,), (63,), (64,), (65,), (7, 80), (3, 33), (2, 3, 5, 7), (129, 64), (1000, 1001)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from labkit.quant_linear import QuantLinear, dequantize_model, quantize_model
+from labkit.quant.linear import QuantLinear
+from labkit.quant.model import dequantize_model, quantize_model
 
 IDS = torch.arange(40).view(2, 20)
 

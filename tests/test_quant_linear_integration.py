@@ -14,13 +14,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
-from labkit import kernels, quant_linear
 from labkit.data.batches import Batch
-from labkit.kernels import cpu
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
 from labkit.models.surgery import is_output_layer, replace_module
-from labkit.quant_linear import QuantLinear, dequantize_model, quantize_model
+from labkit.quant import kernels, scratch
+from labkit.quant import linear as quant_linear
+from labkit.quant.kernels import cpu
+from labkit.quant.linear import QuantLinear
+from labkit.quant.model import dequantize_model, quantize_model
 from tests.conftest import make_small_llama
 
 IDS = torch.arange(40).view(2, 20)
@@ -149,19 +151,19 @@ def test_threads_do_not_share_it():
 
 
 def test_it_is_as_large_as_the_largest_weight_and_bounded(monkeypatch):
-    scratch = quant_linear.Scratch()
-    monkeypatch.setattr(quant_linear, "_scratch", scratch)
+    memory = scratch.Scratch()
+    monkeypatch.setattr(scratch, "_scratch", memory)
     x = torch.randn(20, 96, requires_grad=True)
     for out in (40, 80, 60):
         make_layer(out)(x).sum().backward()
-    assert scratch.memory.numel() == 80 * 96 * 4
-    monkeypatch.setattr(quant_linear, "SCRATCH_BYTES", 80 * 96 * 4)
+    assert memory.memory.numel() == 80 * 96 * 4
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 80 * 96 * 4)
     torch.testing.assert_close(make_layer(200)(x), make_layer(200).to_linear()(x), rtol=1e-5, atol=1e-6)
-    assert scratch.memory.numel() == 80 * 96 * 4
+    assert memory.memory.numel() == 80 * 96 * 4
 
 
 def test_it_can_be_made_in_inference_mode_and_used_outside(monkeypatch):
-    monkeypatch.setattr(quant_linear, "_scratch", quant_linear.Scratch())
+    monkeypatch.setattr(scratch, "_scratch", scratch.Scratch())
     layer = make_layer()
     with torch.inference_mode():
         layer(torch.randn(20, 96))
@@ -397,7 +399,7 @@ STREAMING = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from labkit.quant_linear import QuantLinear, quantize_model
+from labkit.quant.model import quantize_model
 
 def status(key):
     return 1024 * int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
@@ -425,7 +427,7 @@ MAPPED = """
 import gc
 from pathlib import Path
 from labkit import models
-from labkit.quant_linear import quantize_model
+from labkit.quant.model import quantize_model
 
 model, _ = models.load("smollm2-135m")
 quantize_model(model, progress=False)

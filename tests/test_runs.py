@@ -4,7 +4,7 @@ import pytest
 
 from labkit import runs
 from labkit.parameter_count import trainable
-from labkit.quant_linear import QuantLinear
+from labkit.quant.linear import QuantLinear
 from labkit.runs import RunConfig
 
 D, LINEARS = 256, 2_949_120  # tiny-llama's width, and the weights of its linear layers

@@ -12,8 +12,9 @@ from torch import nn
 
 from labkit import spectra, subspace, updates
 from labkit.lora import LoRAConfig, add_lora, lora_layers, merge
-from labkit.quant_linear import QuantLinear, dequantize_model, quantize_model
-from labkit.targets import dense_weight
+from labkit.quant.linear import QuantLinear
+from labkit.quant.linears import dense_weight
+from labkit.quant.model import dequantize_model, quantize_model
 from tests.conftest import make_small_llama
 from tests.test_variants import make_gpt2
 

@@ -10,7 +10,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from labkit.lora import LoRAConfig, add_lora, lora_layers, matching_layers, merge, unmerge
 from labkit.models.surgery import untie_embeddings
 from labkit.parameter_count import trainable
-from labkit.quant_linear import quantize_model
+from labkit.quant.model import quantize_model
 from tests.test_variants import IDS, make_gpt2, make_model, randomize
 
 

@@ -16,7 +16,7 @@ from labkit.data.batches import collate
 from labkit.data.encoding import encode_all
 from labkit.lora import LoRAConfig, add_lora, lora_layers
 from labkit.loss import supervised_loss
-from labkit.quant_linear import quantize_model
+from labkit.quant.model import quantize_model
 from labkit.train import TrainConfig, TrainingDiverged, learning_rate, train
 from tests.conftest import make_small_llama
 
@@ -160,7 +160,7 @@ SCRIPT = textwrap.dedent(
     from labkit.data.encoding import ticket_chat, tickets
     from labkit.lora import LoRAConfig, add_lora
     from labkit.paths import cache_folder
-    from labkit.quant_linear import quantize_model
+    from labkit.quant.linear import quantize_model
     from labkit.train import TrainConfig, train
     from tests.conftest import make_small_llama
     from transformers import PreTrainedTokenizerFast

@@ -36,10 +36,11 @@ from labkit.adapters import disabled
 from labkit.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, merge, unmerge
 from labkit.models.surgery import is_output_layer, replace_module
 from labkit.paths import data_folder
-from labkit.quant import quantize
-from labkit.quant_linear import QuantLinear, quantize_model
+from labkit.quant.linear import QuantLinear
+from labkit.quant.linears import dense_weight
+from labkit.quant.model import quantize_model
+from labkit.quant.tensor import quantize
 from labkit.runs import RunConfig
-from labkit.targets import dense_weight
 from labkit.train import TrainConfig, train
 from labkit.variants import DoRALinear, add_qlora, parameter_groups, plain_factors, to_plain_lora, top_factors
 from tests.conftest import make_small_llama

@@ -14,9 +14,10 @@ import time
 import torch
 from bench_train_step import bitsandbytes_model
 
-from labkit import models, quant_linear
+from labkit import models
 from labkit.lora import LoRAConfig, add_lora
-from labkit.quant_linear import quantize_model
+from labkit.quant import linear as quant_linear
+from labkit.quant.model import quantize_model
 
 PROMPT = "The three things to know about low-rank adaptation are"
 

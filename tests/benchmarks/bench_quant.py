@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-import labkit.quant as lab
+from labkit.quant import tensor
 
 SIZES = (576, 1536, 2048, 4096, 8192)
 
@@ -60,9 +60,9 @@ def bench(size: int, double_quant: bool, dtype: torch.dtype, repeats: int, bnb, 
     """Times in ms for one square weight."""
     torch.manual_seed(0)
     weight = torch.randn(size, size).to(dtype)
-    ours = lab.quantize(weight, double_quant=double_quant)
+    ours = tensor.quantize(weight, double_quant=double_quant)
     out = torch.zeros_like(weight)
-    quantize = {"quantize ours": lambda: lab.quantize(weight, double_quant=double_quant)}
+    quantize = {"quantize ours": lambda: tensor.quantize(weight, double_quant=double_quant)}
     dequantize = {
         "fill_": lambda: out.fill_(1.0),
         "copy_": lambda: out.copy_(weight),

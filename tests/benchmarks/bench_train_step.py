@@ -35,7 +35,7 @@ from labkit.hardware import product_dtype
 from labkit.lora import LoRAConfig, add_lora
 from labkit.loss import supervised_loss
 from labkit.models.surgery import is_output_layer, replace_module
-from labkit.quant_linear import quantize_model
+from labkit.quant.model import quantize_model
 
 BATCH, TOKENS, SUPERVISED, RANK = 8, 80, 40, 16
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from labkit.codebooks import dynamic8, midpoints
 from labkit.lab.check.compare import compare
+from labkit.quant.codebooks import dynamic8, midpoints
 
 NESTED = 256
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.codebooks import dynamic8
 from labkit.lab.check.compare import compare
+from labkit.quant.codebooks import dynamic8
 
 
 def state_bytes(function: Callable) -> None:

@@ -19,7 +19,7 @@ from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora import LoRALinear
 from labkit.models.shapes import config_of, meta_model
 from labkit.prompts import SoftPrompt
-from labkit.targets import is_linear, widths
+from labkit.quant.linears import is_linear, widths
 
 # colours of the methods; they differ in brightness too
 METHOD_COLOURS = {

@@ -6,11 +6,11 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from labkit.codebooks import dynamic8, nf4
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.quant import dequantize_blocks, quantize_blocks
+from labkit.quant.blockwise import dequantize_blocks, quantize_blocks
+from labkit.quant.codebooks import dynamic8, nf4
 
 # weights in the linear layers of the decoder, without embeddings and output layer: LLaMA 1 and 2, 33B and 65B LLaMA 1
 LINEAR_WEIGHTS = {

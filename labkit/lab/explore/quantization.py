@@ -5,11 +5,11 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from labkit.codebooks import codebook as levels_of
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.quant import dequantize_blocks, quantize_blocks
+from labkit.quant.blockwise import dequantize_blocks, quantize_blocks
+from labkit.quant.codebooks import codebook as levels_of
 
 NAMES = ("int4", "fp4", "fp4-e3m0", "nf4", "optimal-64")
 WHOLE = "whole tensor"

@@ -1,16 +1,16 @@
 """The four-bit kernels for a CPU: the compiled loops of `tasks.py`, called with tensors, on the threads of `threads.py`.
 
-Agrees, bit for bit, with: `labkit.quant.quantize_blocks` and `dequantize_blocks`.
+Agrees, bit for bit, with: `labkit.quant.blockwise.quantize_blocks` and `dequantize_blocks`.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from labkit.codebooks import dynamic8, search_tables
-from labkit.kernels import tasks, threads
-from labkit.kernels.stores import ALIGNMENT
-from labkit.kernels.vectors import LANES
+from labkit.quant.codebooks import dynamic8, search_tables
+from labkit.quant.kernels import tasks, threads
+from labkit.quant.kernels.stores import ALIGNMENT
+from labkit.quant.kernels.vectors import LANES
 
 HUGE_PAGES_FROM = 1 << 22  # bytes
 WRITTEN = torch.float32, torch.bfloat16  # dtypes of results that the tasks know
@@ -23,7 +23,7 @@ def multiplies(width: int) -> bool:
 
 
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """See `labkit.kernels.quantize_4bit`."""
+    """See `labkit.quant.kernels.quantize_4bit`."""
     n = flat.numel()
     n_blocks = -(-n // blocksize)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
@@ -35,7 +35,7 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
 
 
 def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See `labkit.kernels.quantize_scales`."""
+    """See `labkit.quant.kernels.quantize_scales`."""
     n, n_blocks, levels = flat.numel(), -(-flat.numel() // 256), dynamic8() if levels is None else levels
     codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n_blocks)
     tensors = flat, *search_tables(levels), codes, absmax
@@ -56,7 +56,7 @@ def dequantize_4bit(
     offset: Tensor | None = None,
     new: bool = False,
 ) -> None:
-    """See `labkit.kernels.dequantize_4bit`; writes to `out`, n values, contiguous.
+    """See `labkit.quant.kernels.dequantize_4bit`; writes to `out`, n values, contiguous.
 
     `new`: nobody has written to `out` yet. The system then zeroes each page just before it is first written, and it is in the
     caches: going past them would be slower.
@@ -84,7 +84,7 @@ def multiply_4bit(
     nested: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> None:
-    """See `labkit.kernels.multiply_4bit`; x is (tokens, width), and writes to `y`, (tokens, out), both contiguous."""
+    """See `labkit.quant.kernels.multiply_4bit`; x is (tokens, width), and writes to `y`, (tokens, out), both contiguous."""
     (tokens, width), height = x.shape, y.shape[1]
     n = width * height
     weight = weight_arguments(packed, scales, levels, blocksize, n, nested, offset)

@@ -1,4 +1,4 @@
-"""The fast path: the operations of `labkit.quant`, bit for bit, without reading speed for the student in mind.
+"""The fast path: the operations of `labkit.quant.blockwise`, bit for bit, without reading speed for the student in mind.
 
 `set_fast(False)` turns it off everywhere; the environment variable LABKIT_FAST=0 does so from the start. On a device
 without a kernel the readable PyTorch code runs. `cpu.py` has the kernels for a CPU (numba: `tasks.py`, `stores.py`, `lookups.py`, `vectors.py`,
@@ -45,7 +45,7 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
 
     Returns:
         packed ((n + 1) // 2, 1) uint8 and absmax (n_blocks,) fp32. A NaN or infinity in a block makes its absmax one.
-        See `labkit.quant.quantize_blocks` and `pack`.
+        See `labkit.quant.blockwise.quantize_blocks` and `pack`.
     """
     if is_traced(flat):
         return torch.ops.labkit.quantize_4bit(flat, levels, blocksize)
@@ -77,7 +77,7 @@ def dequantize_4bit(
         out: contiguous tensor of n values of `dtype` to write to, instead of a new one.
 
     Returns:
-        `out`, or (n,) values in `dtype`. See `labkit.quant.dequantize_blocks`.
+        `out`, or (n,) values in `dtype`. See `labkit.quant.blockwise.dequantize_blocks`.
     """
     traced = is_traced(packed)
     if out is None:
@@ -96,9 +96,9 @@ def quantizes_scales(flat: Tensor) -> bool:
 def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(n,) fp32 in blocks of 256 to 8-bit codes, (n,) uint8, and fp32 absmax; where `quantizes_scales` says so.
 
-    `levels`: a codebook of 256; by default `dynamic8`. See `labkit.quant.quantize_blocks`.
+    `levels`: a codebook of 256; by default `dynamic8`. See `labkit.quant.blockwise.quantize_blocks`.
     """
-    from labkit.kernels import cpu
+    from labkit.quant.kernels import cpu
 
     return cpu.quantize_scales(flat.contiguous(), levels)
 
@@ -107,7 +107,7 @@ def multiplies(x: Tensor, width: int) -> bool:
     """Is there a kernel that multiplies these rows of `width` numbers by a 4-bit weight without dequantizing it?"""
     if not _fast or not x.is_cpu or x.dtype != torch.float32 or is_traced(x):
         return False
-    from labkit.kernels import cpu
+    from labkit.quant.kernels import cpu
 
     return cpu.multiplies(width)
 
@@ -136,7 +136,7 @@ def multiply_4bit(
     Returns:
         (tokens, height) fp32.
     """
-    from labkit.kernels import cpu
+    from labkit.quant.kernels import cpu
 
     y = torch.empty(x.shape[0], height)
     cpu.multiply_4bit(x.contiguous(), packed, scales, levels, blocksize, y, nested, offset)
@@ -157,10 +157,10 @@ def kernels_for(tensor: Tensor) -> ModuleType:
 def kernels_on(cuda: bool) -> ModuleType:
     """The module with the kernels for CUDA, or for a CPU. numba takes a second to import: only when used."""
     if cuda:
-        from labkit.kernels import triton
+        from labkit.quant.kernels import triton
 
         return triton
-    from labkit.kernels import cpu
+    from labkit.quant.kernels import cpu
 
     return cpu
 

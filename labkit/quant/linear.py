@@ -23,66 +23,17 @@ has matrix units for it (`labkit.hardware.product_dtype` knows); the rest of the
 This is what bitsandbytes' `MatMul4Bit` does. Source: QLoRA (Dettmers et al. 2023), section 3, equation 5.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from labkit import kernels
-from labkit.models.surgery import detach_from_file, is_output_layer, replace_module
-from labkit.quant import NestedScales, QuantizedTensor, check_finite, check_quantizable, quantize
+from labkit.quant import kernels
+from labkit.quant.scratch import dequantize_to_scratch
+from labkit.quant.tensor import NestedScales, QuantizedTensor, quantize
 
 FEW_ROWS = 16  # rows of x up to which not writing W' was faster than a matrix multiplication with it
-SCRATCH_BYTES = 1 << 26  # a larger W' gets new memory: nothing of its size is kept when the layer is done
-
-
-class Scratch(threading.local):
-    """Memory for one W', which each thread keeps and every layer overwrites."""
-
-    def __init__(self):
-        self.memory = torch.empty(0, dtype=torch.uint8)
-        self.views: dict[tuple, Tensor] = {}  # of the memory, by shape and dtype
-
-    def dequantize(self, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        """W' in `dtype`, good until the next call in this thread."""
-        # with gradients enabled (create_graph=True) autograd would keep W', and find another layer's in it
-        if (
-            torch.is_grad_enabled()
-            or not weight.packed.is_cpu
-            or kernels.is_traced(weight.packed)
-            or weight.shape.numel() * dtype.itemsize > SCRATCH_BYTES
-        ):
-            return weight.dequantize(dtype)
-        view = self.views.get((weight.shape, dtype))
-        return weight.dequantize(dtype, self.new_view(weight.shape, dtype) if view is None else view)
-
-    def new_view(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        size = shape.numel() * dtype.itemsize
-        with torch.inference_mode(False):  # a tensor that is made inside could never be used outside
-            if self.memory.numel() < size:
-                self.memory, self.views = torch.empty(size, dtype=torch.uint8), {}
-            view = self.views[shape, dtype] = self.memory[:size].view(dtype).view(shape)
-        return view
-
-
-_scratch = Scratch()
-
-
-@contextmanager
-def use_scratch(scratch: Scratch | None = None) -> Iterator[None]:
-    """Within the block dequantized weights go to `scratch`; default: to a new one, since that in use may have grown with another
-    model, and whoever measures would count it."""
-    global _scratch
-    before, _scratch = _scratch, scratch or Scratch()
-    try:
-        yield
-    finally:
-        _scratch = before
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -92,7 +43,7 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.weight, ctx.dtype = weight, dtype  # packed bytes and scales: the layer's own buffers
         bias = None if bias is None else bias.to(dtype)
-        y = F.linear(x.to(dtype), _scratch.dequantize(weight, dtype), bias)  # (..., in) to (..., out)
+        y = F.linear(x.to(dtype), dequantize_to_scratch(weight, dtype), bias)  # (..., in) to (..., out)
         return y if dtype == x.dtype else y.to(x.dtype)  # what autocast has chosen stays
 
     @staticmethod
@@ -100,7 +51,7 @@ class _QuantizedLinear(torch.autograd.Function):
         to_x, _, to_bias, _ = ctx.needs_input_grad
         grad_x = None
         if to_x:  # (..., out) @ (out, in)
-            grad_x = (grad.to(ctx.dtype) @ _scratch.dequantize(ctx.weight, ctx.dtype)).to(grad.dtype)
+            grad_x = (grad.to(ctx.dtype) @ dequantize_to_scratch(ctx.weight, ctx.dtype)).to(grad.dtype)
         return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None
 
 
@@ -220,104 +171,3 @@ class QuantLinear(nn.Module):
         nested = ", double_quant" if self.double_quant else ""
         compute = f", compute_dtype={self.compute_dtype}" if self.compute_dtype else ""
         return f"{self.in_features}, {self.out_features}, {self.codebook}, blocksize={self.blocksize}{nested}{compute}"
-
-
-class LayerReport(dict):
-    """Bytes per layer name: `{name: (before, after)}`, with `.before`, `.after` and a table as its text."""
-
-    @property
-    def before(self) -> int:
-        return sum(b for b, _ in self.values())
-
-    @property
-    def after(self) -> int:
-        return sum(a for _, a in self.values())
-
-    def __str__(self) -> str:
-        width = max((len(name) for name in self), default=5)
-        rows = [f"{name:{width}}  {b / 1e6:9.3f} MB -> {a / 1e6:8.3f} MB" for name, (b, a) in self.items()]
-        total = f"{'total':{width}}  {self.before / 1e6:9.3f} MB -> {self.after / 1e6:8.3f} MB"
-        return "\n".join([*rows, total])
-
-
-def quantize_model(
-    model: nn.Module,
-    codebook: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
-    skip: str | tuple[str, ...] = (),
-    progress: bool = True,
-    scale_rounding: str = "nearest",
-    compute_dtype: torch.dtype | None = None,
-) -> LayerReport:
-    """Replace every `nn.Linear` of `model` by a `QuantLinear`, one after the other, in place.
-
-    Each full weight is released before the next layer is quantized; weights that are views of a mapped file, as
-    safetensors loads them, all together after the last. The output layer (`lm_head`) and embeddings keep
-    their precision, and every other parameter is frozen.
-
-    Args:
-        model: any module with linear layers.
-        codebook, blocksize, double_quant, scale_rounding: as for `labkit.quantize`.
-        skip: a name, or several, of layers to leave alone; the last part of a name is enough.
-        progress: show a progress bar.
-        compute_dtype: of the products with the quantized weights; None for that of what comes in.
-
-    Returns:
-        A `LayerReport` of bytes before and after for each layer.
-
-    Raises:
-        ValueError: nothing to quantize (no linear layer, or quantized already), `skip` matches no layer, a weight is not
-            finite, or a setting is none that `labkit.quantize` knows. Nothing is changed then.
-        TypeError: a weight is of a dtype that cannot be quantized. Nothing is changed then.
-    """
-    skip = (skip,) if isinstance(skip, str) else skip
-    linears = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)
-    }
-    for wanted in skip:
-        if not any(f".{name}".endswith(f".{wanted}") for name in linears):
-            raise ValueError(f"skip={wanted!r} matches no linear layer of {type(model).__name__}")
-    names = [n for n in linears if not any(f".{n}".endswith(f".{s}") for s in skip)]
-    if not names:
-        already = any(isinstance(m, QuantLinear) for m in model.modules())
-        reason = (
-            "its linear layers are quantized already"
-            if already
-            else "it has no linear layer besides the output"
-        )
-        raise ValueError(f"nothing to quantize in {type(model).__name__}: {reason}")
-    settings = codebook, blocksize, double_quant, scale_rounding, compute_dtype
-    QuantLinear.from_linear(nn.Linear(1, 1, device="meta"), *settings)  # may raise: before any change
-    for name in names:
-        check_before(name, linears[name].weight, blocksize)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    detach_from_file(model, {id(linears[name].weight) for name in names})
-    report = LayerReport()
-    for name in tqdm(names, desc="quantize", unit="layer", disable=not progress, leave=False):
-        linear = linears.pop(name)
-        layer = QuantLinear.from_linear(linear, *settings)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(False)
-        replace_module(model, name, layer)
-        report[name] = (linear.weight.nbytes, layer.weight.nbytes)
-    return report
-
-
-def check_before(name: str, weight: Tensor, blocksize: int) -> None:
-    """Raise what quantizing this layer would, with its name, while no other has been replaced."""
-    try:
-        check_quantizable(weight, blocksize)
-        check_finite(torch.stack(weight.detach().aminmax()).abs(), weight)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every `QuantLinear` by an `nn.Linear` with the dequantized weight, in place; the inverse of
-    `quantize_model` up to the quantization error, which stays in the weights. Returns `model`."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            replace_module(model, name, module.to_linear(dtype))
-    return model

@@ -23,7 +23,7 @@ import numba
 import numpy as np
 from numba.core import types
 
-from labkit.kernels.lookups import (
+from labkit.quant.kernels.lookups import (
     first_codes,
     load_codes,
     look_up,
@@ -31,9 +31,9 @@ from labkit.kernels.lookups import (
     scaled_levels,
     store_codes,
 )
-from labkit.kernels.outdated import forget_outdated
-from labkit.kernels.stores import store_weights, stream_weights
-from labkit.kernels.vectors import (
+from labkit.quant.kernels.outdated import forget_outdated
+from labkit.quant.kernels.stores import store_weights, stream_weights
+from labkit.quant.kernels.vectors import (
     LANES,
     larger,
     largest,
@@ -48,8 +48,8 @@ from labkit.kernels.vectors import (
     zeros,
 )
 
-SMALLEST = np.float32(1e-38)  # `labkit.quant.SMALLEST_ABSMAX`
-STEP = 32  # weights: 16 bytes, the two codes of each in a vector; every block size of `labkit.quant` is a multiple
+SMALLEST = np.float32(1e-38)  # `labkit.quant.blockwise.SMALLEST_ABSMAX`
+STEP = 32  # weights: 16 bytes, the two codes of each in a vector; every block size of `labkit.quant.blockwise` is a multiple
 TASK = types.void(types.CPointer(types.int64))
 
 forget_outdated(Path(__file__).parent)

@@ -10,7 +10,7 @@ maximum drops NaN: the maximum here is of integers, as in `cpu.py`.
 
 Without a GPU, TRITON_INTERPRET=1 runs the same code on a CPU, slowly; the tests do.
 
-Agrees, bit for bit, with: `labkit.quant.quantize_blocks` and `dequantize_blocks`.
+Agrees, bit for bit, with: `labkit.quant.blockwise.quantize_blocks` and `dequantize_blocks`.
 """
 
 import torch
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit.codebooks import dynamic8, search_tables
+from labkit.quant.codebooks import dynamic8, search_tables
 
 BYTES_PER_PROGRAM = 1024
 
@@ -86,7 +86,7 @@ def _dequantize(
 
 
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """See `labkit.kernels.quantize_4bit`."""
+    """See `labkit.quant.kernels.quantize_4bit`."""
     n, device = flat.numel(), flat.device
     n_blocks = triton.cdiv(n, blocksize)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device)
@@ -108,7 +108,7 @@ def dequantize_4bit(
     offset: Tensor | None = None,
     new: bool = False,
 ) -> None:
-    """See `labkit.kernels.dequantize_4bit`; writes to `out`, (n,) contiguous; whether that is `new` is all the same here."""
+    """See `labkit.quant.kernels.dequantize_4bit`; writes to `out`, (n,) contiguous; whether that is `new` is all the same here."""
     n, device = out.numel(), out.device
     is_nested = nested is not None
     extra = (nested, offset, dynamic8().to(device)) if is_nested else (scales, scales, scales)

@@ -16,8 +16,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from labkit.kernels.lookups import find, first, scaled
-from labkit.kernels.vectors import (
+from labkit.quant.kernels.lookups import find, first, scaled
+from labkit.quant.kernels.vectors import (
     BYTES,
     FLOAT,
     INT32,

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from labkit.kernels.vectors import (
+from labkit.quant.kernels.vectors import (
     BYTES,
     FLOAT,
     LANES,
