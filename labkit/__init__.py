@@ -2,25 +2,28 @@
 
 from labkit.adam import AdamW, AdamW8bit
 from labkit.adapter_io import load_adapter, save_adapter
-from labkit.adapters import (
+from labkit.lora.adapters import (
     active_adapter,
     adapter_configs,
     add_adapter,
-    combine,
     disabled,
     remove_adapter,
     use_adapter,
 )
-from labkit.lora import LoRAConfig, adapter_strength, add_lora, merge, unmerge
+from labkit.lora.combining import combine
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import adapter_report, trainable
+from labkit.lora.fingerprint import AdapterMismatch
+from labkit.lora.inject import add_lora
+from labkit.lora.merging import adapter_strength, merge, unmerge
+from labkit.lora.plain import to_plain_lora
+from labkit.lora.qlora import add_qlora
 from labkit.models.surgery import untie_embeddings
 from labkit.paging import PagedAdamW, attach_paging, detach_paging
-from labkit.parameter_count import adapter_report, trainable
-from labkit.provenance import AdapterMismatch
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model, quantize_model
 from labkit.quant.tensor import QuantizedTensor, quantize
 from labkit.train import History, TrainConfig, TrainingDiverged, train
-from labkit.variants import add_qlora, to_plain_lora
 
 __all__ = [
     "AdamW",

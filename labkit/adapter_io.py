@@ -27,8 +27,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from labkit.adapters import adapter_configs, attach, check_new, disabled
-from labkit.lora import Adapter, LoRAConfig, LoRALinear, adapter_in_place, lora_layers, make_adapter
+from labkit.formats.provenance import check_base, read_provenance, versions
+from labkit.lora.adapters import adapter_configs, attach, check_new, disabled
+from labkit.lora.config import LoRAConfig
+from labkit.lora.fingerprint import AdapterMismatch, differences, fingerprint
+from labkit.lora.inject import Adapter, adapter_in_place, base_in_place, lora_layers, make_adapter
+from labkit.lora.layer import LoRALinear
+from labkit.lora.plain import plain_factors
+from labkit.lora.qlora import add_qlora
 from labkit.peft_folder import (
     PREFIX,
     check_tensors,
@@ -38,17 +44,7 @@ from labkit.peft_folder import (
     read_folder,
     write_folder,
 )
-from labkit.provenance import (
-    AdapterMismatch,
-    base_in_place,
-    check_base,
-    differences,
-    fingerprint,
-    read_provenance,
-    versions,
-)
 from labkit.quant.linear import QuantLinear
-from labkit.variants import add_qlora, plain_factors
 
 
 def save_adapter(

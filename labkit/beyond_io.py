@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from labkit.anatomy import check_bare, sizes
 from labkit.beyond_lora import bare, parts
+from labkit.formats.provenance import check_base, read_provenance, versions
 from labkit.ia3 import IA3Config, add_ia3, ia3_layers
+from labkit.lora.fingerprint import AdapterMismatch, fingerprint
 from labkit.peft_folder import PREFIX, read_files, write_folder
 from labkit.prompts import Prefix, PrefixConfig, PromptConfig, add_prefix, add_prompt
-from labkit.provenance import AdapterMismatch, check_base, fingerprint, read_provenance, versions
 from labkit.quant.linears import is_conv1d, is_linear, widths
 
 PROMPT = "prompt_embeddings"

@@ -1,7 +1,7 @@
 """Count what a training step holds from its first moment to its last: weights, constants, adapters, gradients, moments.
 
 No estimate is in here. The parameters are those of the model's own modules, built on the meta device; which of them are quantized or
-adapted is found by the rules that `quantize_model` and `add_lora` go by (`labkit.lora.matching_layers`); and a byte count is a
+adapted is found by the rules that `quantize_model` and `add_lora` go by (`labkit.lora.targets.matching_layers`); and a byte count is a
 number of parameters times the bytes of a number. For a weight of n numbers in 4 bits with blocks of 64, double-quantized,
 
     codes  n / 2      scales  n / 64 (8 bits)  +  4 · n / (64 · 256)  +  4      = 0.127 bit a weight
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from labkit.ledger import Row
-from labkit.lora import LoRAConfig, matching_layers
+from labkit.lora.config import LoRAConfig
+from labkit.lora.targets import matching_layers
 from labkit.models.shapes import config_of, meta_model
 from labkit.quant.blockwise import NESTED_BLOCKSIZE
 from labkit.step_setup import DTYPES, Setup, itemsize

@@ -28,9 +28,9 @@ from torch.optim import SGD, AdamW
 
 from labkit.data.batches import Batch
 from labkit.ledger import Ledger, Row, Timeline
-from labkit.lora import lora_layers
+from labkit.lora.count import trainable
+from labkit.lora.inject import lora_layers
 from labkit.loss import supervised_loss
-from labkit.parameter_count import trainable
 from labkit.quant.linear import QuantLinear
 from labkit.quant.scratch import use_scratch
 from labkit.simulate import ledger_of, state_of, static_tensors
@@ -272,7 +272,8 @@ def make_batch(vocabulary: int, batch: int, sequence: int, supervised: float = 1
 
 def real_model(name: str, setup: Setup) -> nn.Module:
     """A base model, quantized and adapted as `setup` says: the real thing that `plan` and `simulate` are about."""
-    from labkit.lora import LoRAConfig, add_lora
+    from labkit.lora.config import LoRAConfig
+    from labkit.lora.inject import add_lora
     from labkit.models.loading import load
     from labkit.quant.model import quantize_model
 

@@ -16,13 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from labkit.lora import Adapter, LoRAConfig, LoRAEmbedding, LoRALinear
-from labkit.lora_config import pattern_matches
+from labkit.formats.provenance import PROVENANCE
+from labkit.lora.config import LoRAConfig, pattern_matches
+from labkit.lora.fingerprint import AdapterMismatch
+from labkit.lora.inject import Adapter
+from labkit.lora.layer import LoRAEmbedding, LoRALinear
+from labkit.lora.plain import plain_config
+from labkit.lora.targets import saved_names
 from labkit.models.surgery import ends_with
-from labkit.provenance import PROVENANCE, AdapterMismatch
 from labkit.quant.linears import is_conv1d, is_linear, widths
-from labkit.targets import saved_names
-from labkit.variants import plain_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -31,16 +31,17 @@ from labkit.data.facts import make_facts
 from labkit.data.passages import load_austen, load_held_out
 from labkit.data.tickets import load_tickets, ticket_chat
 from labkit.hardware import best_device, product_dtype
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import trainable
+from labkit.lora.inject import add_lora
+from labkit.lora.qlora import add_qlora
 from labkit.models.fetching import sha256
-from labkit.parameter_count import trainable
 from labkit.subspace import add_subspace, matching_lr
 from labkit.train import History, TrainConfig, train
 from labkit.training.evaluate import chat_prompts, generate, held_out_loss, text_loss
 from labkit.training.metrics import bits_learned, classification_accuracy, score_json
 from labkit.update_numbers import effect_numbers, spectral_numbers
 from labkit.updates import updates
-from labkit.variants import add_qlora
 
 METHODS = ("full", "lora", "qlora", "subspace", "ia3", *SIZED, "none")
 OLD_DOMAINS = ("kjv", "pydocs")  # tiny-llama was pretrained on their training text

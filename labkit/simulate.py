@@ -27,7 +27,9 @@ from labkit import loss
 from labkit.counting import shapes_of, state_tensors
 from labkit.data.batches import IGNORE, Batch
 from labkit.ledger import Ledger, Row
-from labkit.lora import LoRAConfig, add_lora, lora_layers, matching_layers
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora, lora_layers
+from labkit.lora.targets import matching_layers
 from labkit.models.shapes import changes_logits, meta_model
 from labkit.models.surgery import replace_module
 from labkit.quant.blockwise import NESTED_BLOCKSIZE

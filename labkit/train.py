@@ -27,7 +27,7 @@ from labkit.data.batches import collate, endless_batches
 from labkit.data.encoding import encode_all, fingerprint
 from labkit.loss import LOGITS, supervised_loss
 from labkit.paging import OPTIMIZERS, detach_paging, make_optimizer
-from labkit.variants import parameter_groups
+from labkit.training.optimizer import parameter_groups
 
 SCHEDULES = ("linear", "cosine", "constant")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from labkit.lora import LoRALinear
+from labkit.lora.layer import LoRALinear
 from labkit.models.surgery import is_output_layer
 from labkit.quant.linear import QuantLinear
 from labkit.quant.linears import dense_weight, is_linear, is_transposed

@@ -10,13 +10,16 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from labkit import peft_folder, provenance
+from labkit import peft_folder
 from labkit.adapter_io import load_adapter, save_adapter
-from labkit.adapters import active_adapter, use_adapter
-from labkit.lora import LoRAConfig, add_lora, lora_layers, merge
-from labkit.provenance import AdapterMismatch
+from labkit.formats.provenance import PROVENANCE
+from labkit.lora.adapters import active_adapter, use_adapter
+from labkit.lora.config import LoRAConfig
+from labkit.lora.fingerprint import AdapterMismatch, fingerprint
+from labkit.lora.inject import add_lora, lora_layers
+from labkit.lora.merging import merge
+from labkit.lora.qlora import add_qlora
 from labkit.quant.model import dequantize_model, quantize_model
-from labkit.variants import add_qlora
 from tests.conftest import make_small_llama
 from tests.test_variants import FAMILIES, make_gpt2, make_model, randomize
 from tests.test_variants import IDS as SHORT
@@ -147,8 +150,8 @@ def test_the_same_base_in_other_precision_is_the_same_base(tmp_path):
 
 def test_fingerprint_does_not_see_adapters_merged_or_not():
     model = adapted()
-    assert provenance.fingerprint(make_small_llama()) == provenance.fingerprint(model)
-    assert provenance.fingerprint(merge(model)) == provenance.fingerprint(make_small_llama())
+    assert fingerprint(make_small_llama()) == fingerprint(model)
+    assert fingerprint(merge(model)) == fingerprint(make_small_llama())
 
 
 def test_pickle_truncated_and_foreign_folders_are_refused(tmp_path):
@@ -380,8 +383,8 @@ def test_adapters_load_beside_each_other_and_a_name_only_once(tmp_path):
 def test_provenance_is_recorded_and_of_the_base_before_pissa(tmp_path):
     model = add_lora(make_model(), LoRAConfig(r=4, init="pissa", targets=["q_proj"]))
     save_adapter(model, tmp_path / "a", data="3fb2", metrics={"loss": 1.25})
-    record = json.loads((tmp_path / "a" / provenance.PROVENANCE).read_text())
-    assert record["base"] == provenance.fingerprint(make_model())
+    record = json.loads((tmp_path / "a" / PROVENANCE).read_text())
+    assert record["base"] == fingerprint(make_model())
     assert record["data"] == "3fb2" and record["metrics"] == {"loss": 1.25}
     assert record["config"]["init"] == "pissa" and record["config"]["targets"] == ["q_proj"]
     assert record["versions"]["torch"] == torch.__version__

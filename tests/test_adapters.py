@@ -8,19 +8,21 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
 
-from labkit.adapters import (
+from labkit.lora.adapters import (
     active_adapter,
     adapter_configs,
     add_adapter,
-    combine,
     disabled,
     remove_adapter,
     use_adapter,
 )
-from labkit.lora import LoRAConfig, add_lora, lora_layers, merge, unmerge
-from labkit.parameter_count import adapter_report, trainable
+from labkit.lora.combining import combine
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import adapter_report, trainable
+from labkit.lora.inject import add_lora, lora_layers
+from labkit.lora.merging import merge, unmerge
+from labkit.lora.qlora import add_qlora
 from labkit.quant.model import quantize_model
-from labkit.variants import add_qlora
 from tests.test_variants import IDS, make_model, randomize
 
 

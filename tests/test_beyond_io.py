@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from labkit import peft_folder, provenance
+from labkit import peft_folder
 from labkit.adapter_io import save_adapter
 from labkit.beyond_io import load_beyond, save_beyond
 from labkit.beyond_lora import IA3Config, add_bottleneck, add_ia3, add_prefix, cost, fold_prefix, merge_ia3
 from labkit.bottleneck import BottleneckConfig
+from labkit.formats import provenance
 from labkit.ia3 import ia3_layers
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.fingerprint import AdapterMismatch
+from labkit.lora.inject import add_lora
 from labkit.prompts import PrefixConfig
-from labkit.provenance import AdapterMismatch
 from labkit.quant.model import quantize_model
 from tests.test_beyond_lora import ALL, MAKERS, METHODS, N, gpt2, llama, randomize, text, with_method
 

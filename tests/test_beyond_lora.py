@@ -30,9 +30,10 @@ from labkit.beyond_lora import (
 from labkit.bottleneck import bottlenecks
 from labkit.data.batches import IGNORE, Batch
 from labkit.ia3 import ia3_layers
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import trainable
+from labkit.lora.inject import add_lora
 from labkit.loss import supervised_loss
-from labkit.parameter_count import trainable
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import quantize_model
 from labkit.train import TrainConfig, train

@@ -20,9 +20,10 @@ from labkit.bottleneck import Bottleneck
 from labkit.lab.check import beyond as check
 from labkit.lab.explore import beyond as explore
 from labkit.lab.plots import canvas
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import trainable
+from labkit.lora.inject import add_lora
 from labkit.models.shapes import config_of, meta_model
-from labkit.parameter_count import trainable
 from tests import exercise_checks
 
 

@@ -10,7 +10,8 @@ from labkit import models
 from labkit.lab.check import NotYet
 from labkit.lab.check import lora as check
 from labkit.lab.explore import lora as explore
-from labkit.lora import adapter_strength, lora_layers
+from labkit.lora.inject import lora_layers
+from labkit.lora.merging import adapter_strength
 from labkit.training import evaluate
 from tests import exercise_checks
 
@@ -124,7 +125,7 @@ def test_the_break_even_rank_is_where_pytorch_counts_the_same():
     counts = {}
     x = torch.randn(5, d, requires_grad=True)
     for rank in (r, r + 1):
-        layer = labkit.lora.LoRALinear(
+        layer = labkit.lora.layer.LoRALinear(
             torch.nn.Linear(d, k, bias=False).requires_grad_(False), labkit.LoRAConfig(r=rank)
         )
         with FlopCounterMode(display=False) as counter:

@@ -7,17 +7,12 @@ from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from labkit.lora import (
-    LoRAConfig,
-    LoRALinear,
-    adapter_strength,
-    add_lora,
-    lora_layers,
-    matching_layers,
-    merge,
-    unmerge,
-)
-from labkit.parameter_count import trainable
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import trainable
+from labkit.lora.inject import add_lora, lora_layers
+from labkit.lora.layer import LoRALinear
+from labkit.lora.merging import adapter_strength, merge, unmerge
+from labkit.lora.targets import matching_layers
 from labkit.quant.model import quantize_model
 from labkit.quant.tensor import quantize
 from tests.conftest import make_small_llama

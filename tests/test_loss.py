@@ -7,7 +7,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from labkit import loss
 from labkit.data.batches import IGNORE, Batch
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora
 from labkit.loss import supervised_loss
 from tests.conftest import make_small_llama
 

@@ -17,10 +17,11 @@ from labkit import measure as measuring
 from labkit.activations import saved_tensors
 from labkit.counting import constants_bytes, shapes_of, state_tensors
 from labkit.ledger import COMPONENTS, Ledger, Row, size
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import trainable
+from labkit.lora.inject import add_lora
 from labkit.memory import PUBLISHED, Setup, block_of, crossover, known_models, measure, plan, simulate
 from labkit.models.shapes import config_of, meta_model
-from labkit.parameter_count import trainable
 from labkit.quant.tensor import quantize
 
 EXACT = ("weights", "constants", "lora", "gradients", "optimizer")

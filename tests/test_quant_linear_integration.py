@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
 from labkit.data.batches import Batch
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora
 from labkit.loss import supervised_loss
 from labkit.models.surgery import is_output_layer, replace_module
 from labkit.quant import kernels, scratch

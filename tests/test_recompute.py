@@ -8,7 +8,8 @@ from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from labkit import recompute
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora
 from labkit.recompute import recompute_activations
 from tests.conftest import make_small_llama
 from tests.test_loss import adapted

@@ -3,7 +3,7 @@
 import pytest
 
 from labkit import runs
-from labkit.parameter_count import trainable
+from labkit.lora.count import trainable
 from labkit.quant.linear import QuantLinear
 from labkit.runs import RunConfig
 

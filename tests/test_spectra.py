@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from labkit import spectra, subspace, updates
-from labkit.lora import LoRAConfig, add_lora, lora_layers, merge
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora, lora_layers
+from labkit.lora.merging import merge
 from labkit.quant.linear import QuantLinear
 from labkit.quant.linears import dense_weight
 from labkit.quant.model import dequantize_model, quantize_model

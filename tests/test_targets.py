@@ -7,9 +7,12 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from labkit.lora import LoRAConfig, add_lora, lora_layers, matching_layers, merge, unmerge
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import trainable
+from labkit.lora.inject import add_lora, lora_layers
+from labkit.lora.merging import merge, unmerge
+from labkit.lora.targets import matching_layers
 from labkit.models.surgery import untie_embeddings
-from labkit.parameter_count import trainable
 from labkit.quant.model import quantize_model
 from tests.test_variants import IDS, make_gpt2, make_model, randomize
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from labkit.data.batches import collate
 from labkit.data.encoding import encode_all
-from labkit.lora import LoRAConfig, add_lora, lora_layers
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora, lora_layers
 from labkit.loss import supervised_loss
 from labkit.quant.model import quantize_model
 from labkit.train import TrainConfig, TrainingDiverged, learning_rate, train
@@ -158,7 +159,8 @@ SCRIPT = textwrap.dedent(
     """
     import hashlib, json, sys, torch
     from labkit.data.encoding import ticket_chat, tickets
-    from labkit.lora import LoRAConfig, add_lora
+    from labkit.lora.layer import LoRAConfig
+    from labkit.lora.inject import add_lora
     from labkit.paths import cache_folder
     from labkit.quant.linear import quantize_model
     from labkit.train import TrainConfig, train

@@ -32,8 +32,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from labkit.adapters import disabled
-from labkit.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, merge, unmerge
+from labkit.lora.adapters import disabled
+from labkit.lora.config import LoRAConfig
+from labkit.lora.dora import DoRALinear
+from labkit.lora.inject import add_lora, lora_layers
+from labkit.lora.layer import LoRALinear
+from labkit.lora.merging import merge, unmerge
+from labkit.lora.plain import plain_factors, to_plain_lora
+from labkit.lora.qlora import add_qlora
+from labkit.lora.starts import top_factors
 from labkit.models.surgery import is_output_layer, replace_module
 from labkit.paths import data_folder
 from labkit.quant.linear import QuantLinear
@@ -42,7 +49,7 @@ from labkit.quant.model import quantize_model
 from labkit.quant.tensor import quantize
 from labkit.runs import RunConfig
 from labkit.train import TrainConfig, train
-from labkit.variants import DoRALinear, add_qlora, parameter_groups, plain_factors, to_plain_lora, top_factors
+from labkit.training.optimizer import parameter_groups
 from tests.conftest import make_small_llama
 
 IDS = torch.arange(24).view(2, 12)

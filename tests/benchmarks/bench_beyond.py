@@ -28,8 +28,10 @@ from labkit.beyond_lora import (
     merge_ia3,
     prefill_flops,
 )
-from labkit.lora import LoRAConfig, add_lora, merge
-from labkit.parameter_count import trainable
+from labkit.lora.config import LoRAConfig
+from labkit.lora.count import trainable
+from labkit.lora.inject import add_lora
+from labkit.lora.merging import merge
 
 SHAPES = (
     (8, 128),

@@ -15,7 +15,8 @@ import torch
 from bench_train_step import bitsandbytes_model
 
 from labkit import models
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora
 from labkit.quant import linear as quant_linear
 from labkit.quant.model import quantize_model
 

@@ -18,7 +18,8 @@ import torch
 
 from labkit import models
 from labkit.data.batches import Batch
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora
 from labkit.loss import supervised_loss
 from labkit.paging import attach_paging
 

@@ -14,7 +14,8 @@ from bench_train_step import bitsandbytes_model
 
 from labkit import models
 from labkit.data.tickets import load_tickets, ticket_chat
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora
 from labkit.quant.model import quantize_model
 from labkit.train import TrainConfig, train
 

@@ -32,7 +32,8 @@ from torch import nn
 from labkit import models
 from labkit.data.batches import Batch
 from labkit.hardware import product_dtype
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora
 from labkit.loss import supervised_loss
 from labkit.models.surgery import is_output_layer, replace_module
 from labkit.quant.model import quantize_model

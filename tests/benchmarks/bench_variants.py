@@ -29,9 +29,10 @@ from bench_train_step import (
 
 from labkit import models
 from labkit.data.batches import Batch
-from labkit.lora import LoRAConfig, add_lora
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora
+from labkit.lora.qlora import add_qlora
 from labkit.loss import supervised_loss
-from labkit.variants import add_qlora
 
 BOUNDS = {  # what the course promises, relative to PEFT
     "LoRA, labkit, all logits": 1.0,

@@ -16,7 +16,7 @@ from labkit.ia3 import IA3Linear
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.lora import LoRALinear
+from labkit.lora.layer import LoRALinear
 from labkit.models.shapes import config_of, meta_model
 from labkit.prompts import SoftPrompt
 from labkit.quant.linears import is_linear, widths

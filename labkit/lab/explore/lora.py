@@ -12,7 +12,7 @@ from torch import nn
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.lora import lora_layers
+from labkit.lora.inject import lora_layers
 from labkit.training.evaluate import text_loss
 
 ALL = "all layers"
@@ -59,7 +59,7 @@ def strength_explorer(model: nn.Module, tokenizer, records: Sequence[dict]) -> N
     correction at this strength, beside those of the weight.
 
     Args:
-        model: with adapters of `labkit.lora`, not merged.
+        model: with adapters of `labkit.lora.layer`, not merged.
         tokenizer: its tokenizer.
         records: passages to take the loss of; a dozen answer in about a second.
 

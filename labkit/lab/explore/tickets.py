@@ -14,7 +14,7 @@ from labkit.data.tickets import ticket_chat
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.lora import adapter_strength
+from labkit.lora.merging import adapter_strength
 from labkit.training.metrics import parse_json
 
 

@@ -12,8 +12,9 @@ from labkit.lab.explore.lora import short_name
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.lora import LoRAConfig
-from labkit.variants import make_layer, parameter_groups
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import make_layer
+from labkit.training.optimizer import parameter_groups
 
 VARIANTS: dict[str, dict] = {  # settings of a `LoRAConfig`, and LoRA+'s ratio
     "LoRA": {},
@@ -64,7 +65,7 @@ def first_step(
 ) -> FirstStep:
     """Put an adapter on a weight and take one step of AdamW, at the full rate, along the gradient of the loss.
 
-    The adapter is a layer of `labkit.variants`; its gradients are those of <gradient, W>, W being the weight that it computes with.
+    The adapter is a layer of `labkit.lora`; its gradients are those of <gradient, W>, W being the weight that it computes with.
 
     Args:
         weight: (out, in).

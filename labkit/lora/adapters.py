@@ -6,25 +6,16 @@ model without an adapter (`disabled`) runs as fast as it ever did, and gives its
 
     add_adapter(model, "poet", config)     beside those that are there, which stay as they are
     use_adapter(model, "clerk")            the one that the model computes with, trains, merges and saves
-    combine(model, {"poet": 0.7, "clerk": 0.3}, "both")
-
-A combination is exact by concatenation: w1 s1 B1 A1 + w2 s2 B2 A2 = [w1 s1 B1, w2 s2 B2] [A1; A2], of rank r1 + r2. To add the
-factors instead ("linear") keeps the rank, and adds the cross terms B1 A2 and B2 A1, which nobody has trained.
-
-Agrees with: PEFT `add_weighted_adapter`, combination types "cat" and "linear".
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from labkit.lora import Adapter, LoRAConfig, LoRALinear, lora_layers, make_adapter, put_in_place
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import Adapter, lora_layers, make_adapter, put_in_place
 from labkit.models.surgery import replace_module
-
-COMBINATIONS = ("cat", "linear")
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -144,69 +135,6 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
         use_adapter(model, None)
     del model.lora_adapters[name]
     return model
-
-
-def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str = "cat") -> nn.Module:
-    """Make the adapter `name`, the weighted sum of others, and put it in place; the others stay as they are.
-
-    Args:
-        model: with the adapters.
-        weights: a weight for each of them, by name; it may be negative.
-        name: of the new adapter.
-        how: "cat", exact, the ranks add up; or "linear", of one rank, and an approximation.
-
-    Raises:
-        ValueError: the name is taken or an adapter is not there, is not plain LoRA, trains modules in full, or (for "linear")
-            has another rank than the others.
-    """
-    if how not in COMBINATIONS:
-        raise ValueError(f"how={how!r} is not known; choose one of {COMBINATIONS}")
-    check_new(model, name)
-    unknown = [n for n in weights if n not in adapter_configs(model)]
-    if unknown or not weights:
-        raise ValueError(
-            f"no adapter {unknown or 'given'}; there are: {', '.join(adapter_configs(model)) or 'none'}"
-        )
-    parts = {n: model.lora_adapters[n] for n in weights}
-    for n, part in parts.items():
-        odd = [m for m in part.modules.values() if not isinstance(m, LoRALinear) or hasattr(m, "start_A")]
-        if odd or part.config.variant.endswith("dora"):
-            raise ValueError(
-                f"{n!r} is more than a correction s B A that could be added to others (DoRA, a changed base, or modules that "
-                "train in full)"
-            )
-    base = {path: module for part in parts.values() for path, module in part.base_modules().items()}
-    modules = {}
-    for path in base:
-        layers = {n: part.modules[path] for n, part in parts.items() if path in part.modules}
-        factors = [
-            (weights[n] * layer.scaling, layer.lora_A.detach(), layer.lora_B.detach())
-            for n, layer in layers.items()
-        ]
-        if how == "cat":
-            A = torch.cat([A for _, A, _ in factors])  # (r1 + r2 + …, in)
-            B = torch.cat([w * B for w, _, B in factors], dim=1)  # (out, r1 + r2 + …)
-        elif len({len(A) for _, A, _ in factors}) > 1:
-            raise ValueError(
-                f"how='linear' adds factors of one rank, and those of {path} have several; use how='cat'"
-            )
-        else:  # the sign of a weight goes to one factor only
-            A = sum(math.copysign(math.sqrt(abs(w)), w) * A for w, A, _ in factors)
-            B = sum(math.sqrt(abs(w)) * B for w, _, B in factors)
-        first = next(iter(layers.values()))
-        layer = type(first)(base[path], LoRAConfig(r=len(A), alpha=len(A)))  # scaling 1: it is in the factors
-        layer.lora_A.data, layer.lora_B.data = A, B
-        modules[path] = layer.train(first.training)
-    ranks = {path: layer.r for path, layer in modules.items()}
-    r = max(ranks.values())
-    others = {re_exact(path): rank for path, rank in ranks.items() if rank != r}
-    config = LoRAConfig(r, r, targets=list(base), rank_pattern=others, alpha_pattern=others)
-    return attach(model, name, Adapter(config, modules, {}))
-
-
-def re_exact(name: str) -> str:
-    """A pattern that means the module `name` and no other."""
-    return "^" + name.replace(".", r"\.")
 
 
 def check_new(model: nn.Module, name: str) -> None:

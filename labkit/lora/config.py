@@ -34,9 +34,9 @@ class LoRAConfig:
         targets: "all-linear" (every linear layer but the output), "attention", "mlp", a list of layer names
             (`["q_proj", "v_proj"]`: the last parts of a full name count), or a regular expression of full names.
         variant: "lora"; "rslora" with the scaling alpha / sqrt(r) (Kalajdzievski 2023); "dora", a length for each row
-            beside its direction (`labkit.variants`); or "rsdora", both.
+            beside its direction (`labkit.lora.dora`); or "rsdora", both.
         init: "default" draws A from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does, "gaussian" from N(0, 1/r^2), B being 0; "b_random"
-            draws B from U(-1/sqrt(r), 1/sqrt(r)), A being 0, and "b_random_small" from U(-1/sqrt(in), 1/sqrt(in)). The others start from the weight: see `labkit.variants`.
+            draws B from U(-1/sqrt(r), 1/sqrt(r)), A being 0, and "b_random_small" from U(-1/sqrt(in), 1/sqrt(in)). The others start from the weight: see `labkit.lora.starts`.
         rank_pattern, alpha_pattern: r and alpha of single layers, by name or regular expression of the last parts of a name:
             `{"down_proj": 32, r"layers\\.0\\..*": 4}`. The first that matches counts.
         modules_to_save: names of modules that train in full and are saved with the adapter, such as `["score"]`, a new head.

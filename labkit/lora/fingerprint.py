@@ -5,40 +5,17 @@ hashes of the base's weights go with the adapter, and are compared before it is 
 """
 
 import hashlib
-import importlib.metadata
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from labkit.lora import adapter_in_place, lora_layers
-from labkit.models.surgery import replace_module
+from labkit.lora.inject import base_in_place, lora_layers
 from labkit.quant.linear import QuantLinear
 from labkit.quant.tensor import QuantizedTensor
-
-PROVENANCE = "labkit.json"
-VERSIONS = ("labkit", "torch", "transformers", "safetensors")
 
 
 class AdapterMismatch(ValueError):
     """The adapter does not belong to this model; the message says what differs."""
-
-
-@contextmanager
-def base_in_place(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the base's own modules stand where adapters were; a merged weight stays merged."""
-    adapter = adapter_in_place(model)
-    kept = adapter.base_modules() if adapter is not None and adapter.originals is not None else {}
-    for path, module in kept.items():
-        replace_module(model, path, module)
-    try:
-        yield model
-    finally:
-        for path in kept:
-            replace_module(model, path, adapter.modules[path])
 
 
 def fingerprint(model: nn.Module) -> dict:
@@ -100,40 +77,3 @@ def differences(recorded: dict, here: dict) -> list[str]:
         for part in ("linears", "rest")
         if recorded[f"{part}_kind"] == here[f"{part}_kind"] and recorded[part] != here[part]
     ]
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that an adapter was made with."""
-    return {name: importlib.metadata.version(name) for name in VERSIONS}
-
-
-def read_provenance(path: Path) -> dict | None:
-    """What `labkit.json` records; None if there is none."""
-    try:
-        provenance = json.loads((path / PROVENANCE).read_text())
-        provenance["base"]["shapes"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path / PROVENANCE} is damaged; delete it to load the adapter without checking its base"
-        ) from None
-    return provenance
-
-
-def check_base(model: nn.Module, path: Path, provenance: dict | None) -> None:
-    """Compare the recorded fingerprint of the base with that of `model`; a folder without one passes."""
-    if provenance is None:
-        return
-    recorded, mine = provenance["base"], fingerprint(model)
-    differs = differences(recorded, mine)
-    if differs == ["shapes"]:
-        raise AdapterMismatch(
-            f"the adapter in {path} was made for a model of other layers or sizes than this {mine['class']}"
-        )
-    if differs:
-        hashes = ", ".join(f"{part} {recorded[part][:8]}… against {mine[part][:8]}… here" for part in differs)
-        raise AdapterMismatch(
-            f"the adapter in {path} was trained on a base of the same shape but with other weights (fingerprints: {hashes}). "
-            f"On this base it would be noise. Load the base that it was trained on, or delete {PROVENANCE} to insist"
-        )

@@ -1,0 +1,84 @@
+"""Where an adapter starts when it starts from the weight W: PiSSA, OLoRA, LoftQ.
+
+    PiSSA     s B A starts as the r largest singular parts of W, and the frozen base becomes W - s B A
+    OLoRA     the same with the first r columns of a QR decomposition
+    LoftQ     the base is 4-bit, and s B A starts as the best fit to what quantization lost
+
+All three look at W before it is quantized. So over a 4-bit base they are added by `labkit.add_qlora`, which quantizes afterwards (QPiSSA:
+the *residual* W - s B A is quantized, whose range is smaller), not by `add_lora` on a model in 4 bits.
+
+Sources: PiSSA (Meng et al. 2024), section 3; OLoRA (Büyükakyüz 2024), algorithm 1; LoftQ (Li et al. 2023), algorithm 1.
+Agrees with: PEFT `tuners/lora/layer.py` (`pissa_init`, `olora_init`).
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from labkit.lora.layer import LoRALinear
+from labkit.quant.linear import QuantLinear
+from labkit.quant.linears import dense_weight, is_transposed
+from labkit.quant.tensor import quantize
+
+LOFTQ_ITERATIONS = 5
+OVERSAMPLING = 10  # directions beyond r in a random decomposition, which make the first r more exact (Halko et al., section 4.2)
+RANDOM_STARTS = ("default", "gaussian", "b_random", "b_random_small")  # they leave the base as it is
+
+
+def top_factors(matrix: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) such that `scaling * B A` is the best approximation of `matrix` (out, in) of rank r.
+
+    Args:
+        matrix: in fp32.
+        niter: None for the exact decomposition; or the power iterations of a random one (Halko et al. 2011), which takes a
+            fraction of the time: PiSSA, section 4.
+    """
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(matrix, q=min(r + OVERSAMPLING, *matrix.shape), niter=niter)
+        Vh = V.T
+    root = (S[:r] / scaling).sqrt()  # half of each singular value to A, half to B
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def pissa(layer: LoRALinear, niter: int | None = None) -> None:
+    """The principal singular parts of W go to the adapter, and train; the rest stays, frozen."""
+    split_off(layer, *top_factors(dense_weight(layer.base).float(), layer.r, layer.scaling, niter))
+
+
+def olora(layer: LoRALinear) -> None:
+    """The first r columns of Q and rows of R of W = Q R go to the adapter."""
+    Q, R = torch.linalg.qr(dense_weight(layer.base).float())
+    split_off(layer, R[: layer.r], Q[:, : layer.r])
+
+
+def loftq(layer: LoRALinear, iterations: int, **quantization) -> None:
+    """Quantize what the adapter does not hold, fit the adapter to what quantization lost, and again: W is about Q + s B A."""
+    weight = dense_weight(layer.base).float()  # (out, in)
+    held = torch.zeros_like(weight)
+    for _ in range(iterations):
+        quantized = quantize(weight - held, **quantization)
+        A, B = top_factors(weight - quantized.dequantize(torch.float32), layer.r, layer.scaling)
+        held = layer.scaling * (B @ A)
+    start_from(layer, A, B)
+    layer.base = QuantLinear(quantized, layer.base.bias).train(layer.base.training).requires_grad_(False)
+
+
+def split_off(layer: LoRALinear, A: Tensor, B: Tensor) -> None:
+    """Give the layer these factors, and a base with W - s B A. The base of before is left as it was, to go back to."""
+    start_from(layer, A, B)
+    weight = layer.base.weight
+    rest = dense_weight(layer.base).float() - layer.scaling * (B @ A)
+    rest = (rest.T if is_transposed(layer.base) else rest).to(weight.dtype).contiguous()
+    # a copy of the module that finds its weight made already
+    layer.base = copy.deepcopy(layer.base, {id(weight): nn.Parameter(rest, requires_grad=False)})
+
+
+def start_from(layer: LoRALinear, A: Tensor, B: Tensor) -> None:
+    with torch.no_grad():
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+    layer.register_buffer("start_A", layer.lora_A.detach().clone(), persistent=False)
+    layer.register_buffer("start_B", layer.lora_B.detach().clone(), persistent=False)
