@@ -1,7 +1,9 @@
 """A laboratory for LoRA and QLoRA: every part from scratch, measured, and checked against the libraries."""
 
-from labkit.adam import AdamW, AdamW8bit
-from labkit.adapter_io import load_adapter, save_adapter
+import importlib
+import importlib.metadata
+
+from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.lora.adapters import (
     active_adapter,
     adapter_configs,
@@ -19,11 +21,16 @@ from labkit.lora.merging import adapter_strength, merge, unmerge
 from labkit.lora.plain import to_plain_lora
 from labkit.lora.qlora import add_qlora
 from labkit.models.surgery import untie_embeddings
-from labkit.paging import PagedAdamW, attach_paging, detach_paging
+from labkit.optim.adamw import AdamW, AdamW8bit
+from labkit.optim.paging import PagedAdamW, attach_paging, detach_paging
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model, quantize_model
 from labkit.quant.tensor import QuantizedTensor, quantize
-from labkit.train import History, TrainConfig, TrainingDiverged, train
+from labkit.training.config import TrainConfig
+from labkit.training.history import History, TrainingDiverged
+from labkit.training.loop import train
+
+__version__ = importlib.metadata.version("labkit")
 
 __all__ = [
     "AdamW",
@@ -61,3 +68,24 @@ __all__ = [
     "untie_embeddings",
     "use_adapter",
 ]
+
+FOLDERS = (
+    "alternatives",
+    "analysis",
+    "data",
+    "formats",
+    "lora",
+    "memory",
+    "models",
+    "optim",
+    "quant",
+    "sweeps",
+    "training",
+)
+
+
+def __getattr__(name: str):
+    """`labkit.models.load(…)` after `import labkit` alone: a folder is imported when it is first asked for."""
+    if name in FOLDERS:
+        return importlib.import_module(f"labkit.{name}")
+    raise AttributeError(f"module 'labkit' has no attribute {name!r}")

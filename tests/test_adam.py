@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.adam import MAPS, AdamW, AdamW8bit, quantize_moment
+from labkit.optim.adamw import MAPS, AdamW, AdamW8bit, quantize_moment
 from labkit.quant import kernels
 from labkit.quant.blockwise import quantize_blocks
 from labkit.quant.codebooks import midpoints
@@ -226,7 +226,7 @@ def test_pieces_make_no_difference(monkeypatch):
     p, q = parameters([(100, 83)])[0], parameters([(100, 83)])[0]
     a, b = AdamW8bit([p]), AdamW8bit([q])
     train_alike([(p, q)], (a,), 4)
-    monkeypatch.setattr("labkit.adam.PIECE", 512)
+    monkeypatch.setattr("labkit.optim.adamw.PIECE", 512)
     train_alike([(p, q)], (b,), 4)
     assert torch.equal(p, q)
 

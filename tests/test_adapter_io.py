@@ -10,8 +10,8 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from labkit import peft_folder
-from labkit.adapter_io import load_adapter, save_adapter
+from labkit.formats import peft_folder
+from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.formats.provenance import PROVENANCE
 from labkit.lora.adapters import active_adapter, use_adapter
 from labkit.lora.config import LoRAConfig

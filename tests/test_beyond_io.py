@@ -8,17 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from labkit import peft_folder
-from labkit.adapter_io import save_adapter
-from labkit.beyond_io import load_beyond, save_beyond
-from labkit.beyond_lora import IA3Config, add_bottleneck, add_ia3, add_prefix, cost, fold_prefix, merge_ia3
-from labkit.bottleneck import BottleneckConfig
-from labkit.formats import provenance
-from labkit.ia3 import ia3_layers
+from labkit.alternatives.bottleneck import BottleneckConfig, add_bottleneck
+from labkit.alternatives.cost import cost
+from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers, merge_ia3
+from labkit.alternatives.prefixes import PrefixConfig, add_prefix, fold_prefix
+from labkit.formats import peft_folder, provenance
+from labkit.formats.adapters import save_adapter
+from labkit.formats.alternatives import load_beyond, save_beyond
 from labkit.lora.config import LoRAConfig
 from labkit.lora.fingerprint import AdapterMismatch
 from labkit.lora.inject import add_lora
-from labkit.prompts import PrefixConfig
 from labkit.quant.model import quantize_model
 from tests.test_beyond_lora import ALL, MAKERS, METHODS, N, gpt2, llama, randomize, text, with_method
 

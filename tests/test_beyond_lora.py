@@ -10,33 +10,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from labkit import models
-from labkit.beyond_lora import (
-    BottleneckConfig,
-    IA3Config,
-    PrefixConfig,
-    PromptConfig,
-    add_bottleneck,
-    add_ia3,
-    add_prefix,
-    add_prompt,
-    bare,
-    cost,
-    fold_prefix,
-    merge_ia3,
-    prefill_flops,
-    remove,
-    unmerge_ia3,
-)
-from labkit.bottleneck import bottlenecks
+from labkit.alternatives.bottleneck import BottleneckConfig, add_bottleneck, bottlenecks
+from labkit.alternatives.cost import cost, prefill_flops
+from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers, merge_ia3, unmerge_ia3
+from labkit.alternatives.methods import bare, remove
+from labkit.alternatives.prefixes import PrefixConfig, add_prefix, fold_prefix
+from labkit.alternatives.prompts import PromptConfig, add_prompt
 from labkit.data.batches import IGNORE, Batch
-from labkit.ia3 import ia3_layers
 from labkit.lora.config import LoRAConfig
 from labkit.lora.count import trainable
 from labkit.lora.inject import add_lora
-from labkit.loss import supervised_loss
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import quantize_model
-from labkit.train import TrainConfig, train
+from labkit.training.config import TrainConfig
+from labkit.training.loop import train
+from labkit.training.loss import supervised_loss
 
 VOCAB, N = 199, 5
 

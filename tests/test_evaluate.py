@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from labkit.beyond_lora import PrefixConfig, PromptConfig, add_prefix, add_prompt, bare
+from labkit.alternatives.methods import bare
+from labkit.alternatives.prefixes import PrefixConfig, add_prefix
+from labkit.alternatives.prompts import PromptConfig, add_prompt
 from labkit.data.tickets import load_tickets, ticket_chat
 from labkit.training.evaluate import chat_prompts, generate, held_out_loss
 from labkit.training.metrics import parse_json, score_json

@@ -6,17 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from labkit.beyond_lora import (
-    BottleneckConfig,
-    PrefixConfig,
-    PromptConfig,
-    add_bottleneck,
-    add_ia3,
-    add_prefix,
-    add_prompt,
-    cost,
-)
-from labkit.bottleneck import Bottleneck
+from labkit.alternatives.bottleneck import Bottleneck, BottleneckConfig, add_bottleneck
+from labkit.alternatives.cost import cost
+from labkit.alternatives.ia3 import add_ia3
+from labkit.alternatives.prefixes import PrefixConfig, add_prefix
+from labkit.alternatives.prompts import PromptConfig, add_prompt
 from labkit.lab.check import beyond as check
 from labkit.lab.explore import beyond as explore
 from labkit.lab.plots import canvas

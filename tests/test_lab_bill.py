@@ -7,8 +7,9 @@ from matplotlib import pyplot as plt
 
 from labkit.lab.check import bill as check
 from labkit.lab.explore import bill as explore
-from labkit.ledger import COMPONENTS, Ledger, Row
-from labkit.memory import known_models, plan
+from labkit.memory.formulas import plan
+from labkit.memory.ledger import COMPONENTS, Ledger, Row
+from labkit.models.shapes import known_models
 from tests import exercise_checks
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from labkit.lab.check import breakdown as check
 from labkit.lab.explore import breakdown as explore
-from labkit.memory import plan
+from labkit.memory.formulas import plan
 from tests import exercise_checks
 
 

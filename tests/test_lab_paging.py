@@ -5,10 +5,10 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from labkit.adam import AdamW8bit
 from labkit.lab.check import paging as check
 from labkit.lab.explore import paging as explore
-from labkit.page_table import Event
+from labkit.optim.adamw import AdamW8bit
+from labkit.optim.page_table import Event
 from labkit.quant.blockwise import dequantize_blocks
 from tests import exercise_checks
 

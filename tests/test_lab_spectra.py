@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from labkit import spectra
+from labkit.analysis import spectra
 from labkit.lab.check import spectra as check
 from labkit.lab.explore import spectra as explore
 from tests import exercise_checks

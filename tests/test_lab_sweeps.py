@@ -16,7 +16,7 @@ from labkit.lab.check import NotYet
 from labkit.lab.check import ranks as check
 from labkit.lab.explore import sweeps as explore
 from labkit.lab.plots import COLOURS
-from labkit.sweep import mean_interval
+from labkit.sweeps.records import mean_interval
 from tests import exercise_checks
 
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from labkit import loss
 from labkit.data.batches import IGNORE, Batch
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
-from labkit.loss import supervised_loss
+from labkit.training import chunked_loss, loss
+from labkit.training.loss import supervised_loss
 from tests.conftest import make_small_llama
 
 
@@ -40,8 +40,10 @@ def loss_and_gradients(model, batch, logits):
 def chunks(monkeypatch):
     """Calls of the chunked loss, as numbers of rows."""
     seen = []
-    original = loss._ChunkedLoss.apply
-    monkeypatch.setattr(loss._ChunkedLoss, "apply", lambda h, w, t: seen.append(len(t)) or original(h, w, t))
+    original = chunked_loss._ChunkedLoss.apply
+    monkeypatch.setattr(
+        chunked_loss._ChunkedLoss, "apply", lambda h, w, t: seen.append(len(t)) or original(h, w, t)
+    )
     return seen
 
 

@@ -13,15 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from labkit import measure as measuring
-from labkit.activations import saved_tensors
-from labkit.counting import constants_bytes, shapes_of, state_tensors
-from labkit.ledger import COMPONENTS, Ledger, Row, size
 from labkit.lora.config import LoRAConfig
 from labkit.lora.count import trainable
 from labkit.lora.inject import add_lora
-from labkit.memory import PUBLISHED, Setup, block_of, crossover, known_models, measure, plan, simulate
-from labkit.models.shapes import config_of, meta_model
+from labkit.memory import subjects
+from labkit.memory.activations import saved_tensors
+from labkit.memory.counting import constants_bytes, shapes_of, state_tensors
+from labkit.memory.formulas import block_of, crossover, plan
+from labkit.memory.ledger import COMPONENTS, Ledger, Row, size
+from labkit.memory.measurement import measure
+from labkit.memory.resident import measure_resident
+from labkit.memory.setup import PUBLISHED, Setup
+from labkit.memory.simulation import simulate
+from labkit.models.shapes import config_of, known_models, meta_model
 from labkit.quant.tensor import quantize
 
 EXACT = ("weights", "constants", "lora", "gradients", "optimizer")
@@ -205,8 +209,8 @@ def tiny():
         key = json.dumps([method, checkpointing, batch, sequence, choices])
         if key not in made:
             setup = Setup(method=method, **(dict(dtype="fp32", rank=8) | choices))
-            model = measuring.real_model("tiny-llama", setup)
-            given = measuring.make_batch(model.config.vocab_size, batch, sequence, 0.5)
+            model = subjects.real_model("tiny-llama", setup)
+            given = subjects.make_batch(model.config.vocab_size, batch, sequence, 0.5)
             made[key] = measure(model, given, checkpointing=checkpointing)
         return made[key]
 
@@ -233,8 +237,8 @@ def test_plan_and_simulation_agree_with_the_measured_step(tiny, method, checkpoi
 
 def test_plan_agrees_with_a_measured_step_of_smollm2(method="qlora"):
     how = dict(dtype="fp32", rank=8, batch=1, sequence=64, supervised=0.5)
-    model = measuring.real_model("smollm2-135m", Setup(method=method, **how))
-    measured = measure(model, measuring.make_batch(model.config.vocab_size, 1, 64, 0.5))
+    model = subjects.real_model("smollm2-135m", Setup(method=method, **how))
+    measured = measure(model, subjects.make_batch(model.config.vocab_size, 1, 64, 0.5))
     planned = plan("smollm2-135m", method, device="cpu", **how)
     assert all(planned[name] == measured[name] for name in EXACT)
     assert close(planned["activations"], measured["activations"], 0.001)
@@ -246,9 +250,9 @@ def test_plan_knows_a_step_that_keeps_what_this_course_makes_again(monkeypatch, 
     how = dict(dtype="fp32", rank=8, batch=2, sequence=100, supervised=0.5)
     ours = plan("tiny-llama", method, device="cpu", **how)
     usual = plan("tiny-llama", method, device="cpu", recompute_act=False, **how)
-    monkeypatch.setattr("labkit.loss.recompute_activations", lambda model: nullcontext())
-    model = measuring.real_model("tiny-llama", Setup(method=method, **how))
-    measured = measure(model, measuring.make_batch(model.config.vocab_size, 2, 100, 0.5))
+    monkeypatch.setattr("labkit.training.loss.recompute_activations", lambda model: nullcontext())
+    model = subjects.real_model("tiny-llama", Setup(method=method, **how))
+    measured = measure(model, subjects.make_batch(model.config.vocab_size, 2, 100, 0.5))
     assert abs(usual["activations/mlp"] - measured["activations/mlp"]) <= 16
     assert close(usual.peak, measured.peak, 0.01)
     config = model.config
@@ -296,8 +300,8 @@ def test_a_model_whose_blocks_are_not_modelled_gets_a_note():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_70b_step_is_planned_and_its_blocks_simulated_in_little_memory():
     code = """
-from labkit.measure import status
-from labkit.memory import plan, simulate
+from labkit.memory.resident import status
+from labkit.memory.formulas import plan, simulate
 from labkit.models.shapes import config_of
 how = dict(checkpointing=True, sequence=1024)
 whole = plan("llama-3-70b", "qlora", **how).peak
@@ -314,7 +318,7 @@ print(whole, plan(config, "qlora", **how).peak, simulate(config, "qlora", **how)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_operating_system_sees_what_the_allocator_says():
-    seen = measuring.resident("tiny-llama", "lora", dtype="fp32", batch=4, sequence=512, supervised=0.5)
+    seen = measure_resident("tiny-llama", "lora", dtype="fp32", batch=4, sequence=512, supervised=0.5)
     assert close(seen["step"], seen["allocated"], 0.10)
     planned = plan("tiny-llama", "lora", dtype="fp32", device="cpu", batch=4, sequence=512, supervised=0.5)
     assert close(planned.peak - planned.static, seen["allocated"], 0.05)
@@ -322,10 +326,10 @@ def test_the_operating_system_sees_what_the_allocator_says():
 
 def test_measuring_leaves_the_model_as_it_was():
     setup = Setup(method="qlora", dtype="fp32", rank=4)
-    model = measuring.real_model("tiny-llama", setup).eval()
+    model = subjects.real_model("tiny-llama", setup).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
-    ledger = measure(model, measuring.make_batch(model.config.vocab_size, 1, 16), checkpointing=True)
+    ledger = measure(model, subjects.make_batch(model.config.vocab_size, 1, 16), checkpointing=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not model.training and not model.is_gradient_checkpointing
@@ -463,8 +467,8 @@ def test_a_simulation_refuses_what_the_courses_step_does_not_have():
 
 
 def test_measure_refuses_what_it_cannot_measure():
-    model = measuring.real_model("tiny-llama", Setup(method="lora", dtype="fp32", rank=2))
-    batch = measuring.make_batch(model.config.vocab_size, 1, 8)
+    model = subjects.real_model("tiny-llama", Setup(method="lora", dtype="fp32", rank=2))
+    batch = subjects.make_batch(model.config.vocab_size, 1, 8)
     with pytest.raises(ValueError, match="optimizer='lion' is not known"):
         measure(model, batch, optimizer="lion")
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import labkit
-from labkit import page_store
-from labkit.adam import AdamW, AdamW8bit
-from labkit.page_table import PageTable
-from labkit.paging import PagedAdamW, attach_paging, detach_paging
+from labkit.optim import page_store
+from labkit.optim.adamw import AdamW, AdamW8bit
+from labkit.optim.page_table import PageTable
+from labkit.optim.paging import PagedAdamW, attach_paging, detach_paging
 
 SHAPES = ((64, 128), (200, 100), (128,), (300, 64), (5000,), (3,), (60, 40))
 T = torch.optim
@@ -211,7 +211,7 @@ def test_the_tensors_alive_during_every_update_stay_under_the_budget(store):
 
 RESIDENT = """
     import re, sys, torch
-    from labkit.paging import attach_paging
+    from labkit.optim.paging import attach_paging
     budget, store = int(sys.argv[1]), sys.argv[2]
     def status(key):
         return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
@@ -502,8 +502,8 @@ def limited(budget_of_file, store, body):
     """Run `body` in a process that may not write files larger than that."""
     script = f"""
         import resource, sys, torch
-        from labkit.paging import attach_paging
-        from labkit.adam import AdamW
+        from labkit.optim.paging import attach_paging
+        from labkit.optim.adamw import AdamW
         resource.setrlimit(resource.RLIMIT_FSIZE, ({budget_of_file}, {budget_of_file}))
         parameters = [torch.nn.Parameter(torch.ones(10_000)) for _ in range(10)]
         optimizer = AdamW(parameters)
@@ -588,8 +588,8 @@ def test_a_read_that_fails_leaves_the_state_in_the_store(store, monkeypatch):
 
 KILLED = """
     import os, signal, sys, torch
-    from labkit.adam import AdamW
-    from labkit.paging import attach_paging
+    from labkit.optim.adamw import AdamW
+    from labkit.optim.paging import attach_paging
     store, checkpoint, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(50, 60)) for _ in range(8)]
@@ -818,7 +818,9 @@ def test_paged_adamw_is_adamw(store):
 def test_a_training_run_with_a_budget_has_the_losses_of_one_without_and_resumes(
     optimizer, records, tokenizer, tmp_path, monkeypatch
 ):
-    from labkit import LoRAConfig, TrainConfig, add_lora, checkpoint, train
+    from labkit import LoRAConfig, TrainConfig, add_lora
+    from labkit.training import checkpoint
+    from labkit.training import loop as train
     from tests.conftest import make_small_llama
 
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))

@@ -16,7 +16,7 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labkit.bnb_format import from_bitsandbytes, to_bitsandbytes
+from labkit.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from labkit.quant import kernels
 from labkit.quant.blockwise import lookup_blocks, pack, unpack
 from labkit.quant.codebooks import codebook as levels_of

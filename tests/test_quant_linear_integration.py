@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from labkit.data.batches import Batch
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
-from labkit.loss import supervised_loss
 from labkit.models.surgery import is_output_layer, replace_module
 from labkit.quant import kernels, scratch
 from labkit.quant import linear as quant_linear
 from labkit.quant.kernels import cpu
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model, quantize_model
+from labkit.training.loss import supervised_loss
 from tests.conftest import make_small_llama
 
 IDS = torch.arange(40).view(2, 20)

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from labkit import recompute
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
-from labkit.recompute import recompute_activations
+from labkit.training import recompute
+from labkit.training.recompute import recompute_activations
 from tests.conftest import make_small_llama
 from tests.test_loss import adapted
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from labkit import runs
 from labkit.lora.count import trainable
 from labkit.quant.linear import QuantLinear
-from labkit.runs import RunConfig
+from labkit.sweeps import fitting, runs, tasks
+from labkit.sweeps.config import RunConfig
 
 D, LINEARS = 256, 2_949_120  # tiny-llama's width, and the weights of its linear layers
 
@@ -30,7 +30,7 @@ D, LINEARS = 256, 2_949_120  # tiny-llama's width, and the weights of its linear
     ids=str,
 )
 def test_each_method_trains_what_it_says(settings, parameters):
-    model, _ = runs.prepare(RunConfig(**settings))
+    model, _ = fitting.prepare(RunConfig(**settings))
     assert trainable(model).trainable == parameters
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
     assert quantized == (LINEARS if settings["method"] == "qlora" else 0)
@@ -52,11 +52,11 @@ def test_training_lowers_the_loss_on_the_new_domain():
 
 def test_sql_is_judged_by_execution(monkeypatch):
     def gold_from_prompt(model, tokenizer, prompts, *_, **__):
-        by_question = {item["question"]: item["query"] for item in runs.sql.questions("test")}
+        by_question = {item["question"]: item["query"] for item in tasks.sql.load_questions("test")}
         answers = [by_question[prompt.strip().splitlines()[-1]] for prompt in prompts]
         return ["SELECT nothing", *answers[1:]]
 
-    monkeypatch.setattr(runs, "generate", gold_from_prompt)
+    monkeypatch.setattr(tasks, "generate", gold_from_prompt)
     metrics = runs.run(RunConfig(task="sql", method="none")).metrics
     assert metrics["execution"] == metrics["exact_match"] == 199 / 200
 
@@ -92,4 +92,4 @@ def test_the_hash_covers_what_decides_the_numbers_and_nothing_else():
     assert base == runs.data_hash(RunConfig(task="facts", examples=8, r=2, lr=1e-2))
     assert runs.data_hash(RunConfig()) == runs.data_hash(RunConfig(seed=1))
     assert runs.data_hash(RunConfig()) != runs.data_hash(RunConfig(model="smollm2-135m"))
-    assert len({runs.data_hash(RunConfig(task=task, examples=8)) for task in runs.TASKS}) == len(runs.TASKS)
+    assert len({runs.data_hash(RunConfig(task=task, examples=8)) for task in tasks.TASKS}) == len(tasks.TASKS)

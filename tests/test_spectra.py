@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from labkit import spectra, subspace, updates
+from labkit.analysis import spectra, subspace, updates
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.merging import merge

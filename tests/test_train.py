@@ -16,9 +16,11 @@ from labkit.data.batches import collate
 from labkit.data.encoding import encode_all
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora, lora_layers
-from labkit.loss import supervised_loss
 from labkit.quant.model import quantize_model
-from labkit.train import TrainConfig, TrainingDiverged, learning_rate, train
+from labkit.training.config import TrainConfig, learning_rate
+from labkit.training.history import TrainingDiverged
+from labkit.training.loop import train
+from labkit.training.loss import supervised_loss
 from tests.conftest import make_small_llama
 
 QUIET = {"progress": False, "batch_size": 2, "steps": 6, "lr": 1e-2}
@@ -225,7 +227,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, records, tokenizer):
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, records, tokenizer, monkeypatch):
-    from labkit import checkpoint
+    from labkit.training import checkpoint
 
     settings = QUIET | {"checkpoint_folder": tmp_path, "checkpoint_every": 3}
     train(adapted(), tokenizer, records, TrainConfig(**settings))
@@ -235,7 +237,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, records, tokenizer, m
     )
     parameters = {"p": torch.nn.Parameter(torch.ones(2))}
     optimizer = torch.optim.AdamW(parameters.values())
-    from labkit.train import History
+    from labkit.training.history import History
 
     with pytest.raises(OSError, match="No space left.*intact"):
         checkpoint.save(tmp_path, {}, 1, parameters, optimizer, History(), None)

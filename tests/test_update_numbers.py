@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from labkit import runs
-from labkit.runs import RunConfig
-from labkit.spectra import singular_values
-from labkit.update_numbers import KEPT, effect_numbers, spectral_numbers
+from labkit.analysis.spectra import singular_values
+from labkit.analysis.summary import KEPT, effect_numbers, spectral_numbers
+from labkit.sweeps import runs, tasks
+from labkit.sweeps.config import RunConfig
 
 SIZES = {"0": (24, 16), "1": (16, 24)}
 
@@ -108,8 +108,8 @@ def test_an_update_that_learned_nothing_has_no_effect_to_share():
 
 
 def test_a_run_of_the_task_spectra_records_numbers_with_their_controls(monkeypatch):
-    few = {split: runs.load_austen(split)[:8] for split in ("train", "validation")}
-    monkeypatch.setattr(runs, "load_austen", few.__getitem__)
+    few = {split: tasks.load_austen(split)[:8] for split in ("train", "validation")}
+    monkeypatch.setattr(tasks, "load_austen", few.__getitem__)
     metrics = runs.run(RunConfig(task="spectra", r=4, lr=1e-2, steps=4, batch_size=4)).metrics
     assert metrics["energy90"] <= 4 / 128 < metrics["energy90_control"]
     assert metrics["kept_4"] == pytest.approx(1, abs=1e-3)

@@ -47,8 +47,9 @@ from labkit.quant.linear import QuantLinear
 from labkit.quant.linears import dense_weight
 from labkit.quant.model import quantize_model
 from labkit.quant.tensor import quantize
-from labkit.runs import RunConfig
-from labkit.train import TrainConfig, train
+from labkit.sweeps.config import RunConfig
+from labkit.training.config import TrainConfig
+from labkit.training.loop import train
 from labkit.training.optimizer import parameter_groups
 from tests.conftest import make_small_llama
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
+from labkit.checks import check_choice
 from labkit.data.splits import read_jsonl, rows
 from labkit.paths import data_folder
 
@@ -67,8 +68,7 @@ def load_held_out(domain: str, limit_bytes: int | None = None) -> list[dict]:
         ValueError: another domain, or a limit below 1.
         FileNotFoundError: the data folder is not there.
     """
-    if domain not in HELD_OUT_DOMAINS:
-        raise ValueError(f"domain={domain!r} is not known; choose one of {HELD_OUT_DOMAINS}")
+    check_choice("domain", domain, HELD_OUT_DOMAINS)
     if limit_bytes is not None and limit_bytes < 1:
         raise ValueError(
             f"limit_bytes={limit_bytes} must be at least 1, or None for all of the domain's text"

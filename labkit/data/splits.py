@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from labkit.checks import check_choice
 from labkit.paths import data_folder
 
 SPLITS = ("train", "validation", "test")
@@ -10,8 +11,7 @@ SPLITS = ("train", "validation", "test")
 
 def rows(name: str, split: str) -> list[dict]:
     """The lines of data/`name`/`split`.jsonl."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not known; choose one of {SPLITS}")
+    check_choice("split", split, SPLITS)
     return read_jsonl(data_folder() / name / f"{split}.jsonl")
 
 

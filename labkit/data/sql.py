@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from labkit.checks import check_choice
 from labkit.data.splits import SPLITS
 from labkit.paths import data_folder
 
@@ -63,8 +64,7 @@ def load_questions(split: str) -> list[dict]:
         ValueError: another split.
         FileNotFoundError: the data folder is not there.
     """
-    if split not in SQL_SPLITS:
-        raise ValueError(f"split={split!r} is not known; choose one of {SQL_SPLITS}")
+    check_choice("split", split, SQL_SPLITS)
     return [json.loads(line) for line in read(f"{split}.jsonl").splitlines()]
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from IPython.display import display
 
+from labkit.checks import check_choice
+
 VERDICTS = ("confirmed", "refuted", "depends", "not testable here")
 MIME = "application/vnd.labkit.claim+json"
 
@@ -25,8 +27,7 @@ def claim(number: str, statement: str, verdict: str, evidence: str) -> None:
     Raises:
         ValueError: an unknown verdict, or no evidence.
     """
-    if verdict not in VERDICTS:
-        raise ValueError(f"verdict={verdict!r} is not known; choose one of {VERDICTS}")
+    check_choice("verdict", verdict, VERDICTS)
     if not evidence.strip():
         raise ValueError(f"claim {number} needs evidence: the numbers that settle it")
     data = {"claim": number, "statement": statement, "verdict": verdict, "evidence": evidence}

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from labkit.results import mean_interval, summary
+from labkit.sweeps.records import mean_interval, summarize
 
 # one colour a concept through the whole course; they also differ in brightness, for greyscale
 COLOURS = {
@@ -54,7 +54,7 @@ def loss_curve(history, title: str, axes: Axes | None = None, colour: str = COLO
     """Training loss of each step, its running mean, and the held-out loss with its values.
 
     Args:
-        history: a `labkit.train.History`.
+        history: a `labkit.training.history.History`.
         title: what the figure shows.
         axes: draw here; default: a new figure.
     """
@@ -147,7 +147,7 @@ def seed_curve(
     """A sweep along `x` on a logarithmic axis: every seed as a dot, the means joined, the 95 % interval as a band.
 
     Args:
-        frame: a row a run (`labkit.sweep.Results.to_frame`).
+        frame: a row a run (`labkit.sweeps.records.Results.to_frame`).
         x, y: its columns: the setting that varies, and the metric.
         label: written beside the last point.
         base: of the logarithm; 2 for ranks.
@@ -155,7 +155,7 @@ def seed_curve(
     Returns:
         What was drawn: mean, half-width of the interval and n for each value of `x`.
     """
-    table = summary(frame.sort_values(x), x, y)
+    table = summarize(frame.sort_values(x), x, y)
     axes.set_xscale("log", base=base)
     axes.fill_between(
         table[x],

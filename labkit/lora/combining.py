@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from labkit.checks import check_choice
 from labkit.lora.adapters import adapter_configs, attach, check_new
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import Adapter
@@ -33,8 +34,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
         ValueError: the name is taken or an adapter is not there, is not plain LoRA, trains modules in full, or (for "linear")
             has another rank than the others.
     """
-    if how not in COMBINATIONS:
-        raise ValueError(f"how={how!r} is not known; choose one of {COMBINATIONS}")
+    check_choice("how", how, COMBINATIONS)
     check_new(model, name)
     unknown = [n for n in weights if n not in adapter_configs(model)]
     if unknown or not weights:

@@ -1,6 +1,6 @@
 """What an adapter is to be: rank, scaling, places, variant and start, in one validated object.
 
-PEFT calls the same things r, lora_alpha, target_modules, use_rslora / use_dora and init_lora_weights; `labkit.adapter_io`
+PEFT calls the same things r, lora_alpha, target_modules, use_rslora / use_dora and init_lora_weights; `labkit.formats.adapters`
 translates. Values are checked when the config is made, so that a typing error costs no training run.
 """
 
@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+
+from labkit.checks import check_choice, is_whole
 
 VARIANTS = ("lora", "rslora", "dora", "rsdora")
 INITS = (
@@ -57,7 +59,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         for name, r in (("r", self.r), *self.rank_pattern.items()):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            if not is_whole(r):
                 raise ValueError(
                     f"{name}={r!r}: the rank must be a whole number of at least 1; 8 or 16 is a usual start"
                 )
@@ -68,8 +70,7 @@ class LoRAConfig:
                 )
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: a probability from 0 up to, not including, 1")
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant!r} is not known; choose one of {VARIANTS}")
+        check_choice("variant", self.variant, VARIANTS)
         allowed = "|".join(name.replace("[number]", r"[1-9]\d*") for name in INITS)
         if not re.fullmatch(allowed, self.init):
             raise ValueError(f"init={self.init!r} is not known; choose one of {INITS}")

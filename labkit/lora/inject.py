@@ -61,7 +61,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.
     if hasattr(model, "method_config"):
         raise ValueError(
             f"{type(model).__name__} is adapted by {type(model.method_config).__name__} already, which this would freeze; "
-            "call labkit.beyond_lora.remove(model) first, or load a fresh base model"
+            "call labkit.alternatives.methods.remove(model) first, or load a fresh base model"
         )
     adapter = make_adapter(model, config)  # may raise: before any change
     for parameter in model.parameters():

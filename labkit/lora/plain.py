@@ -1,6 +1,6 @@
 """A PiSSA or OLoRA adapter as plain LoRA of rank 2r on the base as it was: what any stack can load, serve and combine.
 
-    W - s B0 A0 + s B A  =  W + s [B, -B0] [A; A0]
+W - s B0 A0 + s B A  =  W + s [B, -B0] [A; A0]
 """
 
 import math

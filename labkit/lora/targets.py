@@ -1,19 +1,12 @@
 """Which layers of a model get an adapter: names and patterns on one side, the layers that they mean on the other.
 
-Three kinds of layer can have one, and all are linear maps W x with W of shape (out, in):
-
-    nn.Linear, QuantLinear, bitsandbytes' Linear4bit      W is stored as it is, or in four bits
-    Conv1D (GPT-2)                                        W is stored transposed, (in, out)
-    nn.Embedding                                          x is a one-hot row, so that W x picks a column; stored (in, out)
-
-Two layers are apart. The **output layer** makes the logits; it is adapted only when it is named. And where its weight is the
+Every kind of linear layer can have one: see `labkit.quant.linears`. Two layers are apart. The **output layer** makes the logits; it is adapted only when it is named. And where its weight is the
 embedding's (**tied** embeddings, as in most small models), neither is: an adapter on one leaves the other as it is, and
 merging it would change both. `untie_embeddings` makes two weights of the one.
 
 Agrees with: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`, but a target that matches nothing is an error here.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +14,7 @@ from torch import nn
 
 from labkit.models.surgery import ends_with, inside, is_output_layer, tied_partner, weight_holders
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import is_linear
+from labkit.quant.linears import is_linear, no_match_message
 
 PRESETS = {"all-linear": r".*", "attention": r".*(attn|attention).*", "mlp": r".*(mlp|ffn|feed_forward).*"}
 
@@ -49,7 +42,7 @@ def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Seq
         matches = [n for n in modules if any(ends_with(n, w) for w in wanted)]
         unmatched = [w for w in wanted if not any(ends_with(n, w) for n in modules)]
         if unmatched:
-            raise ValueError(no_match_message(model, unmatched, linears))
+            raise ValueError(no_match_message(f"targets={unmatched}", unmatched[0], model, linears, PRESETS))
     holders = weight_holders(model)
     for name in matches:
         check_adaptable(model, name, holders)
@@ -64,7 +57,7 @@ def matching_pattern(model: nn.Module, targets: str, linears: dict[str, nn.Modul
         raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
     matches = [name for name in linears if pattern.fullmatch(name)]
     if not matches:
-        raise ValueError(no_match_message(model, [targets], linears))
+        raise ValueError(no_match_message(f"targets={[targets]}", targets, model, linears, PRESETS))
     output = [n for n, m in model.named_modules() if is_output_layer(model, m)]
     if targets not in PRESETS and any(pattern.fullmatch(name) for name in output):
         raise ValueError(
@@ -117,13 +110,3 @@ def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[s
             raise ValueError(f"modules_to_save={part!r} matches no module of {type(model).__name__}")
         found += names
     return found
-
-
-def no_match_message(model: nn.Module, unmatched: list[str], linears: dict[str, nn.Module]) -> str:
-    last_parts = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-    near = difflib.get_close_matches(str(unmatched[0]), [*last_parts, *PRESETS], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return (
-        f"targets={unmatched} matches no linear layer of {type(model).__name__}{hint} "
-        f"Its linear layers are named: {', '.join(last_parts) or 'none at all'}"
-    )

@@ -6,13 +6,13 @@ to Q4_1 by whoever made the file: do not judge quantizers by it.
 `tiny-llama` (4.0 M parameters, never quantized) was pretrained for this course and lies in `data/tiny-llama`.
 """
 
-import difflib
 import gc
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from labkit.checks import nearest
 from labkit.hardware import compute_dtype
 from labkit.models.fetching import SOURCES, ModelUnavailable, fetch
 from labkit.paths import data_folder
@@ -93,10 +93,8 @@ def elsewhere(name: str) -> str:
     if name.count("/") == 1 and all(part.strip(".") for part in name.split("/")):
         return name
     known = (*SOURCES, *SHIPPED)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise ModelUnavailable(
-        f"{name!r} is not a known model; {hint}Known names: {', '.join(known)}. Also possible: a local folder that "
+        f"{name!r} is not a known model; {nearest(name, known)} Known names: {', '.join(known)}. Also possible: a local folder that "
         "exists, or a hub id such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
     )
 

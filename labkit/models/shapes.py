@@ -7,13 +7,13 @@ The configs under `data/configs` are those of the models' own `config.json`, cut
 parameter totals were held against the published ones.
 """
 
-import difflib
 import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from labkit.checks import check_choice, nearest
 from labkit.paths import data_folder
 
 ATTENTION = ("sdpa", "eager")
@@ -63,10 +63,8 @@ def config_of(model):
         folder = data_folder()
         path = folder / name / "config.json" if name == "tiny-llama" else folder / "configs" / f"{name}.json"
     if not path.is_file():
-        near = difflib.get_close_matches(name, known_models(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"{str(model)!r} is not a known config; {hint}Known: {', '.join(known_models())}. Also possible: a folder "
+            f"{str(model)!r} is not a known config; {nearest(name, known_models())} Known: {', '.join(known_models())}. Also possible: a folder "
             "with a config.json, or AutoConfig.from_pretrained(…) of any model on the hub"
         )
     try:
@@ -97,8 +95,7 @@ def meta_model(config, attention: str = "sdpa", dtype: torch.dtype = torch.float
 
     from transformers import AutoModelForCausalLM
 
-    if attention not in ATTENTION:
-        raise ValueError(f"attention={attention!r} is not known; choose one of {ATTENTION}")
+    check_choice("attention", attention, ATTENTION)
     attention = attention_of(config, attention)
     config = copy.deepcopy(config)
     try:

@@ -5,8 +5,11 @@ Conv1D (GPT-2)                                        W is stored transposed, (i
 nn.Embedding                                          x is a one-hot row, so that W x picks a column; stored (in, out)
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
+from labkit.checks import nearest
 from labkit.quant.linear import QuantLinear
 
 
@@ -52,3 +55,23 @@ def dense_weight(module: nn.Module) -> Tensor:
         )
     weight = module.weight.detach()
     return weight.T if is_transposed(module) else weight
+
+
+def no_match_message(
+    given: str, name: str, model: nn.Module, linears: Iterable[str], besides: Iterable[str] = ()
+) -> str:
+    """What to say of a name that means no linear layer: the nearest one, and all there are.
+
+    Args:
+        given: the setting, as the message shows it.
+        name: the name in it.
+        model: in which it was sought.
+        linears: full names of its linear layers.
+        besides: other names that would have been understood.
+    """
+    last_parts = list(dict.fromkeys(full.rpartition(".")[2] for full in linears))
+    hint = nearest(name, [*last_parts, *besides])
+    return (
+        f"{given} matches no linear layer of {type(model).__name__}{f'; {hint}' if hint else '.'} "
+        f"Its linear layers are named: {', '.join(last_parts) or 'none at all'}"
+    )

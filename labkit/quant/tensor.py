@@ -11,6 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from labkit.checks import check_choice
 from labkit.quant import kernels
 from labkit.quant.blockwise import (
     NESTED_BLOCKSIZE,
@@ -198,8 +199,7 @@ def quantize(
     (torch.Size([2048, 1]), 4.141)
     """
     check_quantizable(weight, blocksize)
-    if scale_rounding not in SCALE_ROUNDINGS:
-        raise ValueError(f"scale_rounding={scale_rounding!r} is not known; choose one of {SCALE_ROUNDINGS}")
+    check_choice("scale_rounding", scale_rounding, SCALE_ROUNDINGS)
     levels = levels_of(codebook)
     if len(levels) != 16:
         raise ValueError(
@@ -244,8 +244,7 @@ def quantize_scales(absmax: Tensor, rounding: str = "nearest") -> NestedScales:
     Raises:
         ValueError: `rounding` is not one of `SCALE_ROUNDINGS`.
     """
-    if rounding not in SCALE_ROUNDINGS:
-        raise ValueError(f"scale_rounding={rounding!r} is not known; choose one of {SCALE_ROUNDINGS}")
+    check_choice("scale_rounding", rounding, SCALE_ROUNDINGS)
     offset = absmax.mean()
     if rounding == "lookup":
         codes, nested = lookup_blocks(absmax - offset)

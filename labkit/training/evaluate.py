@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from labkit.data.batches import collate
 from labkit.data.encoding import Encoded, encode_all
-from labkit.loss import supervised_loss
+from labkit.training.loss import supervised_loss
 
 
 def held_out_loss(
@@ -69,7 +69,7 @@ def generate(
     """
     device = next(model.parameters()).device
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    virtual = getattr(model, "virtual_tokens", None)  # see labkit.prompts
+    virtual = getattr(model, "virtual_tokens", None)  # see labkit.alternatives.prompts
     taken = virtual.length if virtual is not None and virtual.enabled else 0
     room = getattr(model.config, "max_position_embeddings", math.inf) - max_new_tokens - taken
     for i, one in enumerate(ids):

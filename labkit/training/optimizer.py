@@ -6,7 +6,11 @@ Source of LoRA+: Hayou et al. 2024, section 4.
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import nn
+
+from labkit.optim.adamw import AdamW8bit
+from labkit.optim.paging import attach_paging
 
 
 def parameter_groups(model: nn.Module, lr: float, ratio: float = 1.0) -> list[Mapping]:
@@ -33,3 +37,28 @@ def parameter_groups(model: nn.Module, lr: float, ratio: float = 1.0) -> list[Ma
         for factor, params in split.items()
         if params
     ]
+
+
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+def make_optimizer(
+    name: str, parameters: list, state_budget_bytes: int | None, **adam
+) -> torch.optim.Optimizer:
+    """The optimizer of a training run, paged if there is a budget.
+
+    Args:
+        name: one of `OPTIMIZERS`; "adamw" is PyTorch's fused one, a single pass over an adapter's several hundred small tensors
+            instead of a dozen over each.
+        parameters: what trains, or groups of it.
+        state_budget_bytes: see `attach_paging`; None for no paging.
+        adam: lr (unless the groups have one), betas, eps, weight_decay.
+    """
+    optimizer = (
+        AdamW8bit(parameters, **adam)
+        if name == "adamw8bit"
+        else torch.optim.AdamW(parameters, **adam, fused=True)
+    )
+    if state_budget_bytes is not None:
+        attach_paging(optimizer, state_budget_bytes)
+    return optimizer

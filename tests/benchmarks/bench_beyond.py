@@ -3,7 +3,7 @@
 Every method sits on the same base, whose weights all of them share, and takes turns with the others in one run, so that a busy
 machine slows all of them. Two things are timed: reading, one forward pass over (batch, tokens) as in the paper, and writing, `generate`
 from a short prompt. Medians, and the median of the ratios to the base *of the same round*, are printed, beside the exact counts
-of `labkit.beyond_lora.cost`. "again" is the base a second time: what it differs by is noise.
+of `labkit.alternatives.cost.cost`. "again" is the base a second time: what it differs by is noise.
 
     python tests/benchmarks/bench_beyond.py [--model smollm2-135m] [--rounds 5] [--only read|write] [--tokens 32]
 """
@@ -16,18 +16,11 @@ import time
 import torch
 
 from labkit import models
-from labkit.beyond_lora import (
-    BottleneckConfig,
-    PrefixConfig,
-    PromptConfig,
-    add_bottleneck,
-    add_ia3,
-    add_prefix,
-    add_prompt,
-    cost,
-    merge_ia3,
-    prefill_flops,
-)
+from labkit.alternatives.bottleneck import BottleneckConfig, add_bottleneck
+from labkit.alternatives.cost import cost, prefill_flops
+from labkit.alternatives.ia3 import add_ia3, merge_ia3
+from labkit.alternatives.prefixes import PrefixConfig, add_prefix
+from labkit.alternatives.prompts import PromptConfig, add_prompt
 from labkit.lora.config import LoRAConfig
 from labkit.lora.count import trainable
 from labkit.lora.inject import add_lora

@@ -20,8 +20,8 @@ from labkit import models
 from labkit.data.batches import Batch
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
-from labkit.loss import supervised_loss
-from labkit.paging import attach_paging
+from labkit.optim.paging import attach_paging
+from labkit.training.loss import supervised_loss
 
 BATCH, TOKENS, SUPERVISED, RANK = 8, 80, 40, 16
 SHARES = (None, 1.0, 0.5, 0.25, 0.1)

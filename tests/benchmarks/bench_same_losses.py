@@ -17,7 +17,8 @@ from labkit.data.tickets import load_tickets, ticket_chat
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.quant.model import quantize_model
-from labkit.train import TrainConfig, train
+from labkit.training.config import TrainConfig
+from labkit.training.loop import train
 
 
 def main() -> None:

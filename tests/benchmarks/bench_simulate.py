@@ -6,8 +6,10 @@ python tests/benchmarks/bench_simulate.py [llama-3-70b] [--sequence 1024]
 import argparse
 import time
 
-from labkit.measure import status
-from labkit.memory import plan, simulate, size
+from labkit.memory.formulas import plan
+from labkit.memory.ledger import size
+from labkit.memory.resident import status
+from labkit.memory.simulation import simulate
 
 
 def main() -> None:

@@ -34,9 +34,9 @@ from labkit.data.batches import Batch
 from labkit.hardware import product_dtype
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
-from labkit.loss import supervised_loss
 from labkit.models.surgery import is_output_layer, replace_module
 from labkit.quant.model import quantize_model
+from labkit.training.loss import supervised_loss
 
 BATCH, TOKENS, SUPERVISED, RANK = 8, 80, 40, 16
 

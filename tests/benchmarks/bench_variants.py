@@ -32,7 +32,7 @@ from labkit.data.batches import Batch
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.lora.qlora import add_qlora
-from labkit.loss import supervised_loss
+from labkit.training.loss import supervised_loss
 
 BOUNDS = {  # what the course promises, relative to PEFT
     "LoRA, labkit, all logits": 1.0,

@@ -9,16 +9,17 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from torch import nn
 
-from labkit.anatomy import decoder, sizes
-from labkit.beyond_lora import SIZED, Cost, add_ia3, cost, remove
-from labkit.bottleneck import Bottleneck
-from labkit.ia3 import IA3Linear
+from labkit.alternatives.bottleneck import Bottleneck
+from labkit.alternatives.cost import Cost, cost
+from labkit.alternatives.ia3 import IA3Linear, add_ia3
+from labkit.alternatives.methods import SIZED, remove
+from labkit.alternatives.prompts import SoftPrompt
+from labkit.alternatives.sublayers import decoder, sizes
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora.layer import LoRALinear
 from labkit.models.shapes import config_of, meta_model
-from labkit.prompts import SoftPrompt
 from labkit.quant.linears import is_linear, widths
 
 # colours of the methods; they differ in brightness too

@@ -1,6 +1,6 @@
 """The bill of a training step against the memory of common cards: model × method × rank × context × batch × optimizer.
 
-A bar is what a `Ledger` of `labkit.memory` holds at its peak, component by component, so its length is what the card has to hold.
+A bar is what a `Ledger` of `labkit.memory.formulas` holds at its peak, component by component, so its length is what the card has to hold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,10 @@ from labkit.lab.explore.memory import CARDS
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.ledger import Ledger
-from labkit.memory import OPTIMIZERS, known_models, plan
+from labkit.memory.formulas import plan
+from labkit.memory.ledger import Ledger
+from labkit.memory.setup import OPTIMIZERS
+from labkit.models.shapes import known_models
 
 LOOK = {  # colour, and a hatch for greyscale
     "weights": (COLOURS["base"], ""),
@@ -126,7 +128,7 @@ def bill_explorer(model: str = "llama-2-7b") -> None:
     """Choose a model, a method and the sizes of a step: the bar of its peak, and which cards it fits.
 
     Args:
-        model: the one it starts with, of `labkit.memory.known_models()`.
+        model: the one it starts with, of `labkit.memory.formulas.known_models()`.
 
     Raises:
         ValueError: an unknown model.

@@ -6,8 +6,8 @@ from matplotlib import pyplot as plt
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.memory import known_models, plan
-from labkit.models.shapes import config_of
+from labkit.memory.formulas import plan
+from labkit.models.shapes import config_of, known_models
 
 SEQUENCES = (128, 256, 512, 1024, 2048, 4096, 8192)
 PARTS = {  # what is drawn as one: (components or kinds of a ledger, colour, hatch)

@@ -9,12 +9,12 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from labkit.adam import AdamW, AdamW8bit
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.page_table import POLICIES, Event, PageTable
-from labkit.paging import attach_paging
+from labkit.optim.adamw import AdamW, AdamW8bit
+from labkit.optim.page_table import POLICIES, Event, PageTable
+from labkit.optim.paging import attach_paging
 
 OPTIMIZERS: dict[str, Callable] = {
     "AdamW": lambda p: AdamW(p, lr=1e-4),

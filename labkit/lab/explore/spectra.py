@@ -6,10 +6,18 @@ import torch
 from IPython.display import display
 from matplotlib import pyplot as plt
 
+from labkit.analysis.spectra import (
+    Matrix,
+    effective_rank,
+    energy_rank,
+    gaussian_like,
+    singular_values,
+    svd,
+    truncate,
+)
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
-from labkit.spectra import Matrix, effective_rank, energy_rank, gaussian_like, singular_values, svd, truncate
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 

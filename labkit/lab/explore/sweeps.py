@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from labkit.lab.explore.panel import panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish, seed_curve, seed_dots
-from labkit.sweep import summary
+from labkit.sweeps.records import summarize
 
 AXES = {"rank": "r", "learning rate": "lr", "alpha": "alpha", "targets": "targets"}
 BEST = "each its best, on validation"
@@ -24,7 +24,7 @@ class Sweep:
     """A task for `sweep_explorer`.
 
     Args:
-        frame: a row a run (`labkit.sweep.Results.to_frame`), of adapters only.
+        frame: a row a run (`labkit.sweeps.records.Results.to_frame`), of adapters only.
         reference: {setting: value} of the run that the axes go through; the settings that an axis does not vary have
             these values. Settings left out may have any.
         metrics: columns of `frame` that can be looked at, with their units.
@@ -143,7 +143,7 @@ def sweep_explorer(
 
 def write_rates(frame: pd.DataFrame, column: str, metric: str, axes: Axes) -> None:
     """The learning rate of each point, under it: half of what a point says."""
-    table = summary(frame, column, metric)
+    table = summarize(frame, column, metric)
     for value, mean, half in zip(table[column], table["mean"], table["half"]):
         rate = frame.loc[frame[column] == value, "lr"].iloc[0]
         low = min(frame.loc[frame[column] == value, metric].min(), mean - (0 if math.isnan(half) else half))

@@ -1,0 +1,135 @@
+"""Bottleneck adapters: a small MLP of two layers in every sub-layer, trained while the rest is frozen.
+
+    serial (Houlsby)     y = f(x),   y + s (W_up a(W_down y + b_down) + b_up)       after the sub-layer f, before the residual sum
+    parallel (He)        f(x)      + s (W_up a(W_down x + b_down) + b_up)           beside f, from the same input
+
+W_down: (size, width), W_up: (width, size), size much smaller than width: 2 size width + width + size parameters each, twice in a block.
+The parallel form without the nonlinearity a, without biases and around one linear layer, *is* LoRA. The nonlinearity is what
+makes the difference at inference: LoRA's correction is a matrix and can be added to the weight; this one never can, and each token
+pays for it in every layer. The serial form pays most: its two small products must wait for f, and what waits costs time even
+where it costs few operations.
+
+`init="zero"` starts W_up at zero, so that the model before the first step is exactly the base model. Houlsby's own start
+("near-identity": both from N(0, 0.01^2), cut at two standard deviations) is only nearly that. Houlsby et al. also train the layer norms; here
+they stay frozen, and the adapters alone are counted.
+
+Sources: Houlsby et al. 2019, section 2.1 and figure 2; He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning",
+table 1 and section 4.2 (parallel, and the scale s).
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from labkit.alternatives.sublayers import check_bare, sizes, sublayers_of, train_dtype
+from labkit.checks import check_choice, check_positive, check_whole
+from labkit.models.surgery import replace_module
+
+FORMS = ("serial", "parallel")
+INITS = ("zero", "near-identity")
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    """What to add where.
+
+    Args:
+        size: width of the bottleneck, at least 1 and below the model's width.
+        form: "serial" or "parallel".
+        where: "attention", "mlp" or both. Houlsby takes both; He et al. find the parallel form best at the MLP.
+        activation: "relu", "gelu" or "silu".
+        scale: factor of the correction; 1 for Houlsby, 4 is usual for the parallel form.
+        init: "zero" or "near-identity".
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    size: int = 32
+    form: str = "serial"
+    where: tuple[str, ...] = ("attention", "mlp")
+    activation: str = "relu"
+    scale: float = 1.0
+    init: str = "zero"
+
+    def __post_init__(self):
+        check_whole("size", self.size, usual="16 to 64 is a usual width of the bottleneck")
+        check_positive("scale", self.scale)
+        if isinstance(self.where, str) or not self.where or set(self.where) - {"attention", "mlp"}:
+            raise ValueError(f"where={self.where!r}: give ('attention',), ('mlp',) or ('attention', 'mlp')")
+        allowed = {"form": FORMS, "activation": tuple(ACTIVATIONS), "init": INITS}
+        for name, values in allowed.items():
+            check_choice(name, getattr(self, name), values)
+
+
+class Bottleneck(nn.Module):
+    """A sub-layer with an adapter after it, or beside it.
+
+    Args:
+        base: attention or MLP of a block; (batch, time, width) to the same, or to a tuple that begins with it.
+        width: of the model.
+        config: see `BottleneckConfig`.
+        device, dtype: of the adapter.
+    """
+
+    def __init__(self, base: nn.Module, width: int, config: BottleneckConfig, device=None, dtype=None):
+        super().__init__()
+        if config.size >= width:
+            raise ValueError(
+                f"size={config.size} is no bottleneck in a model of width {width}; choose a smaller size"
+            )
+        self.base, self.config = base, config
+        self.down = nn.Linear(width, config.size, device=device, dtype=dtype)
+        self.up = nn.Linear(config.size, width, device=device, dtype=dtype)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+        if config.init == "zero":
+            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.up.weight)
+        else:
+            for layer in (self.down, self.up):
+                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+
+    def correction(self, h: Tensor) -> Tensor:
+        """`scale * (W_up a(W_down h + b) + b)`, (..., width) to the same."""
+        z = ACTIVATIONS[self.config.activation](self.down(h.to(self.down.weight.dtype)))  # (..., size)
+        return (self.config.scale * self.up(z)).to(h.dtype)
+
+    def forward(self, *args, **kwargs):
+        """What `base` returns, corrected."""
+        output = self.base(*args, **kwargs)
+        y = output[0] if isinstance(output, tuple) else output  # (batch, time, width)
+        if self.config.form == "serial":
+            y = y + self.correction(y)
+        else:
+            y = y + self.correction(args[0] if args else kwargs["hidden_states"])
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def add_bottleneck(model: nn.Module, config: BottleneckConfig) -> nn.Module:
+    """Freeze `model` and put an adapter in each sub-layer that `config.where` names; in place. Returns `model`.
+
+    Raises:
+        ValueError: the model has a method already, has no such sub-layers, or is not wider than the bottleneck. Nothing is changed then.
+    """
+    check_bare(model, "a bottleneck adapter")
+    width = sizes(model).width
+    like = dict(device=model.get_input_embeddings().weight.device, dtype=train_dtype(model))
+    adapted = {
+        name: Bottleneck(module, width, config, **like).train(module.training)
+        for kind in config.where
+        for name, module in sublayers_of(model, kind).items()
+    }
+    model.requires_grad_(False)
+    for name, layer in adapted.items():
+        replace_module(model, name, layer)
+    model.method_config = config
+    return model
+
+
+def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
+    """The adapted sub-layers of `model`, by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Bottleneck)}

@@ -1,0 +1,26 @@
+"""Where the bytes of a training step go: from formulas, from the code run without numbers, and measured, in the same rows."""
+
+from labkit.memory.formulas import crossover, plan
+from labkit.memory.ledger import Ledger, Row, Timeline, size
+from labkit.memory.measurement import measure
+from labkit.memory.resident import measure_resident
+from labkit.memory.setup import METHODS, PUBLISHED, Setup
+from labkit.memory.simulation import simulate
+from labkit.memory.subjects import make_batch, real_model
+
+__all__ = [
+    "METHODS",
+    "PUBLISHED",
+    "Ledger",
+    "Row",
+    "Setup",
+    "Timeline",
+    "crossover",
+    "make_batch",
+    "measure",
+    "measure_resident",
+    "plan",
+    "real_model",
+    "simulate",
+    "size",
+]

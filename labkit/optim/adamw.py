@@ -1,0 +1,204 @@
+"""AdamW, and AdamW with its two moments in 8 bits: what an optimizer keeps for every parameter, and how to keep less.
+
+For a gradient g, every step,
+
+    m ← β₁ m + (1 - β₁) g            exp_avg: the mean gradient
+    v ← β₂ v + (1 - β₂) g²           exp_avg_sq: the mean square
+    w ← w - lr λ w                   weight decay, apart from the gradient ("W")
+    w ← w - lr m̂ / (√v̂ + ε),         m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)
+
+m and v are as large as the parameter: in fp32 eight bytes for each of its numbers. `AdamW8bit` stores them in blocks of
+256, one byte a number and one fp32 scale a block: 2.03 bytes. Every step dequantizes a piece, updates it in fp32, and
+quantizes it again. The codebook is `dynamic8`, since moments span many powers of ten within a tensor; v is never
+negative, so that its map has no sign and twice the levels.
+
+Why the same operations in the same order as PyTorch: `lerp` rounds differently from a product and a sum, and so does every other
+way to write these lines. Why small tensors stay in fp32: biases and norms have large steps and next to no bytes. Why in
+pieces of a million numbers: else the fp32 copies of both moments would be, for a moment, what 8 bits have saved.
+
+Source: Adam (Kingma & Ba 2015); decoupled weight decay (Loshchilov & Hutter 2017); 8-bit Optimizers (Dettmers et al.
+2021), section 2.
+Agrees, bit for bit, with: `torch.optim.AdamW(foreach=False, fused=False)`. `AdamW8bit` agrees with bitsandbytes' on a CPU:
+bit for bit in the update of w; its 8-bit codes are the nearest, where bitsandbytes looks them up in 65,536 bins (see
+`labkit.quant.blockwise.lookup_blocks`). Its CUDA kernel rounds to nearest, but never lets a code change the sign of m.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from labkit.checks import check_whole
+from labkit.quant import kernels
+from labkit.quant.blockwise import dequantize_blocks, quantize_blocks
+from labkit.quant.codebooks import dynamic8
+
+BLOCKSIZE = 256
+MIN_8BIT_SIZE = 4096  # numbers; a smaller tensor keeps its state in fp32, as in bitsandbytes
+PIECE = 1 << 20  # numbers updated at a time; a multiple of the block size
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with fp32 state (the state of a half-precision parameter is in its own dtype, as in PyTorch).
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root, so that a parameter that never had a gradient is not divided by zero.
+        weight_decay: share of the weight that a step of size lr takes off.
+
+    Raises:
+        ValueError: a value out of its range; with `step`, a sparse or complex gradient.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0 or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} must be a number of at least 0")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas!r} must be two numbers from 0 up to, not including, 1")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient; returns what `closure`, if given, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse or p.grad.is_complex():
+                    kind = "sparse" if p.grad.is_sparse else "complex"
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} has a {kind} gradient; AdamW needs a dense, real one. "
+                        "(nn.Embedding(sparse=True) makes sparse ones: leave it out.)"
+                    )
+                state = self.state[p]
+                if not state:
+                    self.init_state(p, state)
+                state["step"] += 1
+                self.update(p, p.grad, state, group)
+        return loss
+
+    def init_state(self, p: Tensor, state: dict) -> None:
+        """Zero moments, of the parameter's shape and dtype, and a step count."""
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        """One step of one parameter, in place."""
+        adam(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"].item(), group)
+
+
+def adam(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: float, group: dict) -> None:
+    """The four lines of the module's head, in place; all tensors of one shape."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    if group["weight_decay"]:
+        p.mul_(1 - lr * group["weight_decay"])
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5
+    p.addcdiv_(exp_avg, root.add_(group["eps"]), value=-lr / (1 - beta1**step))
+
+
+class AdamW8bit(AdamW):
+    """AdamW with both moments in 8 bits: 2.03 bytes of state for each number instead of 8.
+
+    State of a parameter of n numbers: `exp_avg` and `exp_avg_sq` (n,) uint8, `exp_avg_absmax` and `exp_avg_sq_absmax`
+    (ceil(n / 256),) fp32, and `step`. Below `min_8bit_size` the moments are fp32, of the parameter's shape.
+
+    Args:
+        params, lr, betas, eps, weight_decay: see `AdamW`.
+        min_8bit_size: numbers from which on a parameter's state is in 8 bits.
+    """
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, min_8bit_size=MIN_8BIT_SIZE
+    ):
+        check_whole("min_8bit_size", min_8bit_size, at_least=0)
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self.min_8bit_size = min_8bit_size
+
+    def init_state(self, p: Tensor, state: dict) -> None:
+        state["step"] = torch.tensor(0.0)
+        if p.numel() < self.min_8bit_size:
+            state["exp_avg"] = torch.zeros(p.shape, device=p.device)
+            state["exp_avg_sq"] = torch.zeros(p.shape, device=p.device)
+            return
+        blocks = -(-p.numel() // BLOCKSIZE)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            # any code: the scale of zero makes a zero of it
+            state[moment] = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device)
+            state[f"{moment}_absmax"] = torch.zeros(blocks, device=p.device)
+
+    def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        step, whole, flat_grad = state["step"].item(), p.reshape(-1), grad.reshape(-1)  # views, if contiguous
+        for first in range(0, p.numel(), PIECE):
+            at = slice(first, first + PIECE)
+            blocks = slice(first // BLOCKSIZE, (first + PIECE) // BLOCKSIZE)
+            w, g = whole[at].float(), flat_grad[at].float()  # (PIECE,) fp32, or fewer
+            if "exp_avg_absmax" in state:
+                m, v = (self.read(state, name, at, blocks) for name in MAPS)
+            else:
+                m, v = state["exp_avg"].view(-1)[at], state["exp_avg_sq"].view(-1)[at]
+            # as bitsandbytes writes it, which rounds differently from `adam` in the last bit
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            if group["weight_decay"]:
+                w.mul_(1 - lr * group["weight_decay"])
+            root = v.sqrt() / math.sqrt(1 - beta2**step)
+            w.addcdiv_(m, root.add_(group["eps"]), value=-lr / (1 - beta1**step))
+            whole[at] = w
+            if "exp_avg_absmax" in state:
+                for name, moment in (("exp_avg", m), ("exp_avg_sq", v)):
+                    state[name][at], state[f"{name}_absmax"][blocks] = quantize_moment(moment, MAPS[name])
+        if not p.is_contiguous():
+            p.copy_(whole.view_as(p))
+
+    def read(self, state: dict, name: str, at: slice, blocks: slice) -> Tensor:
+        """A piece of a moment in fp32."""
+        return dequantize_blocks(state[name][at], state[f"{name}_absmax"][blocks], MAPS[name], BLOCKSIZE)
+
+    @torch.no_grad()
+    def moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """exp_avg and exp_avg_sq of a parameter in fp32, of its shape."""
+        state = self.state[p]
+        if "exp_avg_absmax" not in state:
+            return state["exp_avg"].clone(), state["exp_avg_sq"].clone()
+        everything = slice(None)
+        return tuple(self.read(state, name, everything, everything).view(p.shape) for name in MAPS)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """PyTorch's casts all state to the parameter's dtype, codes and scales too; these have dtypes of their own."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params):
+            if i in state_dict["state"]:
+                saved = state_dict["state"][i]
+                self.state[p] = {
+                    k: v.clone() if k == "step" else v.to(p.device, copy=True) for k, v in saved.items()
+                }
+
+
+MAPS = {"exp_avg": dynamic8(), "exp_avg_sq": dynamic8(signed=False)}
+
+
+def quantize_moment(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) fp32 to codes of `levels`, (n,) uint8, and one absmax for each 256 of them."""
+    if kernels.quantizes_scales(values):
+        return kernels.quantize_scales(values, levels)
+    return quantize_blocks(values, levels, BLOCKSIZE)

@@ -1,0 +1,237 @@
+"""Stepping any optimizer one parameter at a time, with its state in a `PageTable`: the loop of `labkit.optim.paging`.
+
+    for p in parameters:                      # instead of all at once
+        page_in(state[p])                     # others go out until all that is in fits the budget
+        p, state[p] = step(p, grad, state[p])
+
+The optimizer's own `step` runs, and is shown one group with one parameter. Whatever else it does (learning rates of groups,
+closures, hooks, loading a state) goes on as before.
+
+Why the sizes are known before the first step: a trial step over tensors without numbers (PyTorch's "meta" device) tells
+what a parameter's state will look like. A budget that is too small, or a disk that is too full, is then an error while
+nothing has changed.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from types import MethodType
+
+import torch
+from torch import Tensor
+
+from labkit.optim.page_table import Page, PageTable
+
+
+class Pager:
+    """The state of an optimizer under a budget. Made by `attach_paging`; a context manager that detaches at its end.
+
+    Attributes:
+        table: the `PageTable` with events, counts and bytes. It is also what `optimizer.state` is meanwhile.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, table: PageTable, prefetch: bool, fused: bool):
+        self.optimizer, self.table, self.prefetch, self.fused = optimizer, table, prefetch, fused
+        self.closed = False
+        self.after: dict[object, Page] = {}  # what came after a parameter the last time
+        self.group_of: dict[Tensor, int] = {}
+        self.in_backward: dict[Tensor, object] = {}  # hooks of parameters that are stepped there
+        self.stepped: set[Tensor] = set()  # in this backward pass
+        self.previous: Tensor | None = None
+        step = type(optimizer).step
+        # without the hooks around it, which are to run once a step and not once a parameter
+        self.plain_step = step.__wrapped__ if getattr(step, "hooked", False) else step
+        self.replaced = optimizer.__dict__.get("step")
+
+    def __enter__(self) -> "Pager":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # --- stepping
+
+    def step(self, closure=None):
+        """What `optimizer.step` is while this is attached."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.optimizer._opt_called = (
+            True  # a scheduler that was there first has wrapped the step, and looks for this
+        )
+        with_grad = [
+            p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        self.prepare(with_grad)
+        self.table.step += not self.stepped  # else the step began in backward
+        done = 0
+        try:
+            for p in with_grad:
+                self.step_one(p)
+                done += 1
+        except BaseException as error:
+            error.add_note(
+                f"{done + len(self.stepped)} parameters were updated in this step, and {len(with_grad) - done} were not; each "
+                "still has the state that belongs to it. To repeat the step exactly, load the last checkpoint"
+            )
+            raise
+        finally:
+            self.stepped.clear()
+        return loss
+
+    def prepare(self, parameters: Iterable[Tensor]) -> None:
+        """Refuse what cannot be stepped, and reserve room for what is new, before anything changes."""
+        for p in parameters:
+            if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
+                kind = "complex" if p.grad.is_complex() else "sparse"
+                raise ValueError(
+                    f"parameter {self.name(p)} of shape {tuple(p.shape)} has a {kind} gradient, which cannot be paged; make it "
+                    "dense and real (for nn.Embedding: sparse=False), or leave the parameter to an optimizer of its own"
+                )
+        if not self.stepped or any(p not in self.group_of for p in parameters):
+            self.group_of = {p: n for n, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
+        trials, new = {}, {}
+        for p in parameters:
+            if self.fused and p not in self.in_backward:
+                self.in_backward[p] = p.register_post_accumulate_grad_hook(self.step_in_backward)
+            if p not in self.table.pages:
+                kind = self.group_of[p], p.shape, p.stride(), p.dtype, p.device
+                if kind not in trials:
+                    trials[kind] = self.trial(p)
+                new[Page(p, self.name(p))] = dict(trials[kind])
+        self.table.plan(new)
+
+    def name(self, p: Tensor) -> str:
+        """As `optimizer.param_groups` has it, if it was made of named parameters; else its number."""
+        number = 0
+        for group in self.optimizer.param_groups:
+            for n, other in enumerate(group["params"]):
+                if other is p:
+                    return group["param_names"][n] if "param_names" in group else str(number)
+                number += 1
+        return "?"
+
+    def trial(self, p: Tensor) -> dict:
+        """The state that a parameter is going to have, from a step over a copy without numbers."""
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        group, name = groups[self.group_of[p]], self.name(p)
+        plain = {key: False for key in ("foreach", "fused") if key in group}  # these refuse meta tensors
+        # optimizers from elsewhere may keep what they saw, on the device where they saw it: they get numbers at once
+        known = type(self.optimizer).__module__.split(".")[0] in ("torch", "labkit")
+        try:
+            for device, changes in (("meta", plain), (p.device, {}))[not known :]:
+                copy = torch.empty_like(p, device="meta") if device == "meta" else p.detach().clone()
+                copy.requires_grad_().grad = torch.zeros_like(copy)
+                self.optimizer.state = defaultdict(dict)
+                self.optimizer.param_groups = [{**group, **changes, "params": [copy]}]
+                try:
+                    self.plain_step(self.optimizer)
+                    return self.optimizer.state[copy]
+                except Exception as error:  # it looks at numbers: then it gets some
+                    if not copy.is_meta:
+                        error.add_note(
+                            f"in a trial step over a copy of parameter {name}, to see what state it gets"
+                        )
+                        raise
+        finally:
+            self.optimizer.state, self.optimizer.param_groups = state, groups
+
+    def step_one(self, p: Tensor) -> None:
+        """The optimizer's own step, over one parameter."""
+        table, groups = self.table, self.optimizer.param_groups
+        group, page = groups[self.group_of[p]], table.pages[p]
+        table.touch(page)
+        last, table.current = table.current, page
+        alone = {**group, "params": [p]}
+        try:
+            if self.prefetch and p in self.after:
+                table.prefetch(self.after[p])
+            self.optimizer.param_groups = [alone]
+            self.plain_step(self.optimizer)
+            table.settle(page)
+            if not page.is_framed():  # new, in memory that the optimizer allocated
+                table.page_out(page)
+            table.tidy(page)
+        finally:
+            self.optimizer.param_groups, table.current = groups, last
+        if self.previous is not None:
+            self.after[self.previous] = page
+        self.previous = p
+        changed = [k for k in alone if k != "params" and alone[k] is not group.get(k)]
+        if changed:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} changes {changed} of its parameter groups in a step; stepping one parameter "
+                "at a time would do that once a parameter, so that it cannot be paged"
+            )
+
+    def step_in_backward(self, p: Tensor) -> None:
+        """Called when the gradient of `p` is complete: step, and free it."""
+        if self.closed or p.grad is None:
+            return
+        if p in self.stepped:
+            raise RuntimeError(
+                f"a second gradient of parameter {self.name(p)} before optimizer.step(): with fused_into_backward every backward "
+                "pass is a step, so that gradients cannot be accumulated over several. Attach without it, or call "
+                "optimizer.step() after each backward()"
+            )
+        self.prepare([p])
+        self.table.step += not self.stepped
+        self.stepped.add(p)
+        self.step_one(p)
+        p.grad = None
+
+    # --- coming and going
+
+    def install(self) -> None:
+        """Put the step, the state and the hooks in place."""
+        pager, optimizer = self, self.optimizer
+
+        def step(_, closure=None):
+            return pager.plain_step(optimizer, closure) if pager.closed else pager.step(closure)
+
+        step = torch.optim.Optimizer.profile_hook_step(step)  # with PyTorch's hooks around it
+        if self.replaced is not None:
+            step._wrapped_by_lr_sched = True
+        self.installed = MethodType(step, optimizer)
+        optimizer.step, optimizer.state, optimizer.pager = self.installed, self.table, self
+        self.loading = optimizer.register_load_state_dict_post_hook(self.take_loaded_state)
+
+    def take_loaded_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """PyTorch has put a plain dictionary of loaded state in place of the table: page it."""
+        loaded = optimizer.state
+        for page in list(self.table.pages.values()):
+            self.table.drop(page)
+        self.table.pages.clear()
+        try:
+            for p in list(loaded):
+                self.take(p, loaded[p])
+        except Exception as error:
+            self.close(keep_state=False)
+            optimizer.state = loaded
+            error.add_note("the state was loaded, into memory; paging is detached")
+            raise
+        optimizer.state = self.table
+
+    def take(self, p, state: dict) -> None:
+        self.table.page(p, self.name(p))
+        self.table[p] = state
+
+    def close(self, keep_state: bool = True) -> None:
+        """Detach: the optimizer is as it was, all its state in memory, and the store is gone.
+
+        Args:
+            keep_state: False drops the state, where it is no longer needed and might not fit.
+        """
+        if self.closed:
+            return
+        state = defaultdict(dict, self.table.items() if keep_state else ())
+        self.closed = True
+        for hook in (*self.in_backward.values(), self.loading):
+            hook.remove()
+        self.optimizer.state = state
+        del self.optimizer.pager
+        if self.optimizer.__dict__.get("step") is self.installed:
+            del self.optimizer.step
+            if self.replaced is not None:
+                self.optimizer.step = self.replaced
+        self.table.close()

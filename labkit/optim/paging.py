@@ -1,0 +1,155 @@
+"""A paged optimizer: its state under a budget of bytes, and the rest on disk (for a GPU: in host memory).
+
+An optimizer needs the state of a parameter once a step, while it updates that parameter. So step one parameter at a time, and
+before each, page its state in, and that of others out. The loop is `labkit.optim.pager`, the pages are `labkit.optim.page_table`, the disk
+is `labkit.optim.page_store`; this file attaches them to an optimizer.
+
+Why parameter by parameter: an optimizer's `step` first collects the state of *all* its parameters. Paging alone would then
+bring everything in before the first update, and the peak would be what it was. Here the optimizer's own `step` runs, and sees one
+parameter. Its arithmetic is its own, so that the numbers are the same bit for bit, whatever the optimizer.
+
+Source: QLoRA (Dettmers et al. 2023), section 3, "Paged Optimizers". bitsandbytes pages with CUDA's unified memory, and only
+tensors of 100,000 numbers or more (`min_elements`).
+Agrees, bit for bit, with: the same optimizer without paging (with `foreach=True`, which PyTorch takes on CUDA by default: the same
+optimizer stepping one parameter at a time).
+"""
+
+from pathlib import Path
+
+import torch
+
+from labkit.checks import check_choice, check_whole, is_whole
+from labkit.optim.adamw import AdamW
+from labkit.optim.page_store import FileStore, PinnedStore
+from labkit.optim.page_table import POLICIES, PageTable
+from labkit.optim.pager import Pager
+
+
+def attach_paging(
+    optimizer: torch.optim.Optimizer,
+    budget_bytes: int,
+    store: str | Path | None = None,
+    policy: str = "lru",
+    min_elements: int = 0,
+    prefetch: bool = True,
+    fused_into_backward: bool = False,
+) -> Pager:
+    """Keep the state of an optimizer under `budget_bytes` from now on. Its results do not change.
+
+    `state_dict` and `load_state_dict` are as before: a checkpoint does not tell whether paging was on. (Both need memory for all
+    of the state while they last; the dictionary is a copy, not a view.) Learning rate schedulers, closures, hooks and new parameter
+    groups work as before.
+
+    With `fused_into_backward` each parameter is stepped the moment its gradient is complete, and the gradient freed. **Clipping
+    then has nothing to clip:** the norm of all gradients is known only when all are there, and `clip_grad_norm_` after
+    the backward pass finds none. Nor can a step be skipped because its loss was NaN. Accumulating over several backward passes is refused.
+
+    Args:
+        optimizer: any of PyTorch's but LBFGS, or one like them that updates every parameter by itself.
+        budget_bytes: largest size of the state in memory; at least that of the largest parameter's state.
+        store: folder for the state that is out, on a disk (default: labkit's cache folder). Not for a GPU, where it goes
+            to pinned host memory.
+        policy: "lru" or "mru"; see `labkit.optim.page_table`.
+        min_elements: tensors with fewer numbers stay in memory, and out of the budget. bitsandbytes: 100,000.
+        prefetch: read the next parameter's state while this one is stepped, where both fit the budget.
+        fused_into_backward: see above.
+
+    Returns:
+        The `Pager`, which is also `optimizer.pager`; its `.close()` or `detach_paging(optimizer)` undoes it.
+
+    Raises:
+        TypeError: an optimizer that cannot be paged.
+        ValueError: a budget too small or no number of bytes, an unknown policy, a second pager, parameters that are neither
+            on a CPU nor on one GPU.
+        OSError: a store that cannot be written to, or is too small. Nothing was changed.
+
+    >>> weight = torch.nn.Parameter(torch.ones(1000))
+    >>> optimizer = torch.optim.AdamW([weight], lr=0.1)
+    >>> pager = attach_paging(optimizer, budget_bytes=10_000)
+    >>> weight.sum().backward(); optimizer.step()
+    >>> pager.table.resident_bytes
+    0
+    >>> weight.sum().backward(); optimizer.step()  # a new state goes to the store, and comes back when it is needed
+    >>> pager.table.resident_bytes  # 8,004 bytes, in frames of 4 KiB
+    8192
+    >>> detach_paging(optimizer)
+    """
+    if not is_whole(budget_bytes):
+        raise ValueError(
+            f"budget_bytes={budget_bytes!r} must be a positive whole number of bytes, such as 64 * 2**20"
+        )
+    check_choice("policy", policy, POLICIES)
+    check_whole("min_elements", min_elements, at_least=0)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "LBFGS updates all parameters together, so that it cannot be stepped one at a time, and not be paged"
+        )
+    if isinstance(optimizer.state, PageTable):
+        raise ValueError(
+            "this optimizer is paged already; detach_paging(optimizer) first, to attach with other settings"
+        )
+    step = optimizer.__dict__.get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        raise ValueError(
+            "something else has replaced optimizer.step; attach paging first, and that afterwards"
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    devices = {p.device for p in parameters}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"the parameters are on {', '.join(sorted(map(str, devices)))}; paging needs them all on the CPU or all on one GPU"
+        )
+    device = devices.pop()
+    if device.type == "cuda" and store is not None:
+        raise ValueError(
+            f"store={store!r}: on a GPU the state that is out goes to pinned host memory; leave store out"
+        )
+    where = FileStore(store) if device.type == "cpu" else PinnedStore(device)
+    pager = Pager(
+        optimizer, PageTable(where, budget_bytes, policy, min_elements), prefetch, fused_into_backward
+    )
+    try:
+        for p, state in optimizer.state.items():
+            pager.take(p, state)
+        pager.prepare([p for p in parameters if p.requires_grad])
+    except BaseException:
+        for hook in pager.in_backward.values():
+            hook.remove()
+        where.close()
+        raise
+    pager.install()
+    return pager
+
+
+def detach_paging(optimizer: torch.optim.Optimizer, keep_state: bool = True) -> None:
+    """Undo `attach_paging`: all state is in memory again (or dropped, if not `keep_state`). Does nothing if none is attached."""
+    if isinstance(optimizer.state, PageTable):
+        optimizer.pager.close(keep_state)
+
+
+class PagedAdamW(AdamW):
+    """`AdamW` with its state under a budget.
+
+    Args:
+        params, lr: see `AdamW`, as for `adam`: betas, eps, weight_decay.
+        budget_bytes, store, policy, min_elements, prefetch, fused_into_backward: see `attach_paging`.
+
+    Attributes:
+        pager: the `Pager`.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        *,
+        budget_bytes: int,
+        store: str | Path | None = None,
+        policy: str = "lru",
+        min_elements: int = 0,
+        prefetch: bool = True,
+        fused_into_backward: bool = False,
+        **adam,
+    ):
+        super().__init__(params, lr, **adam)
+        attach_paging(self, budget_bytes, store, policy, min_elements, prefetch, fused_into_backward)

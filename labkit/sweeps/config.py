@@ -1,0 +1,119 @@
+"""Everything that decides the numbers of a run, in one flat config: a row of a table, a line of results."""
+
+from dataclasses import dataclass, fields
+
+from labkit.alternatives.methods import SIZED
+from labkit.checks import check_choice, check_whole
+from labkit.lora.config import LoRAConfig
+from labkit.training.config import TrainConfig
+
+TASK_NAMES = (
+    "austen",
+    "spectra",
+    "sql",
+    "sql_more",
+    "tickets",
+    "facts",
+    "docstrings",
+)  # see `labkit.sweeps.tasks`
+METHODS = ("full", "lora", "qlora", "subspace", "ia3", *SIZED, "none")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the result of a run; a row of a table.
+
+    Args:
+        task: a name in `TASK_NAMES`.
+        model: a name or folder for `labkit.models.load`.
+        method: "full" (every parameter trains), "lora", "qlora" (LoRA over NF4 with double quantization), "subspace" (`d`
+            random directions, see `labkit.analysis.subspace`), "prompt", "prefix", "bottleneck", "ia3" (see `labkit.alternatives.methods`), or
+            "none" (the base model, only measured).
+        r, alpha, targets, variant, init, dropout: see `labkit.LoRAConfig`.
+        embeddings: train the embedding matrix, which these models share with the output layer; default: only with "full".
+        d: dimension of the random subspace.
+        size: tokens of a soft prompt or prefix, width of bottleneck adapters.
+        examples: train on the first so many records; default: on all.
+        lr, steps, batch_size, schedule, warmup, clip, lora_plus: see `labkit.TrainConfig`; in a subspace `lr` is the step of a
+            weight, and z gets `labkit.analysis.subspace.matching_lr`.
+        seed: of the start of the adapter, the order of the data, the random subspace, and `facts`.
+
+    Raises:
+        ValueError: a name is unknown or a number out of range.
+    """
+
+    task: str = "austen"
+    model: str = "tiny-llama"
+    method: str = "lora"
+    r: int = 8
+    alpha: float = 16
+    targets: str = "all-linear"
+    variant: str = "lora"
+    init: str = "default"
+    dropout: float = 0.0
+    embeddings: bool | None = None
+    d: int | None = None
+    examples: int | None = None
+    lr: float = 1e-3
+    steps: int = 100
+    batch_size: int = 8
+    schedule: str = "linear"
+    warmup: float = 0.05
+    clip: float | None = 1.0
+    seed: int = 0
+    lora_plus: float = 1.0
+    size: int | None = None
+
+    def __post_init__(self):
+        for name, value, allowed in (("task", self.task, TASK_NAMES), ("method", self.method, METHODS)):
+            check_choice(name, value, allowed)
+        for name, value in (("examples", self.examples), ("d", self.d), ("size", self.size)):
+            if value is not None:
+                check_whole(name, value)
+        if (self.method == "subspace") != (self.d is not None):
+            raise ValueError(
+                f"method={self.method!r} with d={self.d}: d goes with method='subspace', and only with it"
+            )
+        if (self.method in SIZED) != (self.size is not None):
+            raise ValueError(
+                f"method={self.method!r} with size={self.size}: size goes with {', '.join(SIZED)}, and only with them"
+            )
+        if self.task == "facts" and self.examples is None:
+            raise ValueError("task='facts' draws as many facts as you ask for: give examples, such as 256")
+        if not isinstance(self.targets, str):
+            raise ValueError(
+                f"targets={self.targets!r} must be a text here: a preset, a layer name, or a regular expression"
+            )
+        if self.lora_plus != 1 and self.method not in ("lora", "qlora"):
+            raise ValueError(
+                f"lora_plus={self.lora_plus!r} is a rate for LoRA's B; method={self.method!r} has none"
+            )
+        if self.init.startswith("loftq") and self.method != "qlora":
+            raise ValueError(
+                f"init={self.init!r} fits the adapter to a 4-bit base; it goes with method='qlora'"
+            )
+        self.adapter(), self.training()  # their own checks
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RunConfig":
+        """A config from a table of a TOML file or a line of results.
+
+        Raises:
+            ValueError: a key that no run has.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such setting of a run; it has {', '.join(known)}")
+        return cls(**values)
+
+    def adapter(self) -> LoRAConfig:
+        return LoRAConfig(self.r, self.alpha, self.dropout, self.targets, self.variant, self.init)
+
+    def training(self) -> TrainConfig:
+        same = ("lr", "steps", "batch_size", "schedule", "warmup", "clip", "seed", "lora_plus")
+        return TrainConfig(**{name: getattr(self, name) for name in same}, max_length=192, progress=False)
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={v}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]
+        return ", ".join(changed) or "defaults"

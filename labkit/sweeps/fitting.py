@@ -1,0 +1,67 @@
+"""The model of a run: prepared as its config says, and trained."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from labkit import models
+from labkit.alternatives.ia3 import add_ia3
+from labkit.alternatives.methods import SIZED
+from labkit.analysis.subspace import add_subspace, matching_lr
+from labkit.hardware import best_device, product_dtype
+from labkit.lora.inject import add_lora
+from labkit.lora.qlora import add_qlora
+from labkit.sweeps.config import RunConfig
+from labkit.training.history import History
+from labkit.training.loop import train
+
+
+def prepare(config: RunConfig) -> tuple[nn.Module, object]:
+    """The model of a run, ready to train, and its tokenizer.
+
+    Raises:
+        ValueError: the adapter does not fit the model, for instance r above a layer's width.
+        labkit.models.ModelUnavailable: the model cannot be had.
+    """
+    device = best_device()
+    model, tokenizer = models.load(config.model, torch.float32, device)
+    torch.manual_seed(config.seed)
+    if config.method == "qlora":
+        add_qlora(model, config.adapter(), compute_dtype=product_dtype(device))
+    elif config.method == "lora":
+        add_lora(model, config.adapter())
+    elif config.method == "subspace":
+        add_subspace(model, config.d, config.seed)
+    elif config.method == "ia3":
+        add_ia3(model)
+    elif config.method in SIZED:
+        add, sized = SIZED[config.method]
+        add(model, sized(config.size))
+    else:
+        model.requires_grad_(config.method == "full")
+    if config.embeddings is not None:
+        model.get_input_embeddings().weight.requires_grad_(config.embeddings)
+    return model, tokenizer
+
+
+def fit(config: RunConfig, records: list[dict]) -> tuple[nn.Module, object, History | None]:
+    """Prepare and train; the model, its tokenizer, and the history (None for method "none").
+
+    Args:
+        config: of the run.
+        records: of its task, all of them; `config.examples` of them are trained on.
+
+    Raises:
+        see `labkit.sweeps.runs.run`.
+    """
+    model, tokenizer = prepare(config)
+    if config.method == "none":
+        return model, tokenizer, None
+    training = config.training()
+    if config.method == "subspace":  # so that a rate means the same step of a weight as in full fine-tuning
+        training = replace(training, lr=matching_lr(model, config.lr))
+    history = train(model, tokenizer, records[: config.examples], training)
+    if history.stopped == "interrupted":
+        raise KeyboardInterrupt  # half a run is no result
+    return model, tokenizer, history

@@ -1,0 +1,145 @@
+"""Recorded runs: a file with a line of JSON for each, which is only ever added to.
+
+Whatever is wrong with such a file is said and nothing is thrown away: a line that a kill cut off, a run recorded twice, a run
+on data that has changed since. Numbers from different data in one table would be worse than none.
+
+With n seeds the mean of a metric is known to within t s / sqrt(n): s the standard deviation between seeds, t the 97.5 %
+quantile of Student's distribution with n - 1 degrees of freedom. With three seeds t is 4.3, not 1.96.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from scipy import stats
+
+from labkit.paths import data_folder
+from labkit.sweeps import runs
+from labkit.sweeps.config import RunConfig
+
+
+class SweepWarning(UserWarning):
+    """Something in a file of results is not as it should be; nothing was changed or thrown away."""
+
+
+@dataclass
+class Results:
+    """Recorded runs: `records` that belong to the data as it is now, and `problems` found in the file, in words."""
+
+    records: list[dict] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def by_config(self) -> dict[RunConfig, dict]:
+        """The records by what was run."""
+        return {RunConfig.from_dict(record["config"]): record for record in self.records}
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a run: its settings, `status`, its metrics (missing where it diverged or failed), `seconds`, `diverged_at`."""
+        rows = [
+            {**r["config"], "status": r["status"], **r.get("metrics", {})}
+            | {"seconds": r["seconds"], "diverged_at": r.get("step")}
+            for r in self.records
+        ]
+        return pd.DataFrame(rows)
+
+
+def load(path: str | Path) -> Results:
+    """Read a file of results. A damaged line, a repeated run or one on other data is reported and left out, never deleted.
+
+    Raises:
+        FileNotFoundError: nothing is recorded there; says how it is made.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is not there; make it with: python -m labkit.sweep experiments/{path.stem}.toml"
+        )
+    results, seen = Results(), set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            config = RunConfig.from_dict(record["config"])
+            record["status"], record["seconds"], record["data"]
+        except (ValueError, KeyError, TypeError) as error:
+            results.problems.append(f"line {number} cannot be read ({type(error).__name__}: {error})")
+            continue
+        if record["data"] != (now := runs.data_hash(config)):
+            results.problems.append(
+                f"line {number} was run on other data ({record['data']}, now {now}): {config}"
+            )
+        elif config in seen:
+            results.problems.append(f"line {number} repeats a run: {config}")
+        else:
+            seen.add(config)
+            results.records.append(record)
+    if results.problems:
+        shown = "; ".join(results.problems[:3]) + (" …" if len(results.problems) > 3 else "")
+        warnings.warn(
+            f"{path.name}: left out {len(results.problems)} lines: {shown}", SweepWarning, stacklevel=2
+        )
+    return results
+
+
+def load_recorded(name: str) -> Results:
+    """The results that come with the course, by the name of their experiment: `load_recorded("rank")`."""
+    return load(data_folder() / "results" / f"{name}.jsonl")
+
+
+def mend_last_line(path: Path) -> None:
+    """Put a last line that a kill cut off aside, into NAME.broken, so that the next line begins on its own."""
+    text = path.read_bytes() if path.exists() else b""
+    if not text or text.endswith(b"\n"):
+        return
+    whole, _, cut = text.rpartition(b"\n")
+    with path.with_name(f"{path.name}.broken").open("ab") as aside:
+        aside.write(cut + b"\n")
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(whole + b"\n" if whole else b"")
+    os.replace(part, path)
+    warnings.warn(
+        f"the last line of {path.name} was cut off; it is kept in {path.name}.broken, and its run is done again",
+        SweepWarning,
+        stacklevel=3,
+    )
+
+
+def append(path: Path, record: dict) -> None:
+    """Add one line, on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t; nan for the width of a single value.
+
+    >>> mean, half = mean_interval([1.0, 2.0, 3.0])
+    >>> mean, round(half, 3)
+    (2.0, 2.484)
+    """
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, math.nan
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def summarize(frame: pd.DataFrame, by: str | list[str], metric: str) -> pd.DataFrame:
+    """A row for each value of `by`: mean of `metric`, half-width of its 95 % interval, and n, over the runs that finished.
+
+    `missing` counts runs without the metric: those that diverged or failed.
+    """
+    groups = frame.groupby(by, sort=False)[metric]
+    made = groups.agg(
+        mean="mean",
+        half=lambda v: mean_interval(list(v.dropna()))[1] if v.notna().any() else math.nan,
+        n="count",
+    )
+    return made.assign(missing=groups.size() - made["n"]).reset_index()

@@ -1,0 +1,77 @@
+"""One run of an experiment: a config in, numbers out.
+
+A sweep is many of these. Everything that decides the numbers stands in `RunConfig`, and nothing else does: a run on the same
+config, data and package versions gives the same numbers again.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from labkit import models
+from labkit.lora.count import trainable
+from labkit.models.fetching import sha256
+from labkit.sweeps.config import RunConfig
+from labkit.sweeps.fitting import fit
+from labkit.sweeps.tasks import TASKS
+from labkit.training.history import History
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came out of a run: the trained model, its history (None for method "none"), and the numbers."""
+
+    model: nn.Module
+    history: History | None
+    metrics: dict[str, float]
+
+
+def run(config: RunConfig) -> RunResult:
+    """Train and measure.
+
+    Returns:
+        A `RunResult`; its metrics always include `parameters` (that trained), `train_loss` (mean over the last tenth of the
+        steps, nats a token), `tokens` and `train_seconds`.
+
+    Raises:
+        ValueError, labkit.models.ModelUnavailable: see `labkit.sweeps.fitting.prepare`.
+        labkit.TrainingDiverged: the loss became NaN or infinite.
+    """
+    task = TASKS[config.task]
+    model, tokenizer, history = fit(config, task.records(config))
+    metrics: dict[str, float] = {"parameters": trainable(model).trainable}
+    if history is not None:
+        last = history.losses[-max(1, len(history.losses) // 10) :]
+        metrics |= {
+            "train_loss": sum(last) / len(last),
+            "tokens": sum(row["tokens"] for row in history.steps),
+            "train_seconds": round(history.seconds, 2),
+        }
+    return RunResult(model, history, metrics | task.measure(model, tokenizer, config))
+
+
+def data_hash(config: RunConfig) -> str:
+    """A short hash of the data and the base weights that the run's numbers rest on."""
+    return _data_hash(
+        config.task, config.model, config.examples, config.seed if config.task == "facts" else 0
+    )
+
+
+@cache
+def _data_hash(task: str, model: str, examples: int | None, seed: int) -> str:
+    config = RunConfig(task=task, model=model, examples=examples, seed=seed)
+    text = json.dumps([weights_hash(model), TASKS[task].data(config)], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def weights_hash(model: str) -> str:
+    """The sha256 of a base model's weights: of its source if it has a name, else of the files in its folder."""
+    if model in models.SOURCES:
+        return models.SOURCES[model].sha256
+    folder = models.shipped(model) if model in models.SHIPPED else Path(model)
+    return "+".join(sha256(path) for path in sorted(folder.glob("*.safetensors"))) or model

@@ -1,0 +1,147 @@
+"""What a run may train on, each task with a real metric.
+
+austen      prose that tiny-llama never saw: test loss, and the loss on two old domains, in nats per token
+spectra     the same training, and what it did to the weights: ranks, directions, intruders, each beside its control
+sql         questions to SQL over schemas that training never showed: share of queries whose execution is right
+sql_more    the same, with as many databases to train on again
+tickets     support messages to JSON: share right in every field
+facts       random numbers to remember: bits learned
+docstrings  which package is this docstring from: accuracy
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from labkit import models
+from labkit.analysis.summary import effect_numbers, spectral_numbers
+from labkit.analysis.updates import updates
+from labkit.data import sql
+from labkit.data.docstrings import load_docstrings
+from labkit.data.facts import make_facts
+from labkit.data.passages import load_austen, load_held_out
+from labkit.data.tickets import load_tickets, ticket_chat
+from labkit.hardware import best_device
+from labkit.lora.count import trainable
+from labkit.sweeps.config import RunConfig
+from labkit.sweeps.fitting import fit
+from labkit.training.evaluate import chat_prompts, generate, held_out_loss, text_loss
+from labkit.training.metrics import bits_learned, classification_accuracy, score_json
+
+OLD_DOMAINS = ("kjv", "pydocs")  # tiny-llama was pretrained on their training text
+OLD_BYTES = 12_000  # of each old domain, to measure in a second
+TEST_PASSAGES = 60  # of the test novel: 8,000 tokens
+TWIN = 1000  # added to the seed of a run for the second run that it is compared with
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """Records to train on, and a measurement of the trained model: {metric: number}."""
+
+    records: Callable[[RunConfig], list[dict]]
+    measure: Callable[[nn.Module, object, RunConfig], dict[str, float]]
+    data: Callable[[RunConfig], object]  # all data that decides the numbers, for its hash
+
+
+def measure_austen(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
+    losses = {
+        "validation_loss": load_austen("validation"),
+        "test_loss": load_austen("test")[:TEST_PASSAGES],
+    }
+    losses |= {f"{domain}_loss": load_held_out(domain, OLD_BYTES) for domain in OLD_DOMAINS}
+    return {name: text_loss(model, tokenizer, records, 32)[0] for name, records in losses.items()}
+
+
+def measure_spectra(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
+    base, _ = models.load(config.model, torch.float32, best_device())
+    twin, _, _ = fit(replace(config, seed=config.seed + TWIN), load_austen("train"))
+
+    def loss(any_model: nn.Module) -> float:
+        return text_loss(any_model, tokenizer, load_austen("validation"), 32)[0]
+
+    return (
+        {"validation_loss": loss(model)}
+        | spectral_numbers(base, model, twin, config.seed)
+        | effect_numbers(base, updates(base, model), loss, config.seed)
+    )
+
+
+def sql_records(config: RunConfig, split: str = "train") -> list[dict]:
+    form = "plain" if config.model == "tiny-llama" else "chat"
+    return [sql.sql_record(item, form) for item in sql.load_questions(split)]
+
+
+def measure_sql(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
+    loss, _ = held_out_loss(model, tokenizer, sql_records(config, "validation"), 32)
+    items, records = sql.load_questions("test"), sql_records(config, "test")
+    prompts = [r["prompt"] for r in records] if "prompt" in records[0] else chat_prompts(records, tokenizer)
+    score = sql.score_sql(generate(model, tokenizer, prompts, 48, 100, progress=False), items)
+    return {"validation_loss": loss, "execution": score.execution_accuracy, "exact_match": score.exact_match}
+
+
+def measure_tickets(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
+    loss, _ = held_out_loss(model, tokenizer, [ticket_chat(t) for t in load_tickets("validation")], 16)
+    gold = load_tickets("test")
+    answers = generate(
+        model, tokenizer, chat_prompts([ticket_chat(t) for t in gold], tokenizer), progress=False
+    )
+    score = score_json(answers, [ticket["label"] for ticket in gold])
+    return {"validation_loss": loss, "exact_match": score.exact_match}
+
+
+def measure_facts(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
+    bits = bits_learned(model, tokenizer, make_facts(config.examples, config.seed))
+    counted = trainable(model).trainable
+    return {"bits": bits, "bits_per_parameter": bits / counted if counted else math.nan}
+
+
+def measure_docstrings(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
+    return {
+        f"{split}_accuracy": classification_accuracy(model, tokenizer, load_docstrings(split))
+        for split in ("train", "validation", "test")
+    }
+
+
+TASKS = {
+    "austen": SweepTask(
+        lambda config: load_austen("train"),
+        measure_austen,
+        lambda config: (
+            [load_austen(s) for s in ("train", "validation", "test")]
+            + [load_held_out(domain, OLD_BYTES) for domain in OLD_DOMAINS]
+        ),
+    ),
+    "spectra": SweepTask(
+        lambda config: load_austen("train"),
+        measure_spectra,
+        lambda config: [load_austen(split) for split in ("train", "validation")],
+    ),
+    "sql": SweepTask(
+        sql_records,
+        measure_sql,
+        lambda config: [sql_records(config, s) for s in ("train", "validation", "test")],
+    ),
+    "sql_more": SweepTask(
+        lambda config: sql_records(config) + sql_records(config, "more"),
+        measure_sql,
+        lambda config: [sql_records(config, s) for s in ("train", "more", "validation", "test")],
+    ),
+    "tickets": SweepTask(
+        lambda config: [ticket_chat(t) for t in load_tickets("train")],
+        measure_tickets,
+        lambda config: [load_tickets(s) for s in ("train", "validation", "test")],
+    ),
+    "facts": SweepTask(
+        lambda config: make_facts(config.examples, config.seed),
+        measure_facts,
+        lambda config: make_facts(config.examples, config.seed),
+    ),
+    "docstrings": SweepTask(
+        lambda config: load_docstrings("train"),
+        measure_docstrings,
+        lambda config: [load_docstrings(s) for s in ("train", "validation", "test")],
+    ),
+}

@@ -1,0 +1,112 @@
+"""The state of a run on disk: enough that a killed run goes on to the very numbers it would have reached.
+
+That takes the trained parameters, the optimizer's moments and step counts, the state of the random generators (for
+dropout), and the number of steps done, from which the order of the data follows. One safetensors file holds
+all of it, with the small things as JSON in its header, so that one rename makes the whole checkpoint visible at once.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FILE = "run.safetensors"
+
+
+def exists(folder: Path) -> bool:
+    """Is there a checkpoint in `folder`?"""
+    return (folder / FILE).exists()
+
+
+def save(
+    folder: Path,
+    identity: dict,
+    steps_done: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history,
+    best: tuple[float, dict[str, Tensor]] | None,
+) -> None:
+    """Write the state of a run: to a temporary name, then renamed. A failure leaves the last checkpoint as it was."""
+    tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[p].items()}
+    if best:
+        tensors |= {f"best/{name}": value for name, value in best[1].items()}
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors |= {f"rng/cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    state = {"identity": identity, "steps_done": steps_done, "best": best and best[0]}
+    state |= {
+        "steps": history.steps,
+        "evals": history.evals,
+        "stopped": history.stopped,
+        "left_out": history.left_out,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{FILE}.part"
+    try:
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, part, metadata={"state": json.dumps(state)}
+        )
+        os.replace(part, folder / FILE)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        raise OSError(
+            f"could not write the checkpoint to {folder} ({error}); the one before, if any, is intact"
+        ) from error
+
+
+def load(folder: Path, identity: dict, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer):
+    """Put the state of a run back into `parameters`, `optimizer` and the random generators.
+
+    Returns:
+        (steps done, history, best).
+
+    Raises:
+        ValueError: a damaged file, or the checkpoint of another run: other settings, data or parameters.
+    """
+    from labkit.training.history import History
+
+    path = folder / FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({error}); delete it to start the run from the beginning"
+        ) from None
+    differs = [k for k in identity if json.loads(json.dumps(identity[k])) != state["identity"].get(k)]
+    names = {key.removeprefix("parameter/") for key in tensors if key.startswith("parameter/")}
+    if names != set(parameters):
+        differs.append("trained parameters")
+    if differs:
+        raise ValueError(
+            f"{path} belongs to another run (different: {', '.join(differs)}); choose another checkpoint_folder, "
+            "or delete this one to start anew"
+        )
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"parameter/{name}"])
+            keys = [key for key in tensors if key.startswith("optimizer/") and key.split("/", 2)[2] == name]
+            # AdamW keeps its step count on the CPU, and its moments beside the parameter
+            optimizer.state[p] = {
+                key.split("/")[1]: tensors[key] if tensors[key].dim() == 0 else tensors[key].to(p.device)
+                for key in keys
+            }
+    torch.set_rng_state(tensors["rng/cpu"])
+    if torch.cuda.is_available() and "rng/cuda/0" in tensors:
+        torch.cuda.set_rng_state_all([v for k, v in sorted(tensors.items()) if k.startswith("rng/cuda/")])
+    best = None
+    if state["best"] is not None:
+        best = (
+            state["best"],
+            {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")},
+        )
+    history = History(state["steps"], state["evals"], state["left_out"], state["stopped"])
+    return state["steps_done"], history, best
