@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 FIRST  := notebooks/00_start_here.ipynb
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab test run bench lint clean
+.PHONY: help named setup model lab test test-fast run bench lint docs clean
 
 help:            ## show this list
-	@sed -n 's/^\([a-z]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
 
 setup:           ## create .venv and install everything into it, at the pinned versions
 	@$(PYTHON) scripts/setup_env.py $(VENV)
@@ -23,6 +25,9 @@ lab: model       ## set everything up and open JupyterLab on the first notebook
 test: model      ## set everything up and run all tests, notebooks included
 	@LABKIT_STATIC=1 $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=2400 $(ARGS)
 
+test-fast: model ## run everything but notebooks and slow tests, on WORKERS processes
+	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' tests labkit $(ARGS)
+
 named:
 	@test -f "$(NB)" || { echo "error: NB='$(NB)' is no file; for example: make run NB=$(FIRST)"; exit 2; }
 
@@ -32,12 +37,19 @@ run: named model ## run one notebook without a browser: make run NB=notebooks/08
 	    --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=3600 "$(NB)"
 
 bench: model     ## measure speed and memory against the peers, in one run, and print ratios
-	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@$(PIP) --editable '.[bench]'
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
 
-lint: setup      ## check style
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: setup      ## check style, the direction of imports, and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/lint-imports
+	@$(PY) -m mypy
+
+docs: setup      ## make the API pages: build/docs/index.html
+	@$(PIP) --editable '.[docs]'
+	@$(PY) scripts/make_docs.py build/docs
 
 clean:           ## remove .venv and everything made here; the fetched model stays in the user's cache
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
