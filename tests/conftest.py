@@ -1,10 +1,36 @@
-"""Models that tests share: a small Llama with random weights, and the real base model, loaded once."""
+"""How tests are spread over workers, and the models that they share: a small Llama, and the real base model, loaded once."""
+
+import os
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from labkit import models
+
+# Notebooks that take a minute or more, the longest first: a worker that starts one of them last keeps the others waiting.
+LONGEST_FIRST = ("08", "03", "05", "10", "02", "06", "07", "00")
+
+
+def pytest_configure():
+    """Share the cores between the workers: kernels and other child processes inherit what the environment says."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Files that take long first, in the order that workers are given them (`--no-loadscope-reorder`)."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.name
+        if item.path.suffix != ".ipynb":
+            return len(LONGEST_FIRST)
+        return next((i for i, number in enumerate(LONGEST_FIRST) if name.startswith(number)), len(LONGEST_FIRST))
+
+    items.sort(key=place)
 
 
 def make_small_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
