@@ -1,12 +1,28 @@
-"""What this machine has, and the dtype to compute in.
+"""What this machine has, which dtype to compute in, and whether the fast paths are on.
 
-bf16 is no gain everywhere: a CPU without bf16 instructions emulates it, and its backward pass was measured at thirty
-times the time of fp32. So the dtype is chosen from the hardware, never assumed.
+bf16 is not always faster: a CPU without bf16 instructions emulates it, and its backward pass took thirty times as
+long as fp32's when measured. So the dtype is chosen from the hardware, never assumed.
+
+A fast path is a second implementation of a call that also exists as plain PyTorch (`labkit.quant.kernels`,
+`labkit.lora.fast`, `labkit.training.chunked_loss`). One switch turns all of them off.
 """
 
 import os
 
 import torch
+
+_fast = os.environ.get("LABKIT_FAST", "1") != "0"
+
+
+def fast_paths() -> bool:
+    """Are the fast paths on? If not, the readable reference runs everywhere."""
+    return _fast
+
+
+def set_fast(on: bool) -> None:
+    """Turn all fast paths on (the default) or off, as LABKIT_FAST=0 does from the start."""
+    global _fast
+    _fast = bool(on)
 
 
 def best_device() -> torch.device:
@@ -29,8 +45,8 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
 def product_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype for products with *frozen* weights (`compute_dtype` of a `QuantLinear`).
 
-    On a GPU that of everything else. On a CPU fp32, but for one with matrix units (Intel's AMX, 2023 and later): they
-    multiply bf16 several times as fast, and only the large products gain, so that everything between stays in fp32.
+    On a GPU, the same dtype as everything else. On a CPU, fp32, unless it has matrix units (Intel's AMX, 2023 and
+    later): they multiply bf16 several times as fast. Only large products gain, so everything between stays in fp32.
     """
     device = torch.device(device)
     if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):

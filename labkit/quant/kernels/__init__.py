@@ -13,26 +13,21 @@ long as dequantizing a small layer, and is only needed when someone is tracing.
 """
 
 import importlib.util
-import os
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-_fast = os.environ.get("LABKIT_FAST", "1") != "0"
+from labkit.hardware import fast_paths
+from labkit.hardware import set_fast as set_fast  # one switch for these and the other fast paths
+
 _has_triton = importlib.util.find_spec("triton") is not None
-
-
-def set_fast(on: bool) -> None:
-    """Use the fast kernels (the default) or the readable reference."""
-    global _fast
-    _fast = bool(on)
 
 
 def fast_for(tensor: Tensor) -> bool:
     """Is there a fast kernel for the device of `tensor`, and is the fast path on?"""
-    return _fast and (tensor.is_cpu or (tensor.is_cuda and _has_triton))
+    return fast_paths() and (tensor.is_cpu or (tensor.is_cuda and _has_triton))
 
 
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +85,7 @@ def dequantize_4bit(
 
 def quantizes_scales(flat: Tensor) -> bool:
     """Is there a kernel for `quantize_scales` of these?"""
-    return _fast and flat.is_cpu and not is_traced(flat)
+    return fast_paths() and flat.is_cpu and not is_traced(flat)
 
 
 def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,7 +100,7 @@ def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor,
 
 def multiplies(x: Tensor, width: int) -> bool:
     """Is there a kernel that multiplies these rows of `width` numbers by a 4-bit weight without dequantizing it?"""
-    if not _fast or not x.is_cpu or x.dtype != torch.float32 or is_traced(x):
+    if not fast_paths() or not x.is_cpu or x.dtype != torch.float32 or is_traced(x):
         return False
     from labkit.quant.kernels import cpu
 
