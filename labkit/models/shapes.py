@@ -8,6 +8,7 @@ parameter totals were held against the published ones.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,72 @@ from labkit.paths import data_folder
 
 ATTENTION = ("sdpa", "eager")
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes that a decoder is made of, under the names that they have in transformers' configs.
+
+    Attributes:
+        num_hidden_layers: blocks.
+        hidden_size: numbers per token between the blocks.
+        intermediate_size: numbers per token inside an MLP; None where the config has no single one.
+        num_attention_heads: heads of the queries.
+        num_key_value_heads: heads of keys and values; fewer than those of the queries where several share one.
+        head_dim: numbers per head.
+        vocab_size: rows of the embedding.
+        max_position_embeddings: tokens of the longest sequence; None where the config sets no limit.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int | None
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int | None
+
+    @property
+    def q_width(self) -> int:
+        """Numbers in the queries of one token in one layer."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers in the keys of one token in one layer; as many in its values."""
+        return self.num_key_value_heads * self.head_dim
+
+
+def decoder_shape(model) -> DecoderShape:
+    """The shape of a causal language model, from its config.
+
+    Args:
+        model: a transformers config, or a model that has one.
+
+    Raises:
+        ValueError: the config does not give the sizes of a decoder.
+    """
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    try:
+        config = config.get_text_config()
+        heads, width = config.num_attention_heads, config.hidden_size
+        inner = getattr(config, "intermediate_size", None)
+        return DecoderShape(
+            num_hidden_layers=config.num_hidden_layers,
+            hidden_size=width,
+            intermediate_size=inner if isinstance(inner, int) else None,  # Gemma 3n: a list, one per block
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,  # GPT-2: one per head
+            head_dim=getattr(config, "head_dim", None) or width // heads,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=getattr(config, "max_position_embeddings", None),
+        )
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(model).__name__} does not say how wide and deep it is ({error}); "
+            "give a causal language model of transformers"
+        ) from None
 
 
 def known_models() -> list[str]:

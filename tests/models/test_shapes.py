@@ -1,0 +1,33 @@
+"""The shape of a decoder, as its config gives it, against the modules that transformers builds of that config."""
+
+import pytest
+from torch import nn
+from transformers import BloomConfig, GPT2Config, MambaConfig
+
+from labkit.models.shapes import config_of, decoder_shape, meta_model
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "smollm2-135m", "qwen3-8b", "gemma-2-9b"])
+def test_a_decoder_shape_is_that_of_the_modules(name):
+    model = meta_model(config_of(name))
+    shape, blocks = decoder_shape(model), model.model.layers
+    assert shape == decoder_shape(model.config)
+    assert shape.num_hidden_layers == len(blocks)
+    assert tuple(model.get_input_embeddings().weight.shape) == (shape.vocab_size, shape.hidden_size)
+    assert tuple(blocks[0].self_attn.q_proj.weight.shape) == (shape.q_width, shape.hidden_size)
+    assert tuple(blocks[0].self_attn.k_proj.weight.shape) == (shape.kv_width, shape.hidden_size)
+    assert blocks[0].mlp.up_proj.out_features == shape.intermediate_size
+    assert shape.q_width % shape.num_attention_heads == shape.kv_width % shape.num_key_value_heads == 0
+
+
+def test_what_a_config_leaves_out_is_derived_or_none():
+    gpt2 = decoder_shape(GPT2Config())
+    assert (gpt2.num_key_value_heads, gpt2.head_dim) == (gpt2.num_attention_heads, 768 // 12)
+    assert gpt2.intermediate_size is None and gpt2.max_position_embeddings == 1024
+    assert decoder_shape(BloomConfig()).max_position_embeddings is None  # ALiBi: no table of positions
+
+
+@pytest.mark.parametrize("given", [nn.Linear(2, 2), MambaConfig(), 3])
+def test_what_is_no_decoder_is_refused(given):
+    with pytest.raises(ValueError, match=f"{type(given).__name__} does not say how wide and deep it is"):
+        decoder_shape(given)
