@@ -1,36 +1,51 @@
-"""The checks that every part of labkit makes of what it is given: a known name, a whole number, and a hint at the nearest name."""
+"""The checks that every part of labkit makes of its settings: a known name, a whole number, a number in its range.
+
+Each raises a `ValueError` that says what was given and what is allowed. A bool is never a number here, although Python
+counts it as an `int`.
+"""
 
 import difflib
 import math
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 def nearest(given: object, known: Iterable[str]) -> str:
-    """A hint for an error message: "did you mean 'q_proj'?", or "" if no name is near.
+    """How a sentence about an unknown name ends: with the known name that is nearest to it, if one is near.
 
-    >>> nearest("q_porj", ["q_proj", "v_proj"])
-    "did you mean 'q_proj'?"
+    >>> "'q_porj' matches no layer" + nearest("q_porj", ["q_proj", "v_proj"])
+    "'q_porj' matches no layer; did you mean 'q_proj'?"
+    >>> "'x' matches no layer" + nearest("x", ["q_proj", "v_proj"])
+    "'x' matches no layer."
     """
     near = difflib.get_close_matches(str(given), list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
-def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise a `ValueError` that lists what is allowed, unless `value` is in `allowed`.
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise a `ValueError` that lists what is allowed, unless `value` is one of `allowed`.
 
     >>> check_choice("schedule", "cosin", ("linear", "cosine"))
     Traceback (most recent call last):
     ValueError: schedule='cosin' is not known; choose one of ('linear', 'cosine'); did you mean 'cosine'?
     """
     allowed = tuple(allowed)
-    if not any(type(value) is type(one) and value == one for one in allowed):
-        hint = nearest(value, filter(lambda one: isinstance(one, str), allowed))
-        raise ValueError(
-            f"{name}={value!r} is not known; choose one of {allowed}" + (f"; {hint}" if hint else "")
-        )
+    if not any(is_same(value, one) for one in allowed):
+        hint = nearest(value, [one for one in allowed if isinstance(one, str)]).removesuffix(".")
+        raise ValueError(f"{name}={value!r} is not known; choose one of {allowed}{hint}")
 
 
-def is_whole(value: object, at_least: int = 1) -> bool:
+def is_same(value: object, one: object) -> bool:
+    """Are the two equal, and of one type? (In Python `True == 1 == 1.0`.)"""
+    return isinstance(value, type(one)) and isinstance(value, bool) == isinstance(one, bool) and value == one
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Is it an `int` or a `float`, and neither a bool nor NaN?"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def is_whole(value: object, at_least: int = 1) -> TypeGuard[int]:
     """Is it an `int` (and not a bool) of at least that much?"""
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
@@ -42,17 +57,14 @@ def check_whole(name: str, value: object, at_least: int = 1, usual: str = "") ->
         name: of the setting, for the message.
         value: what was given.
         at_least: the smallest that is allowed.
-        usual: what to say of usual values, such as "8 or 16 is a usual start".
+        usual: what to say about usual values, such as "8 or 16 is a usual start".
 
     >>> check_whole("rank", 2.5, usual="8 or 16 is a usual start")
     Traceback (most recent call last):
     ValueError: rank=2.5 must be a whole number of at least 1; 8 or 16 is a usual start
     """
     if not is_whole(value, at_least):
-        raise ValueError(
-            f"{name}={value!r} must be a whole number of at least {at_least}"
-            + (f"; {usual}" if usual else "")
-        )
+        raise ValueError(said(name, value, f"a whole number of at least {at_least}", usual))
 
 
 def check_positive(name: str, value: object, usual: str = "") -> None:
@@ -62,5 +74,21 @@ def check_positive(name: str, value: object, usual: str = "") -> None:
     Traceback (most recent call last):
     ValueError: lr=nan must be a positive number
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a positive number" + (f"; {usual}" if usual else ""))
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ValueError(said(name, value, "a positive number", usual))
+
+
+def check_share(name: str, value: object, usual: str = "") -> None:
+    """Raise a `ValueError` unless `value` is a number from 0 up to, not including, 1.
+
+    >>> check_share("dropout", 1)
+    Traceback (most recent call last):
+    ValueError: dropout=1 must be a number from 0 up to, not including, 1
+    """
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(said(name, value, "a number from 0 up to, not including, 1", usual))
+
+
+def said(name: str, value: object, allowed: str, usual: str) -> str:
+    """The message of a check that failed."""
+    return f"{name}={value!r} must be {allowed}" + (f"; {usual}" if usual else "")

@@ -94,7 +94,7 @@ def elsewhere(name: str) -> str:
         return name
     known = (*SOURCES, *SHIPPED)
     raise ModelUnavailable(
-        f"{name!r} is not a known model; {nearest(name, known)} Known names: {', '.join(known)}. Also possible: a local folder that "
+        f"{name!r} is not a known model{nearest(name, known)} Known names: {', '.join(known)}. Also possible: a local folder that "
         "exists, or a hub id such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
     )
 

@@ -131,7 +131,7 @@ def config_of(model):
         path = folder / name / "config.json" if name == "tiny-llama" else folder / "configs" / f"{name}.json"
     if not path.is_file():
         raise ValueError(
-            f"{str(model)!r} is not a known config; {nearest(name, known_models())} Known: {', '.join(known_models())}. Also possible: a folder "
+            f"{str(model)!r} is not a known config{nearest(name, known_models())} Known: {', '.join(known_models())}. Also possible: a folder "
             "with a config.json, or AutoConfig.from_pretrained(…) of any model on the hub"
         )
     try:

@@ -70,8 +70,7 @@ def no_match_message(
         besides: other names that would have been understood.
     """
     last_parts = list(dict.fromkeys(full.rpartition(".")[2] for full in linears))
-    hint = nearest(name, [*last_parts, *besides])
     return (
-        f"{given} matches no linear layer of {type(model).__name__}{f'; {hint}' if hint else '.'} "
+        f"{given} matches no linear layer of {type(model).__name__}{nearest(name, [*last_parts, *besides])} "
         f"Its linear layers are named: {', '.join(last_parts) or 'none at all'}"
     )
