@@ -23,6 +23,7 @@ from labkit.lora.qlora import add_qlora
 from labkit.models.surgery import untie_embeddings
 from labkit.optim.adamw import AdamW, AdamW8bit
 from labkit.optim.paging import PagedAdamW, attach_paging, detach_paging
+from labkit.quant.config import QuantConfig
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model, quantize_model
 from labkit.quant.tensor import QuantizedTensor, quantize
@@ -39,6 +40,7 @@ __all__ = [
     "History",
     "LoRAConfig",
     "PagedAdamW",
+    "QuantConfig",
     "QuantLinear",
     "QuantizedTensor",
     "TrainConfig",

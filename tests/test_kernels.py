@@ -22,7 +22,8 @@ from labkit.quant.codebooks import dynamic8, midpoints, nf4
 from labkit.quant.kernels import cpu, tasks, threads
 from labkit.quant.kernels.outdated import forget_outdated
 from labkit.quant.kernels.vectors import next_part, pointer
-from labkit.quant.tensor import BLOCKSIZES, quantize, quantize_scales
+from labkit.quant.config import BLOCKSIZES
+from labkit.quant.tensor import quantize, quantize_scales
 
 LARGE = threads.SERIAL_BELOW  # weights: the size from which threads share the work
 

@@ -20,7 +20,8 @@ from labkit.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from labkit.quant import kernels
 from labkit.quant.blockwise import lookup_blocks, pack, unpack
 from labkit.quant.codebooks import codebook as levels_of
-from labkit.quant.tensor import BLOCKSIZES, NestedScales, quantize, quantize_scales
+from labkit.quant.config import BLOCKSIZES
+from labkit.quant.tensor import NestedScales, quantize, quantize_scales
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ODD_SHAPES = [(1,), (2,), (5,), (63,), (64,), (65,), (7, 80), (3, 33), (2, 3, 5, 7), (129, 64), (1000, 1001)]
@@ -298,7 +299,7 @@ def test_wrong_arguments_are_refused_with_what_is_allowed():
     for kwargs, message in [
         ({"codebook": "nf3"}, "'nf3' is not known"),
         ({"codebook": "dynamic8"}, "has 256 levels"),
-        ({"blocksize": 48}, r"blocksize=48 is not supported; choose one of \(32"),
+        ({"blocksize": 48}, r"blocksize=48 is not known; choose one of \(32"),
         ({"scale_rounding": "up", "double_quant": False}, "scale_rounding='up'"),
     ]:
         with pytest.raises(ValueError, match=message):

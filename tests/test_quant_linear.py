@@ -55,9 +55,9 @@ def test_output_and_gradients_equal_a_dense_layer_with_the_dequantized_weight(bi
         ),
         (lambda last: last.double(), {}, TypeError, "^1: a weight must be a float32.* not torch.float64"),
         (lambda last: None, {"codebook": "nf5"}, ValueError, "codebook='nf5' is not known"),
-        (lambda last: None, {"blocksize": 64.0}, ValueError, "blocksize=64.0 is not supported"),
+        (lambda last: None, {"blocksize": 64.0}, ValueError, "blocksize=64.0 is not known; choose one of"),
         (lambda last: None, {"scale_rounding": "up"}, ValueError, "scale_rounding='up' is not known"),
-        (lambda last: None, {"compute_dtype": torch.int8}, ValueError, "none to multiply in"),
+        (lambda last: None, {"compute_dtype": torch.int8}, ValueError, "is not a floating dtype"),
     ],
 )
 def test_a_model_that_cannot_be_quantized_is_left_as_it_was(spoil, settings, error, message):
@@ -191,7 +191,7 @@ def test_mistakes_are_named(small_llama):
         quantize_model(small_llama, progress=False)
     with pytest.raises(TypeError, match="takes an nn.Linear"):
         QuantLinear.from_linear(nn.Conv1d(4, 4, 1))
-    with pytest.raises(ValueError, match="compute_dtype=torch.int8 is none to multiply in"):
+    with pytest.raises(ValueError, match="compute_dtype=torch.int8 is not a floating dtype"):
         QuantLinear.from_linear(nn.Linear(4, 4), compute_dtype=torch.int8)
 
 

@@ -188,8 +188,9 @@ def load_on_changed_base(
     config, names, saved = config_from_peft(model, raw, tensors, path)
     check_tensors(model, names, saved, tensors, config, path)
     settings = dict(start["quantization"])
-    if settings.get("compute_dtype", "None") != "None":
-        settings["compute_dtype"] = getattr(torch, str(settings["compute_dtype"]).removeprefix("torch."))
+    dtype = settings.pop("compute_dtype", None)
+    if dtype is not None:
+        settings["compute_dtype"] = getattr(torch, str(dtype).removeprefix("torch."))
     add_qlora(
         model, LoRAConfig(**{**asdict(config), "init": start["init"], "targets": exactly(names)}), **settings
     )

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from labkit.quant.blockwise import NESTED_BLOCKSIZE
 from labkit.quant.codebooks import codebook as levels_of
-from labkit.quant.tensor import BLOCKSIZES, NestedScales, QuantizedTensor
+from labkit.quant.config import BLOCKSIZES
+from labkit.quant.tensor import NestedScales, QuantizedTensor
 
 QUANT_TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes can read
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.lora.layer import LoRALinear
+from labkit.quant.config import QuantConfig
 from labkit.quant.linear import QuantLinear
 from labkit.quant.linears import dense_weight, is_transposed
 from labkit.quant.tensor import quantize
@@ -54,16 +55,17 @@ def olora(layer: LoRALinear) -> None:
     split_off(layer, R[: layer.r], Q[:, : layer.r])
 
 
-def loftq(layer: LoRALinear, iterations: int, **quantization) -> None:
+def loftq(layer: LoRALinear, iterations: int, quantization: QuantConfig) -> None:
     """Quantize what the adapter does not hold, fit the adapter to what quantization lost, and again: W is about Q + s B A."""
     weight = dense_weight(layer.base).float()  # (out, in)
     held = torch.zeros_like(weight)
     for _ in range(iterations):
-        quantized = quantize(weight - held, **quantization)
+        quantized = quantize(weight - held, quantization)
         A, B = top_factors(weight - quantized.dequantize(torch.float32), layer.r, layer.scaling)
         held = layer.scaling * (B @ A)
     start_from(layer, A, B)
-    layer.base = QuantLinear(quantized, layer.base.bias).train(layer.base.training).requires_grad_(False)
+    base = QuantLinear(quantized, layer.base.bias, quantization.compute_dtype)
+    layer.base = base.train(layer.base.training).requires_grad_(False)
 
 
 def split_off(layer: LoRALinear, A: Tensor, B: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from labkit.quant.blockwise import dequantize_blocks, pack, quantize_blocks, unpack
 from labkit.quant.codebooks import CODEBOOKS, codebook
+from labkit.quant.config import QuantConfig
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import LayerReport, dequantize_model, quantize_model
 from labkit.quant.tensor import NestedScales, QuantizedTensor, quantize, quantize_scales
@@ -10,6 +11,7 @@ __all__ = [
     "CODEBOOKS",
     "LayerReport",
     "NestedScales",
+    "QuantConfig",
     "QuantLinear",
     "QuantizedTensor",
     "codebook",

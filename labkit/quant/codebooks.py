@@ -28,6 +28,8 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from labkit.checks import check_choice
+
 
 def normal_quantiles(n: int, offset: float) -> Tensor:
     """`n` standard-normal quantiles from probability `offset` down to, not including, one half.
@@ -188,12 +190,10 @@ def codebook(name: str) -> Tensor:
     Raises:
         ValueError: the name is not known.
     """
-    if name not in CODEBOOKS:
+    if not isinstance(name, str) or name not in CODEBOOKS:
         family, _, blocksize = str(name).partition("-")
         if family != "optimal" or not blocksize.isdecimal():
-            raise ValueError(
-                f"codebook={name!r} is not known; choose one of {sorted(CODEBOOKS)} or 'optimal-64'"
-            )
+            check_choice("codebook", name, {**CODEBOOKS, "optimal-64": None})
         CODEBOOKS[name] = optimal(int(blocksize))
     return CODEBOOKS[name]
 

@@ -24,12 +24,14 @@ This is what bitsandbytes' `MatMul4Bit` does. Source: QLoRA (Dettmers et al. 202
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from labkit.quant import kernels
+from labkit.quant.config import QuantConfig, check_compute_dtype
 from labkit.quant.scratch import dequantize_to_scratch
 from labkit.quant.tensor import NestedScales, QuantizedTensor, quantize
 
@@ -75,10 +77,7 @@ class QuantLinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise ValueError(
-                f"compute_dtype={compute_dtype} is none to multiply in; choose torch.float32, bfloat16 or float16, or None"
-            )
+        check_compute_dtype(compute_dtype)
         self.compute_dtype = compute_dtype
         if len(quantized.shape) != 2:
             raise ValueError(f"a linear layer has a weight of two dimensions, not {tuple(quantized.shape)}")
@@ -98,20 +97,13 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        codebook: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-        scale_rounding: str = "nearest",
-        compute_dtype: torch.dtype | None = None,
+        cls, linear: nn.Linear, config: QuantConfig | str | None = None, *others: Any, **settings: Any
     ) -> "QuantLinear":
-        """Quantize the weight of `linear` (which is left as it is). Arguments as for `labkit.quantize`, and
-        `compute_dtype` as above."""
+        """Quantize the weight of `linear`, which is left as it is. The other arguments are those of `labkit.quantize`."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"QuantLinear.from_linear takes an nn.Linear, not {type(linear).__name__}")
-        quantized = quantize(linear.weight, codebook, blocksize, double_quant, scale_rounding)
-        return cls(quantized, linear.bias, compute_dtype).train(linear.training)
+        config = QuantConfig.of(config, *others, **settings)
+        return cls(quantize(linear.weight, config), linear.bias, config.compute_dtype).train(linear.training)
 
     @property
     def weight(self) -> QuantizedTensor:

@@ -1,10 +1,13 @@
 """A whole model to four bits and back: its linear layers replaced one after the other, with a report of the bytes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from labkit.models.surgery import detach_from_file, is_output_layer, replace_module
+from labkit.quant.config import QuantConfig
 from labkit.quant.linear import QuantLinear
 from labkit.quant.tensor import check_finite, check_quantizable
 
@@ -29,13 +32,11 @@ class LayerReport(dict):
 
 def quantize_model(
     model: nn.Module,
-    codebook: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
+    config: QuantConfig | str | None = None,
+    *others: Any,
     skip: str | tuple[str, ...] = (),
     progress: bool = True,
-    scale_rounding: str = "nearest",
-    compute_dtype: torch.dtype | None = None,
+    **settings: Any,
 ) -> LayerReport:
     """Replace every `nn.Linear` of `model` by a `QuantLinear`, one after the other, in place.
 
@@ -45,19 +46,19 @@ def quantize_model(
 
     Args:
         model: any module with linear layers.
-        codebook, blocksize, double_quant, scale_rounding: as for `labkit.quantize`.
+        config, others, settings: a `QuantConfig`, or its values, as for `labkit.quantize`.
         skip: a name, or several, of layers to leave alone; the last part of a name is enough.
         progress: show a progress bar.
-        compute_dtype: of the products with the quantized weights; None for that of what comes in.
 
     Returns:
         A `LayerReport` of bytes before and after for each layer.
 
     Raises:
         ValueError: nothing to quantize (no linear layer, or quantized already), `skip` matches no layer, a weight is not
-            finite, or a setting is none that `labkit.quantize` knows. Nothing is changed then.
-        TypeError: a weight is of a dtype that cannot be quantized. Nothing is changed then.
+            finite, or a setting has a value that is not allowed. Nothing is changed then.
+        TypeError: a weight is of a dtype that cannot be quantized, or there is no such setting. Nothing is changed then.
     """
+    config = QuantConfig.of(config, *others, **settings)
     skip = (skip,) if isinstance(skip, str) else skip
     linears = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)
@@ -74,17 +75,15 @@ def quantize_model(
             else "it has no linear layer besides the output"
         )
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {reason}")
-    settings = codebook, blocksize, double_quant, scale_rounding, compute_dtype
-    QuantLinear.from_linear(nn.Linear(1, 1, device="meta"), *settings)  # may raise: before any change
     for name in names:
-        check_before(name, linears[name].weight, blocksize)
+        check_before(name, linears[name].weight)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     detach_from_file(model, {id(linears[name].weight) for name in names})
     report = LayerReport()
     for name in tqdm(names, desc="quantize", unit="layer", disable=not progress, leave=False):
         linear = linears.pop(name)
-        layer = QuantLinear.from_linear(linear, *settings)
+        layer = QuantLinear.from_linear(linear, config)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         replace_module(model, name, layer)
@@ -92,10 +91,10 @@ def quantize_model(
     return report
 
 
-def check_before(name: str, weight: Tensor, blocksize: int) -> None:
+def check_before(name: str, weight: Tensor) -> None:
     """Raise what quantizing this layer would, with its name, while no other has been replaced."""
     try:
-        check_quantizable(weight, blocksize)
+        check_quantizable(weight)
         check_finite(torch.stack(weight.detach().aminmax()).abs(), weight)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None

@@ -6,7 +6,7 @@ call, with the same bits, that runs instead.
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,7 @@ from labkit.quant.blockwise import (
 )
 from labkit.quant.codebooks import codebook as levels_of
 from labkit.quant.codebooks import codes_by_rank
-
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-SCALE_ROUNDINGS = ("nearest", "lookup")
+from labkit.quant.config import SCALE_ROUNDINGS, QuantConfig
 
 
 @dataclass(frozen=True)
@@ -169,27 +167,22 @@ class QuantizedTensor:
 
 
 def quantize(
-    weight: Tensor,
-    codebook: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
-    scale_rounding: str = "nearest",
+    weight: Tensor, config: QuantConfig | str | None = None, *others: Any, **settings: Any
 ) -> QuantizedTensor:
     """Quantize a weight to 4 bits in blocks.
 
     Args:
         weight: any shape, fp32, fp16 or bf16, finite.
-        codebook: a 4-bit codebook of `labkit.quant.codebooks`.
-        blocksize: weights per scale, one of `BLOCKSIZES`.
-        double_quant: store the scales in 8 bits too.
-        scale_rounding: how double quantization rounds a scale: "nearest" level, as bitsandbytes does on CUDA, or
-            "lookup" in a table of 65,536 bins, as it does on a CPU. They differ in about 1 of 600 scales.
+        config: a `QuantConfig`; or, in its place, the values of one, in their order (`quantize(w, "nf4", 64)`) or by
+            name (`quantize(w, double_quant=False)`). By default NF4 in blocks of 64 with double quantization. What is
+            stored does not depend on its `compute_dtype`.
+        others, settings: the values of a config.
 
     Returns:
         A `QuantizedTensor`; `.dequantize()` gives the approximation of `weight`.
 
     Raises:
-        TypeError: not a floating tensor of a supported dtype.
+        TypeError: not a floating tensor of a supported dtype, or settings that `QuantConfig` does not have.
         ValueError: empty, not finite, or an unknown codebook, block size or rounding.
 
     Source: QLoRA, section 3.
@@ -198,13 +191,9 @@ def quantize(
     >>> q.packed.shape, round(q.bits_per_param, 3)
     (torch.Size([2048, 1]), 4.141)
     """
-    check_quantizable(weight, blocksize)
-    check_choice("scale_rounding", scale_rounding, SCALE_ROUNDINGS)
-    levels = levels_of(codebook)
-    if len(levels) != 16:
-        raise ValueError(
-            f"codebook={codebook!r} has {len(levels)} levels; a 4-bit weight needs one with 16, such as 'nf4'"
-        )
+    config = QuantConfig.of(config, *others, **settings)
+    check_quantizable(weight)
+    levels, blocksize = levels_of(config.codebook), config.blocksize
     flat = weight.detach().reshape(-1)
     if kernels.fast_for(flat):
         packed, absmax = kernels.quantize_4bit(flat.float().contiguous(), levels, blocksize)
@@ -212,17 +201,15 @@ def quantize(
         codes, absmax = quantize_blocks(flat.float(), levels, blocksize)
         packed = pack(codes, pad=int(codes_by_rank(levels)[7]))
     check_finite(absmax, weight)
-    scales = quantize_scales(absmax, scale_rounding) if double_quant else absmax
-    return QuantizedTensor(packed, scales, weight.shape, weight.dtype, codebook, blocksize)
+    scales = quantize_scales(absmax, config.scale_rounding) if config.double_quant else absmax
+    return QuantizedTensor(packed, scales, weight.shape, weight.dtype, config.codebook, blocksize)
 
 
-def check_quantizable(weight: Tensor, blocksize: int) -> None:
+def check_quantizable(weight: Tensor) -> None:
     """Raise a `TypeError` or `ValueError` that says what to do if `weight` cannot be quantized."""
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"a weight must be a float32, float16 or bfloat16 tensor, not {given}")
-    if not isinstance(blocksize, Integral) or blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize={blocksize!r} is not supported; choose one of {BLOCKSIZES}")
     if weight.numel() == 0:
         raise ValueError(f"the weight of shape {tuple(weight.shape)} is empty; there is nothing to quantize")
 
