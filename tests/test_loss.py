@@ -40,9 +40,9 @@ def loss_and_gradients(model, batch, logits):
 def chunks(monkeypatch):
     """Calls of the chunked loss, as numbers of rows."""
     seen = []
-    original = chunked_loss._ChunkedLoss.apply
+    original = chunked_loss.ChunkedCrossEntropy.apply
     monkeypatch.setattr(
-        chunked_loss._ChunkedLoss, "apply", lambda h, w, t: seen.append(len(t)) or original(h, w, t)
+        chunked_loss.ChunkedCrossEntropy, "apply", lambda h, w, t: seen.append(len(t)) or original(h, w, t)
     )
     return seen
 
@@ -50,7 +50,7 @@ def chunks(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 7, 160, 1000])
 def test_in_chunks_it_has_the_loss_and_gradients_of_all_logits(monkeypatch, rows):
     seen = chunks(monkeypatch)
-    monkeypatch.setattr(loss, "ROWS", rows)
+    monkeypatch.setattr(chunked_loss, "ROWS", rows)
     model, batch = adapted(make_small_llama()), make_batch()
     ours, theirs = loss_and_gradients(model, batch, "supervised"), loss_and_gradients(model, batch, "all")
     assert seen == [160]

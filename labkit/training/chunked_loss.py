@@ -1,17 +1,61 @@
-"""DOC"""
+"""The fast path of `labkit.training.loss.supervised_loss`: a few rows of scores at a time, and none of them kept.
+
+With p = softmax(W h), the gradient that goes on to h is (p - onehot) W: all that it needs is at hand as soon as the loss
+of these rows has been taken. So `ROWS` rows are scored, turned into their gradient, and dropped before the next are
+scored. No scores wait for the backward pass.
+
+This needs an output layer that is frozen, as under LoRA, and logits that are its output and nothing else: Gemma 2 caps
+them, Cohere and Granite scale them. The second cannot be read off a model. So the first forward pass of each lets the
+output layer score one row, and compares that with the model's logits.
+
+Sources: chunked cross-entropy, "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024), section 4;
+Liger kernel (Hsu et al. 2024), section 3.2, whose gradient in the forward pass this is.
+"""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from labkit.data.batches import IGNORE, Batch
+from labkit.training.recompute import recompute_activations
+
 ROWS = 128  # scored at a time: 25 MB in fp32 on a vocabulary of 49,152
 
-
-# of each output layer that was seen: are the model's logits its output, unchanged?
+# of each output layer seen so far: are the model's logits its output, unchanged?
 _unchanged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def chunked_loss(model: nn.Module, batch: Batch) -> Tensor | None:
+    """`supervised_loss(model, batch)`, or None where it cannot be taken in chunks; see the module docstring."""
+    output = model.get_output_embeddings()
+    known = _unchanged.get(output)  # None: nobody has looked yet
+    if known is False or not may_be_chunked(output):
+        return None
+    targets = batch.targets[:, 1:]  # (batch, time - 1)
+    keep = targets != IGNORE
+    hidden: list[Tensor] = []
+
+    def catch(_, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        hidden.append(arguments[0][:, :-1][keep])  # (n_supervised, width)
+        return (hidden[0][None, : 0 if known else 1],)  # the model itself scores one row, to look, or none
+
+    hook = output.register_forward_pre_hook(catch)
+    try:
+        with recompute_activations(model):
+            scores = model(input_ids=batch.ids, use_cache=False).logits[0]  # (0 or 1, vocab)
+    finally:
+        hook.remove()
+    if known is None and len(scores):
+        with torch.no_grad():
+            _unchanged[output] = torch.equal(scores.float(), output(hidden[0][None, :1])[0].float())
+        if not _unchanged[output]:
+            return None
+    return ChunkedCrossEntropy.apply(hidden[0], output.weight, targets[keep])
 
 
 def may_be_chunked(output: nn.Module) -> bool:
@@ -24,7 +68,20 @@ def may_be_chunked(output: nn.Module) -> bool:
     )
 
 
-class _ChunkedLoss(torch.autograd.Function):
+@contextmanager
+def assume_unchanged(output: nn.Module, unchanged: bool) -> Iterator[None]:
+    """Within the block, nobody looks whether the logits are the output of this layer: the answer is `unchanged`."""
+    before = _unchanged.get(output)
+    _unchanged[output] = unchanged
+    try:
+        yield
+    finally:
+        _unchanged.pop(output, None)
+        if before is not None:
+            _unchanged[output] = before
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of W h, with the gradient to h made in the forward pass."""
 
     @staticmethod
