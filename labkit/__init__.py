@@ -4,14 +4,8 @@ import importlib
 import importlib.metadata
 
 from labkit.formats.adapters import load_adapter, save_adapter
-from labkit.lora.adapters import (
-    active_adapter,
-    adapter_configs,
-    add_adapter,
-    disabled,
-    remove_adapter,
-    use_adapter,
-)
+from labkit.lora.adapters import active_adapter, adapter_configs, add_adapter, remove_adapter, use_adapter
+from labkit.lora.adapters import base_only as disabled
 from labkit.lora.combining import combine
 from labkit.lora.config import LoRAConfig
 from labkit.lora.count import adapter_report, trainable

@@ -18,6 +18,7 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.fingerprint import AdapterMismatch, fingerprint
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.merging import merge
+from labkit.lora.mounting import mounted_adapter
 from labkit.lora.qlora import add_qlora
 from labkit.quant.model import dequantize_model, quantize_model
 from tests.conftest import make_small_llama
@@ -233,7 +234,7 @@ CASES = {
 def test_round_trip_here_is_exact_and_peft_loads_the_same(tmp_path, case):
     make, config = CASES[case]
     model = randomize(add_lora(make(), LoRAConfig(**{"r": 4, "alpha": 12} | config)))
-    for name, module in model.lora_adapters["default"].modules.items():
+    for name, module in mounted_adapter(model).modules.items():
         if name not in lora_layers(model):
             module.weight.data *= 1.5
     save_adapter(model, tmp_path / "a")

@@ -12,7 +12,7 @@ from labkit.lora.adapters import (
     active_adapter,
     adapter_configs,
     add_adapter,
-    disabled,
+    base_only,
     remove_adapter,
     use_adapter,
 )
@@ -50,7 +50,7 @@ def test_each_adapter_gives_what_it_gives_alone():
 
 def test_the_base_alone_is_the_base_bit_for_bit():
     base, model = logits(make_model()), two_adapters()
-    with disabled(model):
+    with base_only(model):
         assert torch.equal(logits(model), base) and not lora_layers(model) and active_adapter(model) is None
     assert active_adapter(model) == "clerk"
     use_adapter(model, None)
@@ -106,7 +106,7 @@ def test_a_module_that_trains_in_full_comes_and_goes_with_its_adapter():
     base = logits(make_model())
     model.model.norm.weight.data *= 2
     assert model.model.norm.weight.requires_grad and not torch.equal(logits(model), base)
-    with disabled(model):
+    with base_only(model):
         assert torch.equal(logits(model), base) and not model.model.norm.weight.requires_grad
     assert "model.norm" in trainable(model).per_module
 
@@ -198,7 +198,7 @@ def test_errors_name_what_there_is():
 def test_a_merged_adapter_cannot_be_switched_off():
     model = two_adapters()
     merge(model)
-    for act in (lambda: use_adapter(model, "poet"), lambda: disabled(model).__enter__()):
+    for act in (lambda: use_adapter(model, "poet"), lambda: base_only(model).__enter__()):
         with pytest.raises(ValueError, match="'clerk' is merged into the base; unmerge it first"):
             act()
     with pytest.raises(ValueError, match="unmerge"):

@@ -187,7 +187,7 @@ def test_merging_into_four_bits_can_be_asked_for_and_undone(small_llama):
         merged = merge(small_llama, requantize=True)(IDS).logits
         assert not torch.equal(merged, adapted), "the sixteen levels took their part"
         for layer in lora_layers(small_llama).values():
-            whole = layer.merged_from.dequantize() + layer.delta()
+            whole = layer.base_before_merge.dequantize() + layer.delta()
             again = quantize(whole).dequantize()
             assert torch.equal(layer.base.weight.dequantize(), again)
         assert torch.equal(unmerge(small_llama)(IDS).logits, adapted)
@@ -203,7 +203,7 @@ def test_train_and_eval_never_merge(small_llama, variant):
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
     layers = lora_layers(small_llama)
     assert all(torch.equal(layers[name].base.weight, before[name]) for name in before)
-    assert all(layer.merged_from is None for layer in layers.values())
+    assert all(not layer.is_merged for layer in layers.values())
 
 
 def test_strength_of_what_is_no_sum_is_refused(small_llama):

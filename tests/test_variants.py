@@ -32,12 +32,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from labkit.lora.adapters import disabled
+from labkit.lora.adapters import base_only
 from labkit.lora.config import LoRAConfig
 from labkit.lora.dora import DoRALinear
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.layer import LoRALinear
 from labkit.lora.merging import merge, unmerge
+from labkit.lora.mounting import mounted_adapter
 from labkit.lora.plain import plain_factors, to_plain_lora
 from labkit.lora.qlora import add_qlora
 from labkit.lora.starts import top_factors
@@ -356,10 +357,10 @@ def test_a_trained_start_becomes_plain_lora_of_twice_the_rank_on_the_original_ba
         before = model(IDS).logits
         to_plain_lora(model)
         torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
-        with disabled(model):
+        with base_only(model):
             assert torch.equal(model(IDS).logits, base(IDS).logits)
     ranks = {name.rpartition(".")[2]: layer.r for name, layer in lora_layers(model).items()}
-    assert ranks["q_proj"] == 8 and ranks["down_proj"] == 4 and model.lora_config.init == "default"
+    assert ranks["q_proj"] == 8 and ranks["down_proj"] == 4 and mounted_adapter(model).config.init == "default"
 
 
 def test_qpissa_cuts_the_quantization_error_that_qlora_starts_with():

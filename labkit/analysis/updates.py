@@ -1,13 +1,13 @@
 """What training changed: the update of each linear layer, under one name for full fine-tuning, LoRA and QLoRA.
 
     full fine-tuning   dW = W - W_0
-    LoRA               dW = scaling B A                                  the base is frozen
-    DoRA               dW = m/n (W_0 + scaling B A) - W_0                which has full rank
+    LoRA               dW = scaling B A                           the base is frozen
+    DoRA               dW = m/n (W_0 + scaling B A) - W_0         which has full rank
     QLoRA              dW = scaling B A, and beside it dequantize(quantize(W_0)) - W_0, which training did not do
 
-The quantization error has full rank and is often larger than the update. A spectrum of "tuned minus original" of a QLoRA model
-shows it, and not what was learned; so the parts have names here. `with_update` goes the other way: it puts a change into
-a model, for as long as a loss is measured.
+The quantization error has full rank and is often larger than the update. A spectrum of "tuned minus original" of a QLoRA
+model shows that error rather than what was learned, so the parts have names here. `with_update` goes the other way: it
+puts a change into a model for as long as a loss is measured.
 
 Source: LoRA (Hu et al. 2021), section 4.1; QLoRA (Dettmers et al. 2023), equation 5.
 """
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.checks import check_choice
+from labkit.lora.dora import DoRALinear
 from labkit.lora.layer import LoRALinear
 from labkit.models.surgery import is_output_layer
 from labkit.quant.linear import QuantLinear
@@ -31,7 +32,7 @@ PARTS = ("update", "error", "total")
 
 @dataclass(frozen=True)
 class Factored:
-    """A matrix of low rank as a product that nobody multiplies out: `left` (m, r) times `right` (r, n)."""
+    """A matrix of low rank as a product that is never multiplied out: `left` (m, r) times `right` (r, n)."""
 
     left: Tensor
     right: Tensor
@@ -41,10 +42,10 @@ class Factored:
         return self.left @ self.right
 
 
-def updates(
+def find_updates(
     base: nn.Module, tuned: nn.Module, part: str = "update", factored: bool = False
 ) -> dict[str, Tensor | Factored]:
-    """What training changed in each linear layer but the output layer, under the same names for every method.
+    """What training changed in each linear layer except the output layer, under the same names for every method.
 
     Args:
         base: the model before training.
@@ -52,17 +53,17 @@ def updates(
         part: "update", what training did: W - W_0, or for an adapter what it adds to its frozen base;
             "error", what quantization did before training: dequantized base - W_0, zero without quantization;
             "total", both: what `tuned` computes with, minus W_0.
-        factored: give updates of adapters as `Factored`; only for part "update", and not of DoRA.
+        factored: give updates of adapters as `Factored`; only for part "update", and not for DoRA.
 
     Returns:
-        {layer name: (out, in)} in at least fp32. Of a model with adapters, "update" has only the layers that have one.
+        {layer name: (out, in)} in at least fp32. For a model with adapters, "update" has only the layers that have one.
 
     Raises:
-        ValueError: another part, other layers or shapes, or an adapter on another base than `base`.
+        ValueError: an unknown part, other layers or shapes, or an adapter on another base than `base`.
     """
     check_choice("part", part, PARTS)
     if factored and part != "update":
-        raise ValueError(f"part={part!r} has no factors, its rank is full; leave factored=True out")
+        raise ValueError(f"part={part!r} has no factors, its rank is full; leave out factored=True")
     before, after = linear_layers(base), linear_layers(tuned)
     if set(before) != set(after):
         odd = sorted(set(before) ^ set(after))
@@ -70,9 +71,9 @@ def updates(
             f"base and tuned must have the same linear layers; only one of them has: {', '.join(odd[:5])}"
         )
     adapted = [name for name, layer in after.items() if isinstance(layer, LoRALinear)]
-    if factored and any(hasattr(after[name], "lora_magnitude") for name in adapted):
+    if factored and any(isinstance(after[name], DoRALinear) for name in adapted):
         raise ValueError(
-            "DoRA's update has no factors: it stretches the whole weight; leave factored=True out"
+            "DoRA's update has no factors: it stretches the whole weight; leave out factored=True"
         )
     found: dict[str, Tensor | Factored] = {}
     for name in adapted if adapted and part == "update" else before:
@@ -86,31 +87,37 @@ def updates(
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of `model` but the output layer: plain, 4-bit, Conv1D, or with an adapter (then under its name, not
-    as its base's)."""
+    """The linear layers of `model` except the output layer: plain, 4-bit, Conv1D, or with an adapter.
+
+    A layer with an adapter comes under its own name, not under that of the base inside it.
+    """
     layers = {
         name: module
         for name, module in model.named_modules()
-        if is_linear(getattr(module, "base", module)) and not is_output_layer(model, module)
+        if is_linear(base_of(module)) and not is_output_layer(model, module)
     }
     return {name: m for name, m in layers.items() if not name.endswith(".base") or name[:-5] not in layers}
 
 
+def base_of(layer: nn.Module) -> nn.Module:
+    """The base's own layer inside one with an adapter; a plain layer itself."""
+    return getattr(layer, "base", layer)
+
+
 def frozen_weight(layer: nn.Module) -> Tensor:
     """What the layer starts from, (out, in), in at least fp32: a base dequantized, a merged adapter taken out."""
-    merged_from = getattr(layer, "merged_from", None)
-    layer = getattr(layer, "base", layer)
-    if isinstance(merged_from, QuantizedTensor):
-        return merged_from.dequantize(torch.float32)
-    if merged_from is not None:
-        return at_least_fp32(merged_from.T if is_transposed(layer) else merged_from)
-    return at_least_fp32(dense_weight(layer))
+    if not isinstance(layer, LoRALinear) or not layer.is_merged:
+        return at_least_fp32(dense_weight(base_of(layer)))
+    kept = layer.base_before_merge
+    if isinstance(kept, QuantizedTensor):
+        return kept.dequantize(torch.float32)
+    return at_least_fp32(kept.T if is_transposed(layer.base) else kept)
 
 
 def of_layer(name: str, layer: nn.Module, start: Tensor, part: str, factored: bool) -> Tensor | Factored:
     """The `part` of one layer of the tuned model; `start` is the base's weight."""
     now = frozen_weight(layer)
-    quantized = isinstance(getattr(layer, "base", layer), QuantLinear)
+    quantized = isinstance(base_of(layer), QuantLinear)
     if not isinstance(layer, LoRALinear):
         cause = "error" if quantized else "update"
         return now - start if part in (cause, "total") else torch.zeros_like(start)
@@ -120,8 +127,9 @@ def of_layer(name: str, layer: nn.Module, start: Tensor, part: str, factored: bo
         return now - start + change(layer, now)
     if not quantized and not torch.equal(now, start):
         raise ValueError(
-            f"the frozen weight of {name} is not that of base, so that the adapter alone is not the update; give the base "
-            "that the adapter was trained on, in the same dtype, or ask for part='total' (PiSSA changes its base on purpose)"
+            f"the frozen weight of {name} is not that of base, so the adapter alone is not the update; give the base "
+            "that the adapter was trained on, in the same dtype, or ask for part='total' (PiSSA changes its base on "
+            "purpose)"
         )
     if factored:
         return Factored((layer.scaling * layer.lora_B).detach(), layer.lora_A.detach())
@@ -130,9 +138,9 @@ def of_layer(name: str, layer: nn.Module, start: Tensor, part: str, factored: bo
 
 def change(layer: LoRALinear, frozen: Tensor) -> Tensor:
     """What an adapter adds to its base's weight `frozen`, (out, in)."""
-    if not hasattr(layer, "lora_magnitude"):
+    if not isinstance(layer, DoRALinear):
         return layer.delta().detach()
-    merged = dense_weight(layer.base) if layer.merged_from is not None else layer.merged_weight(frozen)
+    merged = dense_weight(layer.base) if layer.is_merged else layer.merged_weight(frozen)
     return at_least_fp32(merged.detach()) - frozen
 
 
@@ -142,11 +150,12 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def with_update(model: nn.Module, changes: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """Within the block each linear layer named in `changes` has this matrix added to its weight; after it, the very
-    weights from before are back, also after an error.
+    """Within the block each linear layer named in `changes` has that matrix added to its weight.
+
+    After it the very weights from before are back, even after an error.
 
     Raises:
-        ValueError: a name that is no linear layer with a plain weight, or another shape. Nothing is changed then.
+        ValueError: a name that is not a linear layer with a plain weight, or another shape. Nothing is changed then.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, change in changes.items():

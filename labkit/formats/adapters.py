@@ -37,11 +37,12 @@ from labkit.formats.peft_folder import (
     write_folder,
 )
 from labkit.formats.provenance import check_base, read_provenance, versions
-from labkit.lora.adapters import adapter_configs, attach, check_new, disabled
+from labkit.lora.adapters import adapter_configs, base_only, check_new
 from labkit.lora.config import LoRAConfig
 from labkit.lora.fingerprint import AdapterMismatch, differences, fingerprint
-from labkit.lora.inject import Adapter, adapter_in_place, base_in_place, lora_layers, make_adapter
+from labkit.lora.inject import lora_layers, make_adapter
 from labkit.lora.layer import LoRALinear
+from labkit.lora.mounting import Adapter, attach, mounted_adapter
 from labkit.lora.plain import plain_factors
 from labkit.lora.qlora import add_qlora
 from labkit.quant.linear import QuantLinear
@@ -73,7 +74,7 @@ def save_adapter(
     layers = lora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA adapter to save; call add_lora and train first")
-    adapter = adapter_in_place(model) or Adapter(model.lora_config, layers, None)
+    adapter = mounted_adapter(model)
     init = adapter.config.init
     if plain and init.startswith("loftq"):
         raise ValueError(
@@ -96,9 +97,7 @@ def save_adapter(
     if start and not plain:
         settings = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in start["quantization"].items()}
         provenance["start"] = {"init": init, "origin": start["origin"], "quantization": settings}
-    with base_in_place(model):
-        config = peft_config(model, adapter, plain)
-    return write_folder(Path(path), tensors, config, provenance)
+    return write_folder(Path(path), tensors, peft_config(model, adapter, plain), provenance)
 
 
 def adapter_tensors(adapter: Adapter, plain: bool) -> dict[str, Tensor]:
@@ -144,13 +143,14 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> n
     provenance = read_provenance(path)
     if provenance and "start" in provenance:
         return load_on_changed_base(model, path, raw, tensors, provenance, name)
-    with disabled(model):
+    with base_only(model):
         check_base(model, path, provenance)
         config, names, saved = config_from_peft(model, raw, tensors, path)
         check_tensors(model, names, saved, tensors, config, path)
         adapter = make_adapter(model, config, names)
         fill(adapter, tensors)
-    return attach(model, name, adapter)
+    attach(model, name, adapter)
+    return model
 
 
 def fill(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
@@ -192,16 +192,14 @@ def load_on_changed_base(
     if dtype is not None:
         settings["compute_dtype"] = getattr(torch, str(dtype).removeprefix("torch."))
     add_qlora(
-        model, LoRAConfig(**{**asdict(config), "init": start["init"], "targets": exactly(names)}), **settings
+        model, LoRAConfig(**{**asdict(config), "init": start["init"], "targets": exactly(names)}), name=name, **settings
     )
     if differences(provenance["base"], fingerprint(model)):
         raise AdapterMismatch(
             f"the 4-bit base of {path}, made again here, is not bit for bit that of the adapter: another version of the linear algebra "
             "library rounds otherwise. Load a fresh model, and train here, or save with plain=True there"
         )
-    model.lora_adapters[name] = model.lora_adapters.pop("default")
-    model.lora_active = name
-    fill(model.lora_adapters[name], tensors)
+    fill(mounted_adapter(model), tensors)
     return model
 
 

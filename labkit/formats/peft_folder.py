@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from labkit.formats.provenance import PROVENANCE
 from labkit.lora.config import LoRAConfig, pattern_matches
 from labkit.lora.fingerprint import AdapterMismatch
-from labkit.lora.inject import Adapter
+from labkit.lora.mounting import Adapter
 from labkit.lora.layer import LoRAEmbedding, LoRALinear
 from labkit.lora.plain import plain_config
 from labkit.lora.targets import saved_names

@@ -4,7 +4,7 @@ from labkit.lora.adapters import (
     active_adapter,
     adapter_configs,
     add_adapter,
-    disabled,
+    base_only,
     remove_adapter,
     use_adapter,
 )
@@ -13,9 +13,10 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.count import adapter_report, trainable
 from labkit.lora.dora import DoRALinear
 from labkit.lora.fingerprint import AdapterMismatch, fingerprint
-from labkit.lora.inject import Adapter, add_lora, lora_layers
+from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.layer import LoRAEmbedding, LoRALinear
-from labkit.lora.merging import adapter_strength, merge, unmerge
+from labkit.lora.merging import adapter_strength, merge, unmerge, unmerged
+from labkit.lora.mounting import Adapter, ModelAdapters, adapters_of, mounted_adapter
 from labkit.lora.plain import to_plain_lora
 from labkit.lora.qlora import add_qlora
 from labkit.lora.targets import matching_layers
@@ -27,22 +28,26 @@ __all__ = [
     "LoRAConfig",
     "LoRAEmbedding",
     "LoRALinear",
+    "ModelAdapters",
     "active_adapter",
     "adapter_configs",
     "adapter_report",
     "adapter_strength",
+    "adapters_of",
     "add_adapter",
     "add_lora",
     "add_qlora",
+    "base_only",
     "combine",
-    "disabled",
     "fingerprint",
     "lora_layers",
     "matching_layers",
     "merge",
+    "mounted_adapter",
     "remove_adapter",
     "to_plain_lora",
     "trainable",
     "unmerge",
+    "unmerged",
     "use_adapter",
 ]

@@ -1,7 +1,7 @@
 """The weighted sum of adapters as one more adapter: exact by concatenation, or of one rank and approximate.
 
-"cat" is exact: w1 s1 B1 A1 + w2 s2 B2 A2 = [w1 s1 B1, w2 s2 B2] [A1; A2], of rank r1 + r2. "linear" adds the factors instead, which
-keeps the rank and adds the cross terms B1 A2 and B2 A1, which nobody has trained.
+"cat" is exact: w1 s1 B1 A1 + w2 s2 B2 A2 = [w1 s1 B1, w2 s2 B2] [A1; A2], of rank r1 + r2. "linear" adds the factors
+instead, which keeps the rank and adds the cross terms B1 A2 and B2 A1, which nobody has trained.
 
 Agrees with: PEFT `add_weighted_adapter`, combination types "cat" and "linear".
 """
@@ -13,22 +13,24 @@ import torch
 from torch import nn
 
 from labkit.checks import check_choice
-from labkit.lora.adapters import adapter_configs, attach, check_new
+from labkit.lora.adapters import check_known, check_new
 from labkit.lora.config import LoRAConfig
-from labkit.lora.inject import Adapter
-from labkit.lora.layer import LoRALinear
+from labkit.lora.mounting import Adapter, adapters_of, attach
 
 COMBINATIONS = ("cat", "linear")
 
 
 def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str = "cat") -> nn.Module:
-    """Make the adapter `name`, the weighted sum of others, and put it in place; the others stay as they are.
+    """Make the adapter `name`, the weighted sum of others, and mount it; the others stay as they are.
 
     Args:
-        model: with the adapters.
+        model: with the adapters; changed in place.
         weights: a weight for each of them, by name; it may be negative.
         name: of the new adapter.
-        how: "cat", exact, the ranks add up; or "linear", of one rank, and an approximation.
+        how: "cat", exact, with the sum of the ranks; or "linear", of one rank, an approximation.
+
+    Returns:
+        `model`.
 
     Raises:
         ValueError: the name is taken or an adapter is not there, is not plain LoRA, trains modules in full, or (for "linear")
@@ -36,15 +38,13 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
     """
     check_choice("how", how, COMBINATIONS)
     check_new(model, name)
-    unknown = [n for n in weights if n not in adapter_configs(model)]
-    if unknown or not weights:
-        raise ValueError(
-            f"no adapter {unknown or 'given'}; there are: {', '.join(adapter_configs(model)) or 'none'}"
-        )
-    parts = {n: model.lora_adapters[n] for n in weights}
+    check_known(model, weights)
+    if not weights:
+        raise ValueError("weights is empty; give a weight for each adapter, such as {'poet': 0.7, 'clerk': 0.3}")
+    parts = {n: adapters_of(model).by_name[n] for n in weights}
     for n, part in parts.items():
-        odd = [m for m in part.modules.values() if not isinstance(m, LoRALinear) or hasattr(m, "start_A")]
-        if odd or part.config.variant.endswith("dora"):
+        changed_base = any(layer.has_own_base for layer in part.layers.values())
+        if part.config.is_dora or changed_base or len(part.layers) < len(part.modules):
             raise ValueError(
                 f"{n!r} is more than a correction s B A that could be added to others (DoRA, a changed base, or modules that "
                 "train in full)"
@@ -52,7 +52,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
     base = {path: module for part in parts.values() for path, module in part.base_modules().items()}
     modules = {}
     for path in base:
-        layers = {n: part.modules[path] for n, part in parts.items() if path in part.modules}
+        layers = {n: part.layers[path] for n, part in parts.items() if path in part.layers}
         factors = [
             (weights[n] * layer.scaling, layer.lora_A.detach(), layer.lora_B.detach())
             for n, layer in layers.items()
@@ -73,11 +73,12 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
         modules[path] = layer.train(first.training)
     ranks = {path: layer.r for path, layer in modules.items()}
     r = max(ranks.values())
-    others = {re_exact(path): rank for path, rank in ranks.items() if rank != r}
+    others = {exact_pattern(path): rank for path, rank in ranks.items() if rank != r}
     config = LoRAConfig(r, r, targets=list(base), rank_pattern=others, alpha_pattern=others)
-    return attach(model, name, Adapter(config, modules, {}))
+    attach(model, name, Adapter(config, modules, {}))
+    return model
 
 
-def re_exact(name: str) -> str:
+def exact_pattern(name: str) -> str:
     """A pattern that means the module `name` and no other."""
     return "^" + name.replace(".", r"\.")

@@ -1,7 +1,8 @@
 """What an adapter is to be: rank, scaling, places, variant and start, in one validated object.
 
-PEFT calls the same things r, lora_alpha, target_modules, use_rslora / use_dora and init_lora_weights; `labkit.formats.adapters`
-translates. Values are checked when the config is made, so that a typing error costs no training run.
+PEFT calls the same things r, lora_alpha, target_modules, use_rslora / use_dora and init_lora_weights;
+`labkit.formats.peft_config` translates. Values are checked when the config is made, so a typing error does not
+cost a training run.
 """
 
 import math
@@ -12,17 +13,9 @@ from dataclasses import dataclass, field, replace
 from labkit.checks import check_choice, is_whole
 
 VARIANTS = ("lora", "rslora", "dora", "rsdora")
-INITS = (
-    "default",
-    "gaussian",
-    "b_random",
-    "b_random_small",
-    "pissa",
-    "pissa_niter_[number]",
-    "olora",
-    "loftq",
-    "loftq_iter_[number]",
-)
+RANDOM_STARTS = ("default", "gaussian", "b_random", "b_random_small")  # they leave the base as it is
+WEIGHT_STARTS = ("pissa", "pissa_niter_[number]", "olora", "loftq", "loftq_iter_[number]")
+INITS = (*RANDOM_STARTS, *WEIGHT_STARTS)
 
 
 @dataclass(frozen=True)
@@ -32,16 +25,18 @@ class LoRAConfig:
     Args:
         r: rank of the correction, at least 1.
         alpha: numerator of the scaling; the correction is multiplied by alpha / r.
-        dropout: probability of dropping an input of the correction in training, 0 <= dropout < 1.
+        dropout: probability of dropping an input of the correction during training, 0 <= dropout < 1.
         targets: "all-linear" (every linear layer but the output), "attention", "mlp", a list of layer names
             (`["q_proj", "v_proj"]`: the last parts of a full name count), or a regular expression of full names.
-        variant: "lora"; "rslora" with the scaling alpha / sqrt(r) (Kalajdzievski 2023); "dora", a length for each row
-            beside its direction (`labkit.lora.dora`); or "rsdora", both.
-        init: "default" draws A from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does, "gaussian" from N(0, 1/r^2), B being 0; "b_random"
-            draws B from U(-1/sqrt(r), 1/sqrt(r)), A being 0, and "b_random_small" from U(-1/sqrt(in), 1/sqrt(in)). The others start from the weight: see `labkit.lora.starts`.
-        rank_pattern, alpha_pattern: r and alpha of single layers, by name or regular expression of the last parts of a name:
-            `{"down_proj": 32, r"layers\\.0\\..*": 4}`. The first that matches counts.
-        modules_to_save: names of modules that train in full and are saved with the adapter, such as `["score"]`, a new head.
+        variant: "lora"; "rslora", whose scaling is alpha / sqrt(r) (Kalajdzievski 2023); "dora", which learns the
+            length of each row apart from its direction (`labkit.lora.dora`); or "rsdora", both.
+        init: "default" draws A from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does, and "gaussian" from N(0, 1/r^2), with
+            B = 0; "b_random" draws B from U(-1/sqrt(r), 1/sqrt(r)), and "b_random_small" from
+            U(-1/sqrt(in), 1/sqrt(in)), with A = 0. The others start from the weight: see `labkit.lora.starts`.
+        rank_pattern, alpha_pattern: r and alpha of single layers, by a name or a regular expression for the last
+            parts of a name: `{"down_proj": 32, r"layers\\.0\\..*": 4}`. The first that matches counts.
+        modules_to_save: names of modules that train in full and are saved with the adapter, such as `["score"]`, a
+            new head.
 
     Raises:
         ValueError: a value is out of its range.
@@ -82,7 +77,38 @@ class LoRAConfig:
     @property
     def scaling(self) -> float:
         """The factor of the correction: alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        return self.alpha / (math.sqrt(self.r) if self.variant.startswith("rs") else self.r)
+        return self.alpha / (math.sqrt(self.r) if self.is_rslora else self.r)
+
+    @property
+    def is_rslora(self) -> bool:
+        """Is the scaling alpha / sqrt(r)?"""
+        return self.variant in ("rslora", "rsdora")
+
+    @property
+    def is_dora(self) -> bool:
+        """Does each row of the weight learn a length of its own?"""
+        return self.variant in ("dora", "rsdora")
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Does the start look at the weight, and so come with a base of its own (PiSSA, OLoRA, LoftQ)?"""
+        return self.init not in RANDOM_STARTS
+
+    @property
+    def is_pissa(self) -> bool:
+        """Does the adapter start as the principal singular parts of the weight?"""
+        return self.init.startswith("pissa")
+
+    @property
+    def is_loftq(self) -> bool:
+        """Does the adapter start as the best fit to what quantization loses?"""
+        return self.init.startswith("loftq")
+
+    @property
+    def start_iterations(self) -> int | None:
+        """The number at the end of "pissa_niter_4" or "loftq_iter_2"; None if `init` gives none."""
+        number = self.init.rpartition("_")[2]
+        return int(number) if number.isdigit() else None
 
     def for_layer(self, name: str) -> "LoRAConfig":
         """The config of the layer `name`: r and alpha as the patterns say."""

@@ -1,13 +1,14 @@
 """How many parameters train, and where: the count that every claim about "0.1 % of the weights" rests on.
 
 A 4-bit weight counts with the weights that it stands for. PyTorch sees one byte for two of them, and a count that asks it
-halves the model; this is a common mistake in reports about QLoRA.
+halves the model: a common mistake in reports about QLoRA.
 """
 
 from dataclasses import dataclass
 
 from torch import nn
 
+from labkit.lora.inject import lora_layers
 from labkit.quant.linear import QuantLinear
 
 
@@ -44,7 +45,7 @@ def trainable(model: nn.Module) -> Trainable:
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """A line of a report: a module with an adapter, or one that trains in full (then `r` and `scaling` are None)."""
+    """A row of a report: a module with an adapter, or one that trains in full (then `r` and `scaling` are None)."""
 
     name: str
     shape: tuple[int, ...]  # (out, in) of an adapted layer; of the largest weight otherwise
@@ -53,8 +54,8 @@ class AdaptedModule:
     parameters: int
 
 
-class AdapterReport(list):
-    """A list of `AdaptedModule`, and as text a table of them: shape, r, scaling, parameters, and share of those that train."""
+class AdapterReport(list[AdaptedModule]):
+    """A list of `AdaptedModule`; printed, a table of them: shape, r, scaling, parameters, and share of all that train."""
 
     def __str__(self) -> str:
         total = sum(row.parameters for row in self)
@@ -72,12 +73,12 @@ class AdapterReport(list):
 
 
 def adapter_report(model: nn.Module) -> AdapterReport:
-    """What the adapter of `model` that is in place adds, module by module.
+    """What the mounted adapter of `model` adds, module by module.
 
     Raises:
         ValueError: there is no adapter.
     """
-    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    adapted = lora_layers(model)
     if not adapted:
         raise ValueError(f"{type(model).__name__} has no LoRA adapter to report on; call add_lora first")
     rows = []

@@ -1,6 +1,6 @@
 """DoRA: learn the length of each row of the weight apart from its direction.
 
-    y = m/n * (W x + s B A x)        n = row norms of W + s B A, a constant for autograd;  m trains
+    y = m/n * (W x + s B A x)        n = row norms of W + s B A, constant for autograd;  m trains
 
 Source: DoRA (Liu et al. 2024), equation 5 and section 4.3. Agrees with: PEFT `tuners/lora/dora.py`, torchtune
 `modules/peft/dora.py`.
@@ -8,10 +8,8 @@ Source: DoRA (Liu et al. 2024), equation 5 and section 4.3. Agrees with: PEFT `t
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from labkit.lora.config import LoRAConfig
-from labkit.lora.fast import add_product
 from labkit.lora.layer import LoRALinear
 from labkit.quant.linears import dense_weight
 
@@ -19,9 +17,9 @@ from labkit.quant.linears import dense_weight
 class DoRALinear(LoRALinear):
     """`LoRALinear` that learns the length of each row of the weight apart from its direction.
 
-    A base in 4 bits or 32; the magnitude m starts at the norms of W's rows, so that m/n = 1 and the output is the base's.
-    Each forward pass takes the norms again, at the cost of r more rows of x: little in training, much for one token at a
-    time, where `labkit.merge` saves it.
+    The magnitude m starts at the norms of W's rows, so m/n = 1 and the output is the base's. Every forward pass takes
+    the norms n again, which costs as much as r more rows of x: little in training, a lot when tokens are generated one
+    at a time; `labkit.merge` saves it there.
     """
 
     def __init__(self, base: nn.Module, config: LoRAConfig):
@@ -30,19 +28,19 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude = nn.Parameter(self.row_norms())  # (out,)
 
     def measure(self) -> None:
-        """Keep |W_i|^2, which changes only if another base takes this one's place (it was quantized, for instance)."""
+        """Keep |W_i|^2, which changes only if another base takes the place of this one (a quantized one, for example)."""
         squares = dense_weight(self.base).to(self.lora_A.dtype).square().sum(1)
         self.register_buffer("row_squares", squares, persistent=False)  # (out,)
-        self.measured = (self.base,)  # in a tuple, so that it does not count as one more module
+        object.__setattr__(self, "measured", self.base)  # not by nn.Module's own, which would make it a child
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """(out,): the norms of the rows of V = W + s B A, a constant for autograd (DoRA, section 4.3).
 
-        V itself, (out, in), is never made: |V_i|^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 |(B A)_i|^2, where W A^T is what the base
-        layer makes of the r rows of A, and |(B A)_i|^2 = B_i (A A^T) B_i^T.
+        V itself, (out, in), is never made: |V_i|^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 |(B A)_i|^2, where W A^T is
+        what the base layer makes of the r rows of A, and |(B A)_i|^2 = B_i (A A^T) B_i^T.
         """
-        if self.measured[0] is not self.base:
+        if self.measured is not self.base:
             self.measure()
         A, B, s = self.lora_A, self.lora_B, self.scaling
         WA = self.base(A.to(self.base.weight.dtype)).to(A.dtype)  # (r, out)
@@ -52,7 +50,7 @@ class DoRALinear(LoRALinear):
         return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()  # a row of zeros has m/n = 1 too
 
     def delta(self) -> Tensor:
-        """What the adapter changes in the weight, (out, in); unlike LoRA's its rank is not r."""
+        """What the adapter changes in the weight, (out, in); unlike LoRA's, not of rank r."""
         weight = dense_weight(self.base)
         return self.merged_weight(weight) - weight
 
@@ -60,19 +58,8 @@ class DoRALinear(LoRALinear):
         stretch = (self.lora_magnitude / self.row_norms())[:, None]
         return (stretch * (weight + super().delta())).to(weight.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.base(rows)  # (rows, out)
-        if self.merged_from is None:
-            if self.training:
-                rows = self.dropout(rows)
-            z = F.linear(rows.to(self.lora_A.dtype), self.lora_A)  # (rows, r)
-            y = self.stretch(add_product(y, z, self.lora_B, self.scaling))
-        return y.view(*x.shape[:-1], self.out_features)
-
     def stretch(self, y: Tensor) -> Tensor:
-        """m/n times what the layer puts out without its bias, which is not stretched; y (rows, out)."""
+        """m/n times what the layer puts out without its bias, which is not stretched; y (..., out)."""
         factor, bias = self.lora_magnitude / self.row_norms(), self.base.bias  # (out,)
         stretched = factor * y if bias is None else factor * y + (1 - factor) * bias
         return stretched.to(y.dtype)

@@ -1,17 +1,19 @@
 """Which base model is this? A fingerprint to keep beside an adapter.
 
-An adapter is a difference. On another base, even a later version of the same one, it is noise that loads without an error. So
-hashes of the base's weights go with the adapter, and are compared before it is loaded.
+An adapter is a difference. On another base, even a later version of the same one, it is noise that loads without an
+error. So hashes of the base's weights go with the adapter, and are compared before it is loaded.
 """
 
 import hashlib
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from labkit.lora.inject import base_in_place, lora_layers
+from labkit.lora.adapters import base_only
+from labkit.lora.merging import unmerged
+from labkit.lora.mounting import mounted_adapter
 from labkit.quant.linear import QuantLinear
-from labkit.quant.tensor import QuantizedTensor
 
 
 class AdapterMismatch(ValueError):
@@ -19,22 +21,19 @@ class AdapterMismatch(ValueError):
 
 
 def fingerprint(model: nn.Module) -> dict:
-    """Hashes that tell base models apart: of the linear weights (`linears`), and of all others (`rest`).
+    """Hashes that identify a base model: of its linear weights (`linears`), and of all others (`rest`).
 
     The same base in 4 bits and in 32, or in bf16 and in fp32, has other bytes. `linears_kind` and `rest_kind` say which
-    they are, and only hashes of the same kind are compared. Adapters, merged or not, do not count.
+    they are, and only hashes of the same kind are compared. Adapters, merged or not, do not count; a 4-bit base that was
+    made together with its adapter is the base.
     """
-    originals: dict[int, Tensor] = {}  # what a merge has put aside, by the id of what is there instead
-    for layer in lora_layers(model).values():
-        if layer.merged_from is not None:
-            quantized = isinstance(layer.merged_from, QuantizedTensor)
-            there = layer.base.packed if quantized else layer.base.weight
-            originals[id(there)] = layer.merged_from.packed if quantized else layer.merged_from
-    with base_in_place(model):
-        return hash_base(model, originals)
+    adapter = mounted_adapter(model)
+    with unmerged(model), base_only(model) if adapter is None or adapter.keeps_base else nullcontext():
+        return hash_base(model)
 
 
-def hash_base(model: nn.Module, originals: dict[int, Tensor]) -> dict:
+def hash_base(model: nn.Module) -> dict:
+    """`fingerprint` of a model as it stands, parameters of adapters left out."""
     linears = {
         name.removesuffix(".base"): module
         for name, module in model.named_modules()
@@ -48,11 +47,11 @@ def hash_base(model: nn.Module, originals: dict[int, Tensor]) -> dict:
         else:
             kinds.add(str(module.weight.dtype))
             weight = module.weight
-        update(hash_linears, originals.get(id(weight), weight))
+        update(hash_linears, weight)
     counted = {id(p) for module in linears.values() for p in module.parameters(recurse=False)}
     rest = {n: p for n, p in model.named_parameters() if id(p) not in counted and ".lora_" not in n}
     for _, parameter in sorted(rest.items()):
-        update(hash_rest, originals.get(id(parameter), parameter))
+        update(hash_rest, parameter)
     shapes = "\n".join(f"{name}:{m.out_features}x{m.in_features}" for name, m in sorted(linears.items()))
     return {
         "class": type(model).__name__,
@@ -65,6 +64,7 @@ def hash_base(model: nn.Module, originals: dict[int, Tensor]) -> dict:
 
 
 def update(digest, tensor: Tensor) -> None:
+    """Add the bytes of `tensor` to a hash."""
     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 

@@ -2,14 +2,13 @@
 
     y = W x + (alpha / r) B A x          A: (r, in), B: (out, r), r much smaller than in and out
 
-W is frozen. Only A and B are trained: r * (in + out) parameters instead of in * out. A starts random and B at zero, so
-the model before the first step is exactly the base model; and because B = 0, the first gradient of A is zero too and
+W is frozen. Only A and B train: r * (in + out) parameters instead of in * out. A starts random and B at zero, so
+before the first step the model is exactly the base model; and because B = 0, the first gradient of A is zero too and
 only B moves. The scaling alpha / r keeps the size of the correction comparable when r is changed.
 
-Why the layer keeps its base as a child module and does not subclass `nn.Linear`: the base can then be anything that
-maps x to y: a 32-bit linear, a 4-bit one (QLoRA), or GPT-2's transposed one, and the forward pass need not know which.
-
-Nothing here merges on its own, as `.eval()` does in some libraries: `merge` and `unmerge` are calls that you write.
+Why the layer keeps its base as a child module instead of subclassing `nn.Linear`: the base can then be anything that
+maps x to y, be it a 32-bit linear layer, a 4-bit one (QLoRA) or GPT-2's transposed one, and the forward pass need not
+know which.
 
 Source: LoRA (Hu et al. 2021), section 4.1. Agrees with: PEFT `tuners/lora/layer.py`.
 """
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from labkit.hardware import fast_paths
 from labkit.lora.config import LoRAConfig
-from labkit.lora.fast import add_product
+from labkit.lora.fast import sum_in_place
 from labkit.quant.linear import QuantLinear
 from labkit.quant.linears import widths
 from labkit.quant.tensor import QuantizedTensor
@@ -33,14 +33,22 @@ class LoRALinear(nn.Module):
     Args:
         base: `nn.Linear`, `QuantLinear` or Conv1D; frozen by `add_lora`.
         config: rank, scaling, dropout, initialization.
+
+    Attributes:
+        base_before_merge: the base's weight as it was, while the correction is merged into it.
+        start_A, start_B: where A and B started, if the base was changed to make room for them (`labkit.lora.starts`).
     """
+
+    base_before_merge: Tensor | QuantizedTensor | None
+    start_A: Tensor | None
+    start_B: Tensor | None
 
     def __init__(self, base: nn.Module, config: LoRAConfig):
         super().__init__()
         self.base = base
         self.scaling = config.scaling
         self.dropout = nn.Dropout(config.dropout)
-        self.merged_from: Tensor | QuantizedTensor | None = None  # the base weight as it was, while merged
+        self.base_before_merge = None
         self.in_features, self.out_features = widths(base)
         device = base.packed.device if isinstance(base, QuantLinear) else base.weight.device
         # adapters train in at least fp32: their updates are smaller than bf16 can add to them
@@ -54,10 +62,22 @@ class LoRALinear(nn.Module):
             nn.init.uniform_(self.lora_B, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         else:  # the starts that use the weight are made later
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
 
     @property
     def r(self) -> int:
         return self.lora_A.shape[0]
+
+    @property
+    def is_merged(self) -> bool:
+        """Is the correction in the base's weight?"""
+        return self.base_before_merge is not None
+
+    @property
+    def has_own_base(self) -> bool:
+        """Did the start change the base, so that the adapter is not a correction of the model's own weight?"""
+        return self.start_A is not None
 
     def delta(self) -> Tensor:
         """The correction as a matrix, `scaling * B A`, shape (out, in)."""
@@ -68,22 +88,25 @@ class LoRALinear(nn.Module):
         return weight + self.delta().to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.base(rows)  # (rows, out)
-        if self.merged_from is None:
-            if self.training:
-                rows = self.dropout(rows)
-            z = F.linear(rows.to(self.lora_A.dtype), self.lora_A)  # (rows, r)
-            y = add_product(y, z, self.lora_B, self.scaling)
-        return y.view(*x.shape[:-1], self.out_features)
+        """`base(x) + scaling * B A dropout(x)`: (..., in) to (..., out)."""
+        if self.is_merged:
+            return self.base(x)
+        if fast_paths():
+            return self.stretch(sum_in_place(x, self.base, self.dropout, self.lora_A, self.lora_B, self.scaling))
+        y = self.base(x)
+        z = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
+        return self.stretch(y + (self.scaling * F.linear(z, self.lora_B)).to(y.dtype))
+
+    def stretch(self, y: Tensor) -> Tensor:
+        """A hook for what changes the whole output, (..., out): LoRA leaves it as it is."""
+        return y
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}" + (", merged" if self.merged_from is not None else "")
+        return f"r={self.r}, scaling={self.scaling:g}" + (", merged" if self.is_merged else "")
 
 
 class LoRAEmbedding(LoRALinear):
-    """`LoRALinear` over an embedding: for a one-hot x, A x is a column of A, and is looked up instead of multiplied.
+    """`LoRALinear` over an embedding: for a one-hot x, A x is a column of A, which is looked up instead of multiplied.
 
     A (r, vocabulary) starts at zero and B (width, r) from N(0, 1), as in PEFT; there is no dropout of one-hot rows.
     """
@@ -96,7 +119,7 @@ class LoRAEmbedding(LoRALinear):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) token ids to (..., width)."""
         y = self.base(ids)
-        if self.merged_from is not None:
+        if self.is_merged:
             return y
         z = F.embedding(ids, self.lora_A.T, self.base.padding_idx)  # (..., r)
         scale = getattr(self.base, "embed_scale", 1.0)  # Gemma's embedding multiplies what it looks up

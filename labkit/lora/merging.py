@@ -1,6 +1,7 @@
 """Merging: add each correction to its base weight, `W + s B A`, and take it out again, exactly.
 
 Nothing merges on its own, as `.eval()` does in some libraries: `merge` and `unmerge` are calls that you write.
+`unmerged` is for a look at the weights from before.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from labkit.lora.dora import DoRALinear
 from labkit.lora.inject import lora_layers
 from labkit.lora.layer import LoRALinear
 from labkit.quant.linear import QuantLinear
@@ -19,11 +21,14 @@ from labkit.quant.tensor import QuantizedTensor, quantize
 def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
     """Add each correction to its base weight, so that the adapter costs nothing in the forward pass; in place.
 
-    The weights as they were are kept for `unmerge`, which is then exact; that doubles their memory.
+    The weights from before are kept for `unmerge`, which is then exact; that doubles their memory.
 
     Args:
         model: with adapters.
         requantize: merge into 4-bit bases too: dequantize, add, and quantize again, which changes the output.
+
+    Returns:
+        `model`.
 
     Raises:
         ValueError: there is no adapter, it is merged already, or a base is in 4 bits (nothing is changed then).
@@ -34,7 +39,7 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
             f"{type(model).__name__} has no LoRA adapter to merge; call add_lora or load_adapter first"
         )
     for name, layer in layers.items():
-        if layer.merged_from is not None:
+        if layer.is_merged:
             raise ValueError(f"the adapter is merged already ({name}); unmerge it first")
         if is_four_bit(layer.base) and not (requantize and isinstance(layer.base, QuantLinear)):
             raise ValueError(
@@ -49,13 +54,14 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
 
 
 def merge_layer(layer: LoRALinear) -> None:
+    """Put the merged weight where the base's is, and keep that one."""
     base, merged = layer.base, layer.merged_weight(dense_weight(layer.base))  # (out, in)
     if isinstance(base, QuantLinear):
-        layer.merged_from = base.weight
+        layer.base_before_merge = base.weight
         again = quantize(merged, base.codebook, base.blocksize, base.double_quant)
         layer.base = four_bit_like(base, again)
     else:
-        layer.merged_from = base.weight.detach()
+        layer.base_before_merge = base.weight.detach()
         base.weight = nn.Parameter(merged.T if is_transposed(base) else merged, requires_grad=False)
 
 
@@ -65,21 +71,45 @@ def four_bit_like(layer: QuantLinear, weight: QuantizedTensor) -> QuantLinear:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Undo `merge`: put back the very base weights that it kept.
+    """Undo `merge`: put back the very base weights that it kept. In place; returns `model`.
 
     Raises:
         ValueError: nothing is merged.
     """
-    merged = [layer for layer in lora_layers(model).values() if layer.merged_from is not None]
+    merged = [layer for layer in lora_layers(model).values() if layer.is_merged]
     if not merged:
         raise ValueError(f"{type(model).__name__} has no merged adapter to unmerge")
     for layer in merged:
-        if isinstance(layer.base, QuantLinear):
-            layer.base = four_bit_like(layer.base, layer.merged_from)
-        else:
-            layer.base.weight = nn.Parameter(layer.merged_from, requires_grad=False)
-        layer.merged_from = None
+        unmerge_layer(layer)
     return model
+
+
+def unmerge_layer(layer: LoRALinear) -> None:
+    """Put back the base's weight that `merge_layer` kept."""
+    if isinstance(layer.base, QuantLinear):
+        layer.base = four_bit_like(layer.base, layer.base_before_merge)
+    else:
+        layer.base.weight = nn.Parameter(layer.base_before_merge, requires_grad=False)
+    layer.base_before_merge = None
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the base's weights are those from before a merge; after it, the very merged ones are back."""
+    kept = [
+        (layer, layer.base, layer.base.weight, layer.base_before_merge)
+        for layer in lora_layers(model).values()
+        if layer.is_merged
+    ]
+    for layer, *_ in kept:
+        unmerge_layer(layer)
+    try:
+        yield model
+    finally:
+        for layer, base, weight, before in kept:
+            layer.base, layer.base_before_merge = base, before
+            if not isinstance(base, QuantLinear):
+                base.weight = weight
 
 
 @contextmanager
@@ -87,13 +117,13 @@ def adapter_strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
     """Within the block the corrections count `factor` times: 0 gives the base model, 1 the adapted one.
 
     Raises:
-        ValueError: there is no adapter, it is merged and can no longer be told from the base, or it is no sum of the base and
-            a correction (DoRA; PiSSA and its like, whose base is not the model's).
+        ValueError: there is no adapter, it is merged, or its output is not a sum of the model's own and a correction
+            (DoRA; PiSSA and its like, whose base is not the model's).
     """
     layers = lora_layers(model).values()
-    if not layers or any(layer.merged_from is not None for layer in layers):
+    if not layers or any(layer.is_merged for layer in layers):
         raise ValueError("adapter_strength needs an adapter that is not merged; add one, or unmerge it first")
-    if any(hasattr(layer, "lora_magnitude") or hasattr(layer, "start_A") for layer in layers):
+    if any(isinstance(layer, DoRALinear) or layer.has_own_base for layer in layers):
         raise ValueError(
             "adapter_strength scales a correction that is added to the base, and this adapter is not of that form. For PiSSA, "
             "OLoRA: labkit.to_plain_lora(model) first. For all: labkit.disabled(model) is strength 0"

@@ -9,15 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from labkit.lora.adapters import base_only
 from labkit.lora.config import LoRAConfig
-from labkit.lora.inject import adapter_in_place, lora_layers, put_in_place
 from labkit.lora.layer import LoRALinear
-from labkit.lora.starts import RANDOM_STARTS
+from labkit.lora.mounting import mounted_adapter
 
 
 def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
     """The adapter as plain LoRA on the *original* weight: W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], of rank 2r."""
-    if not hasattr(layer, "start_A"):
+    if not layer.has_own_base:
         return layer.lora_A.detach(), layer.lora_B.detach()
     A = torch.cat([layer.lora_A.detach(), layer.start_A])  # (2r, in)
     B = torch.cat([layer.lora_B.detach(), -layer.start_B], dim=1)  # (out, 2r)
@@ -26,9 +26,9 @@ def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
 
 def plain_config(config: LoRAConfig) -> LoRAConfig:
     """The config of `plain_factors`: twice the rank, and the same scaling."""
-    if config.init in RANDOM_STARTS:
+    if not config.starts_from_weight:
         return config
-    wider = math.sqrt(2) if config.variant.startswith("rs") else 2
+    wider = math.sqrt(2) if config.is_rslora else 2
     return replace(
         config,
         r=2 * config.r,
@@ -40,29 +40,29 @@ def plain_config(config: LoRAConfig) -> LoRAConfig:
 
 
 def to_plain_lora(model: nn.Module) -> nn.Module:
-    """Turn a PiSSA or OLoRA adapter that is in place into LoRA of rank 2r on the base model as it was; in place.
+    """Turn the mounted adapter, PiSSA or OLoRA, into LoRA of rank 2r on the base model as it was; in place.
 
-    The outputs are those of before, but for rounding; the adapter can then be disabled, combined, and served beside others.
+    The outputs stay the same, but for rounding; the adapter can then be combined with others and served beside them.
+
+    Returns:
+        `model`.
 
     Raises:
         ValueError: no adapter of this kind, it is merged, or (`add_qlora`) the original weights are gone.
     """
-    adapter = adapter_in_place(model)
-    if adapter is None or adapter.config.init in RANDOM_STARTS:
-        raise ValueError("to_plain_lora takes a model with a PiSSA or OLoRA adapter in place")
-    if adapter.originals is None or any(
-        layer.merged_from is not None for layer in lora_layers(model).values()
-    ):
+    adapter = mounted_adapter(model)
+    if adapter is None or not adapter.config.starts_from_weight:
+        raise ValueError("to_plain_lora takes a model with a PiSSA or OLoRA adapter mounted")
+    if adapter.is_merged or not adapter.keeps_base:
         raise ValueError(
             "the original weights are not at hand: unmerge the adapter first; if add_qlora made it, save it and load it onto "
             "the full-precision base"
         )
     config = plain_config(adapter.config)
-    for name, old in adapter.modules.items():
-        if isinstance(old, LoRALinear):
-            new = type(old)(adapter.originals.pop(name), config.for_layer(name)).train(old.training)
+    with base_only(model):
+        for name, old in adapter.layers.items():
+            new = LoRALinear(adapter.originals.pop(name), config.for_layer(name))
             new.lora_A.data, new.lora_B.data = plain_factors(old)
             adapter.modules[name] = new
-    adapter.config = config
-    put_in_place(model, model.lora_active)
+        adapter.config = config
     return model

@@ -1,4 +1,4 @@
-"""QLoRA: adapters over a base in four bits, added in the order that the start of the adapter asks for."""
+"""QLoRA: an adapter over a base in 4 bits, added in the order that the adapter's start asks for."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,8 +7,9 @@ from torch import nn
 
 from labkit.lora.config import LoRAConfig
 from labkit.lora.fingerprint import fingerprint
-from labkit.lora.inject import add_lora, lora_layers
-from labkit.lora.starts import LOFTQ_ITERATIONS, RANDOM_STARTS, loftq
+from labkit.lora.inject import add_lora
+from labkit.lora.mounting import mounted_adapter
+from labkit.lora.starts import LOFTQ_ITERATIONS, loftq
 from labkit.models.surgery import inside, is_output_layer
 from labkit.quant.config import QuantConfig
 from labkit.quant.model import quantize_model
@@ -19,18 +20,20 @@ def add_qlora(
     config: LoRAConfig,
     progress: bool = False,
     quantization: QuantConfig | None = None,
+    name: str = "default",
     **settings: Any,
 ) -> nn.Module:
-    """Put adapters on `model` and its linear layers in 4 bits, in the order that the start of the adapter asks for.
+    """Put the linear layers of `model` in 4 bits and an adapter on them, in the order that the adapter's start asks for.
 
-    The random starts: quantize, then add. PiSSA and OLoRA: split the weights, then quantize the rest. LoftQ: both in turn.
-    The latter two do not keep the original weights, so such an adapter cannot be disabled or put beside others.
+    Random starts: quantize, then add. PiSSA and OLoRA: split the weights, then quantize the rest. LoftQ: both in turns.
+    All but the random starts do not keep the original weights, so such an adapter cannot be taken out or put beside others.
 
     Args:
         model: in full precision.
         config: see `labkit.LoRAConfig`.
         progress: see `labkit.quantize_model`.
         quantization, settings: a `labkit.QuantConfig`, or its values by name.
+        name: of the adapter.
 
     Returns:
         `model`, changed in place.
@@ -40,19 +43,16 @@ def add_qlora(
     """
     quantization = QuantConfig.of(quantization, **settings)
     skip = [name for name in plain_linears(model) if inside(name, config.modules_to_save)]
-    if config.init in RANDOM_STARTS:
+    if not config.starts_from_weight:
         quantize_model(model, quantization, skip=tuple(skip), progress=progress)
-        return add_lora(model, config)
+        return add_lora(model, config, name)
     start = {"origin": fingerprint(model), "quantization": settings or quantization.changes()}
-    fit = config.init.startswith("loftq")
-    add_lora(model, replace(config, init="default") if fit else config)
-    adapter = model.lora_adapters["default"]
+    add_lora(model, replace(config, init="default") if config.is_loftq else config, name)
+    adapter = mounted_adapter(model)
     adapter.config, adapter.originals, adapter.start = config, None, start
-    model.lora_config = config
-    if fit:
-        number = config.init.rpartition("_")[2]
-        for layer in lora_layers(model).values():
-            loftq(layer, int(number) if number.isdigit() else LOFTQ_ITERATIONS, quantization)
+    if config.is_loftq:
+        for layer in adapter.layers.values():
+            loftq(layer, config.start_iterations or LOFTQ_ITERATIONS, quantization)
     train = [p for p in model.parameters() if p.requires_grad]
     if set(plain_linears(model)) - set(skip):
         quantize_model(model, quantization, skip=tuple(skip), progress=progress)

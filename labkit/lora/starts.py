@@ -4,8 +4,8 @@
     OLoRA     the same with the first r columns of a QR decomposition
     LoftQ     the base is 4-bit, and s B A starts as the best fit to what quantization lost
 
-All three look at W before it is quantized. So over a 4-bit base they are added by `labkit.add_qlora`, which quantizes afterwards (QPiSSA:
-the *residual* W - s B A is quantized, whose range is smaller), not by `add_lora` on a model in 4 bits.
+All three look at W before it is quantized. So over a 4-bit base they are added by `labkit.add_qlora`, which quantizes
+afterwards (QPiSSA quantizes the *residual* W - s B A, whose range is smaller), not by `add_lora` on a model in 4 bits.
 
 Sources: PiSSA (Meng et al. 2024), section 3; OLoRA (Büyükakyüz 2024), algorithm 1; LoftQ (Li et al. 2023), algorithm 1.
 Agrees with: PEFT `tuners/lora/layer.py` (`pissa_init`, `olora_init`).
@@ -23,8 +23,8 @@ from labkit.quant.linears import dense_weight, is_transposed
 from labkit.quant.tensor import quantize
 
 LOFTQ_ITERATIONS = 5
-OVERSAMPLING = 10  # directions beyond r in a random decomposition, which make the first r more exact (Halko et al., section 4.2)
-RANDOM_STARTS = ("default", "gaussian", "b_random", "b_random_small")  # they leave the base as it is
+# directions beyond r in a random decomposition, which make the first r more exact (Halko et al., section 4.2)
+OVERSAMPLING = 10
 
 
 def top_factors(matrix: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
@@ -32,8 +32,8 @@ def top_factors(matrix: Tensor, r: int, scaling: float, niter: int | None = None
 
     Args:
         matrix: in fp32.
-        niter: None for the exact decomposition; or the power iterations of a random one (Halko et al. 2011), which takes a
-            fraction of the time: PiSSA, section 4.
+        niter: None for the exact decomposition; or the power iterations of a random one (Halko et al. 2011), which takes
+            a fraction of the time: PiSSA, section 4.
     """
     if niter is None:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -56,7 +56,7 @@ def olora(layer: LoRALinear) -> None:
 
 
 def loftq(layer: LoRALinear, iterations: int, quantization: QuantConfig) -> None:
-    """Quantize what the adapter does not hold, fit the adapter to what quantization lost, and again: W is about Q + s B A."""
+    """In turns, quantize what the adapter does not hold, and fit the adapter to what that lost: W is about Q + s B A."""
     weight = dense_weight(layer.base).float()  # (out, in)
     held = torch.zeros_like(weight)
     for _ in range(iterations):
@@ -69,18 +69,18 @@ def loftq(layer: LoRALinear, iterations: int, quantization: QuantConfig) -> None
 
 
 def split_off(layer: LoRALinear, A: Tensor, B: Tensor) -> None:
-    """Give the layer these factors, and a base with W - s B A. The base of before is left as it was, to go back to."""
+    """Give the layer these factors, and a base of its own with W - s B A. The base from before is left as it was."""
     start_from(layer, A, B)
     weight = layer.base.weight
     rest = dense_weight(layer.base).float() - layer.scaling * (B @ A)
     rest = (rest.T if is_transposed(layer.base) else rest).to(weight.dtype).contiguous()
-    # a copy of the module that finds its weight made already
+    # a copy of the module, which takes `rest` for the copy of its weight
     layer.base = copy.deepcopy(layer.base, {id(weight): nn.Parameter(rest, requires_grad=False)})
 
 
 def start_from(layer: LoRALinear, A: Tensor, B: Tensor) -> None:
+    """Give the layer these factors, and have it remember them."""
     with torch.no_grad():
         layer.lora_A.copy_(A)
         layer.lora_B.copy_(B)
-    layer.register_buffer("start_A", layer.lora_A.detach().clone(), persistent=False)
-    layer.register_buffer("start_B", layer.lora_B.detach().clone(), persistent=False)
+    layer.start_A, layer.start_B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()

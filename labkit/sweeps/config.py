@@ -88,11 +88,11 @@ class RunConfig:
             raise ValueError(
                 f"lora_plus={self.lora_plus!r} is a rate for LoRA's B; method={self.method!r} has none"
             )
-        if self.init.startswith("loftq") and self.method != "qlora":
+        if self.adapter().is_loftq and self.method != "qlora":
             raise ValueError(
                 f"init={self.init!r} fits the adapter to a 4-bit base; it goes with method='qlora'"
             )
-        self.adapter(), self.training()  # their own checks
+        self.training()  # its own checks
 
     @classmethod
     def from_dict(cls, values: dict) -> "RunConfig":

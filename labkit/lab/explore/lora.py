@@ -67,7 +67,7 @@ def strength_explorer(model: nn.Module, tokenizer, records: Sequence[dict]) -> N
         ValueError: no adapter, or a merged one; no records.
     """
     layers = lora_layers(model)
-    if not layers or any(layer.merged_from is not None for layer in layers.values()):
+    if not layers or any(layer.is_merged for layer in layers.values()):
         raise ValueError(
             "strength_explorer needs an adapter that is not merged; add one, or unmerge it first"
         )
