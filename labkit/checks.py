@@ -1,7 +1,7 @@
-"""The checks that every part of labkit makes of its settings: a known name, a whole number, a number in its range.
+"""The checks that every part of labkit makes of its settings: known names, whole numbers, numbers in a range.
 
-Each raises a `ValueError` that says what was given and what is allowed. A bool is never a number here, although Python
-counts it as an `int`.
+Each raises a `ValueError` that says what was given and what is allowed. A bool is never a number here,
+although Python counts it as an `int`.
 """
 
 import difflib
@@ -78,15 +78,16 @@ def check_positive(name: str, value: object, usual: str = "") -> None:
         raise ValueError(said(name, value, "a positive number", usual))
 
 
-def check_share(name: str, value: object, usual: str = "") -> None:
-    """Raise a `ValueError` unless `value` is a number from 0 up to, not including, 1.
+def check_number(name: str, value: object, at_least: float, below: float = math.inf, usual: str = "") -> None:
+    """Raise a `ValueError` unless `value` is a finite number of at least `at_least` and below `below`.
 
-    >>> check_share("dropout", 1)
+    >>> check_number("dropout", 1, at_least=0, below=1)
     Traceback (most recent call last):
-    ValueError: dropout=1 must be a number from 0 up to, not including, 1
+    ValueError: dropout=1 must be a number of at least 0 and below 1
     """
-    if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(said(name, value, "a number from 0 up to, not including, 1", usual))
+    if not is_number(value) or not at_least <= value < below:
+        limit = "" if below == math.inf else f" and below {below}"
+        raise ValueError(said(name, value, f"a number of at least {at_least}{limit}", usual))
 
 
 def said(name: str, value: object, allowed: str, usual: str) -> str:

@@ -1,7 +1,7 @@
 """What this machine has, which dtype to compute in, and whether the fast paths are on.
 
-bf16 is not always faster: a CPU without bf16 instructions emulates it, and its backward pass took thirty times as
-long as fp32's when measured. So the dtype is chosen from the hardware, never assumed.
+bf16 is not always faster: a CPU without bf16 instructions emulates it, and its backward pass took thirty
+times as long as fp32's when measured. So the dtype is chosen from the hardware, never assumed.
 
 A fast path is a second implementation of a call that also exists as plain PyTorch (`labkit.quant.kernels`,
 `labkit.lora.fast`, `labkit.training.chunked_loss`). One switch turns all of them off.
@@ -45,8 +45,9 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
 def product_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype for products with *frozen* weights (`compute_dtype` of a `QuantLinear`).
 
-    On a GPU, the same dtype as everything else. On a CPU, fp32, unless it has matrix units (Intel's AMX, 2023 and
-    later): they multiply bf16 several times as fast. Only large products gain, so everything between stays in fp32.
+    On a GPU, the same dtype as everything else. On a CPU, fp32, unless it has matrix units (Intel's AMX, 2023
+    and later): they multiply bf16 several times as fast. Only large products gain, so everything between
+    stays in fp32.
     """
     device = torch.device(device)
     if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):

@@ -1,4 +1,8 @@
-"""One training loop for full fine-tuning, LoRA and QLoRA; its loss, exact resume, and measures of what was learned."""
+"""One training loop for full fine-tuning, LoRA and QLoRA, its loss, exact resume, and what a model gets
+right.
+
+Read `loop` first, then `loss`; `chunked_loss` is the fast path of the same call.
+"""
 
 from labkit.training.config import TrainConfig, learning_rate
 from labkit.training.evaluate import generate, held_out_loss, text_loss

@@ -1,20 +1,38 @@
 """The state of a run on disk: enough that a killed run goes on to the very numbers it would have reached.
 
-That takes the trained parameters, the optimizer's moments and step counts, the state of the random generators (for
-dropout), and the number of steps done, from which the order of the data follows. One safetensors file holds
-all of it, with the small things as JSON in its header, so that one rename makes the whole checkpoint visible at once.
+That takes the trained parameters, the optimizer's moments and step counts, the state of the random generators
+(for dropout), and the number of steps done, from which the order of the data follows. One safetensors file
+holds all of it, with the small things as JSON in its header, so one rename makes the whole checkpoint visible
+at once.
 """
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+
+from labkit.data.encoding import Encoded, fingerprint
+from labkit.training.config import TrainConfig
+from labkit.training.history import BestWeights, History
 
 FILE = "run.safetensors"
+MAY_DIFFER = (
+    "checkpoint_folder",
+    "checkpoint_every",
+    "progress",
+    "state_budget_bytes",
+)  # none changes a result
+
+
+def identity_of(config: TrainConfig, examples: list[Encoded], total: int) -> dict:
+    """What must be the same for a run to go on where another stopped: settings, data, number of steps."""
+    same = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER}
+    return {**same, "betas": list(config.betas), "data": fingerprint(examples), "total": total}
 
 
 def exists(folder: Path) -> bool:
@@ -28,19 +46,24 @@ def save(
     steps_done: int,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    history,
-    best: tuple[float, dict[str, Tensor]] | None,
+    history: History,
+    best: BestWeights | None,
 ) -> None:
-    """Write the state of a run: to a temporary name, then renamed. A failure leaves the last checkpoint as it was."""
+    """Write the state of a run under a temporary name, then rename it: a failure leaves the last checkpoint
+    intact.
+
+    Raises:
+        OSError: the file could not be written.
+    """
     tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
     for name, p in parameters.items():
         tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[p].items()}
     if best:
-        tensors |= {f"best/{name}": value for name, value in best[1].items()}
+        tensors |= {f"best/{name}": value for name, value in best.weights.items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors |= {f"rng/cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    state = {"identity": identity, "steps_done": steps_done, "best": best and best[0]}
+    state = {"identity": identity, "steps_done": steps_done, "best": best and best.loss}
     state |= {
         "steps": history.steps,
         "evals": history.evals,
@@ -61,7 +84,9 @@ def save(
         ) from error
 
 
-def load(folder: Path, identity: dict, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer):
+def load(
+    folder: Path, identity: dict, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, History, BestWeights | None]:
     """Put the state of a run back into `parameters`, `optimizer` and the random generators.
 
     Returns:
@@ -70,8 +95,6 @@ def load(folder: Path, identity: dict, parameters: dict[str, nn.Parameter], opti
     Raises:
         ValueError: a damaged file, or the checkpoint of another run: other settings, data or parameters.
     """
-    from labkit.training.history import History
-
     path = folder / FILE
     try:
         with safe_open(path, framework="pt") as file:
@@ -87,8 +110,8 @@ def load(folder: Path, identity: dict, parameters: dict[str, nn.Parameter], opti
         differs.append("trained parameters")
     if differs:
         raise ValueError(
-            f"{path} belongs to another run (different: {', '.join(differs)}); choose another checkpoint_folder, "
-            "or delete this one to start anew"
+            f"{path} belongs to another run (different: {', '.join(differs)}); choose another "
+            "checkpoint_folder, or delete this one to start anew"
         )
     with torch.no_grad():
         for name, p in parameters.items():
@@ -104,9 +127,7 @@ def load(folder: Path, identity: dict, parameters: dict[str, nn.Parameter], opti
         torch.cuda.set_rng_state_all([v for k, v in sorted(tensors.items()) if k.startswith("rng/cuda/")])
     best = None
     if state["best"] is not None:
-        best = (
-            state["best"],
-            {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")},
-        )
+        weights = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+        best = BestWeights(state["best"], weights)
     history = History(state["steps"], state["evals"], state["left_out"], state["stopped"])
     return state["steps_done"], history, best

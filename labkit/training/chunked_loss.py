@@ -1,15 +1,16 @@
-"""The fast path of `labkit.training.loss.supervised_loss`: a few rows of scores at a time, and none of them kept.
+"""The fast path of `labkit.training.loss.supervised_loss`: a few rows of scores at a time, and none of them
+kept.
 
-With p = softmax(W h), the gradient that goes on to h is (p - onehot) W: all that it needs is at hand as soon as the loss
-of these rows has been taken. So `ROWS` rows are scored, turned into their gradient, and dropped before the next are
-scored. No scores wait for the backward pass.
+With p = softmax(W h), the gradient that goes on to h is (p - onehot) W: all that it needs is at hand as soon
+as the loss of these rows has been taken. So `ROWS` rows are scored, turned into their gradient, and dropped
+before the next are scored. No scores wait for the backward pass.
 
-This needs an output layer that is frozen, as under LoRA, and logits that are its output and nothing else: Gemma 2 caps
-them, Cohere and Granite scale them. The second cannot be read off a model. So the first forward pass of each lets the
-output layer score one row, and compares that with the model's logits.
+This needs an output layer that is frozen, as under LoRA, and logits that are its output and nothing else:
+Gemma 2 caps them, Cohere and Granite scale them. The second cannot be read off a model. So the first forward
+pass of each lets the output layer score one row, and compares that with the model's logits.
 
-Sources: chunked cross-entropy, "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024), section 4;
-Liger kernel (Hsu et al. 2024), section 3.2, whose gradient in the forward pass this is.
+Sources: chunked cross-entropy, "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024),
+section 4; Liger kernel (Hsu et al. 2024), section 3.2, whose gradient in the forward pass this is.
 """
 
 import weakref
@@ -31,7 +32,7 @@ _unchanged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictiona
 
 
 def chunked_loss(model: nn.Module, batch: Batch) -> Tensor | None:
-    """`supervised_loss(model, batch)`, or None where it cannot be taken in chunks; see the module docstring."""
+    """`supervised_loss(model, batch)`, or None where the module docstring's conditions do not hold."""
     output = model.get_output_embeddings()
     known = _unchanged.get(output)  # None: nobody has looked yet
     if known is False or not may_be_chunked(output):
@@ -70,7 +71,7 @@ def may_be_chunked(output: nn.Module) -> bool:
 
 @contextmanager
 def assume_unchanged(output: nn.Module, unchanged: bool) -> Iterator[None]:
-    """Within the block, nobody looks whether the logits are the output of this layer: the answer is `unchanged`."""
+    """Within the block, take it as known whether the model's logits are the output of this layer."""
     before = _unchanged.get(output)
     _unchanged[output] = unchanged
     try:

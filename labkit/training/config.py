@@ -1,10 +1,11 @@
-"""DOC"""
+"""How to train: the settings of a run, checked when they are given, and the schedule of the learning rate."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from labkit.checks import check_choice, check_positive
+from labkit.checks import check_choice, check_number, check_positive, check_whole
 from labkit.training.loss import LOGITS
 from labkit.training.optimizer import OPTIMIZERS
 
@@ -17,26 +18,31 @@ class TrainConfig:
 
     Args:
         lr: peak learning rate. For LoRA about ten times that of full fine-tuning.
-        lora_plus: the rate of LoRA's B matrices is so many times lr (LoRA+; its paper's is 16).
+        lora_plus: LoRA's B matrices train at this many times `lr` (LoRA+; its paper's value is 16).
         steps: optimizer steps; default: as many as `epochs` take.
         epochs: passes over the data, where `steps` is not given.
-        batch_size: examples in a forward pass; accumulation: forward passes in a step.
-        schedule: "linear" or "cosine" to zero, or "constant"; after `warmup`, a share of the steps, from zero up.
+        batch_size: examples in a forward pass.
+        accumulation: forward passes in a step.
+        schedule: "linear" or "cosine" to zero, or "constant", after the warm-up.
+        warmup: share of the steps in which the rate rises from zero to `lr`.
         clip: largest norm of the gradient of all parameters together; None for no clipping.
         weight_decay, betas, eps: of AdamW.
-        optimizer: "adamw", or "adamw8bit" with its state in 8 bits; state_budget_bytes: page its state (`labkit.optim.paging`).
+        optimizer: "adamw", or "adamw8bit" with its state in 8 bits.
+        state_budget_bytes: how much of the optimizer's state stays in memory (`labkit.optim.paging`); None
+            for all.
         seed: of the order of the data and of dropout.
         max_length: tokens; longer examples are left out and reported in the history.
-        checkpointing: recompute activations in backward instead of keeping them.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
         logits: "supervised" positions only, or "all" (as most trainers do; the same loss, more work).
-        eval_every: steps between measurements of the held-out loss; patience: stop after so many without a new best,
-            and go back to the weights of the best.
-        checkpoint_folder: where to keep the state of the run; a killed run that is started again goes on from there.
+        eval_every: steps between measurements of the held-out loss.
+        patience: stop after so many measurements without a new best, and go back to the weights of the best.
+        checkpoint_folder: where to keep the state of the run; a killed run, started again, goes on from
+            there.
         checkpoint_every: steps between checkpoints.
         progress: show a bar with loss and tokens per second.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is of the wrong type or out of its range.
     """
 
     lr: float = 1e-3
@@ -64,30 +70,33 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self):
-        positive = {
-            n: getattr(self, n)
-            for n in (
-                "lr",
-                "lora_plus",
-                "epochs",
-                "batch_size",
-                "accumulation",
-                "checkpoint_every",
-                "max_length",
-            )
-        }
-        positive |= {
-            n: v for n in ("steps", "clip", "eval_every", "patience") if (v := getattr(self, n)) is not None
-        }
-        for name, value in positive.items():
-            check_positive(name, value)
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("logits", self.logits, LOGITS)
-        if not 0 <= self.warmup < 1:
-            raise ValueError(
-                f"warmup={self.warmup!r} is a share of the steps: from 0 up to, not including, 1"
-            )
+        for name in ("lr", "lora_plus", "epochs"):
+            check_positive(name, getattr(self, name))
+        for name in ("batch_size", "accumulation", "max_length", "checkpoint_every"):
+            check_whole(name, getattr(self, name))
+        for name in ("steps", "eval_every", "patience", "state_budget_bytes"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), usual="None is the default")
+        check_whole("seed", self.seed, at_least=0)
+        if self.clip is not None:
+            check_positive("clip", self.clip, usual="None is for no clipping")
+        check_number("warmup", self.warmup, at_least=0, below=1, usual="it is a share of the steps")
+        for name in ("weight_decay", "eps"):
+            check_number(name, getattr(self, name), at_least=0)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas!r} must be two numbers, such as (0.9, 0.999)")
+        for beta in self.betas:
+            check_number("betas", beta, at_least=0, below=1)
+        for name, allowed in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("logits", LOGITS),
+            ("checkpointing", (True, False)),
+            ("progress", (True, False)),
+        ):
+            check_choice(name, getattr(self, name), allowed)
+        if self.checkpoint_folder is not None and not isinstance(self.checkpoint_folder, (str, os.PathLike)):
+            raise ValueError(f"checkpoint_folder={self.checkpoint_folder!r} must be a path, or None")
         if self.patience and not self.eval_every:
             raise ValueError("patience counts evaluations: give eval_every too")
 
@@ -105,7 +114,5 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     if step < warm:
         return config.lr * (step + 1) / warm
     left = (total - step) / max(1, total - warm)  # 1 after the warm-up, 1 / n at the last step
-    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
-        config.schedule
-    ]
-    return config.lr * factor
+    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+    return config.lr * factor[config.schedule]

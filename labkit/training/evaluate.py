@@ -1,11 +1,11 @@
 """Is it better now? Held-out loss, and generated answers.
 
-The held-out loss is the mean over *tokens*, not over batches, in nats, and comes with its number of tokens, since a
-mean without a count cannot be compared.
+The held-out loss is the mean over *tokens*, not over batches, in nats, and comes with its number of tokens,
+since a mean without a count cannot be compared.
 
-`labkit.data.encoding.encode` ends a completion with `<|endoftext|>`, so the loss also asks whether the text ends here. Nobody can know
-that of a passage cut from a novel, and an adapter that learns how long passages are would gain by it in every domain. `text_loss`
-leaves that token out; compare losses of passages with it.
+`labkit.data.encoding.encode` ends a completion with `<|endoftext|>`, so the loss also asks whether the text
+ends here. Nobody can know that of a passage cut from a novel, and an adapter that learns how long passages
+are would gain by it in every domain. `text_loss` leaves that token out: use it to compare losses on passages.
 """
 
 import math
@@ -23,7 +23,7 @@ from labkit.training.loss import supervised_loss
 def held_out_loss(
     model: nn.Module, tokenizer, records: Sequence[dict], batch_size: int = 8, max_length: int = 512
 ) -> tuple[float, int]:
-    """Mean loss over the supervised tokens of `records`, in nats a token, and the number of these tokens.
+    """Mean loss over the supervised tokens of `records`, in nats per token, and the number of these tokens.
 
     Raises:
         ValueError: no records, or none that fits into `max_length`.
@@ -36,7 +36,7 @@ def held_out_loss(
 def loss_of_examples(
     model: nn.Module, examples: list[Encoded], pad_id: int, batch_size: int
 ) -> tuple[float, int]:
-    """`held_out_loss` of encoded examples. Sorted by length, so as to pad little."""
+    """`held_out_loss` of encoded examples, in batches of similar length so as to pad little."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -61,16 +61,17 @@ def generate(
 ) -> list[str]:
     """Greedy completions of `prompts`, in their order, without special tokens.
 
-    Prompts are padded on the left, so that every one ends where its completion begins, and batched by length. Each
-    completion ends at the end-of-sequence token or after `max_new_tokens`. A soft prompt or a prefix takes its part of the context.
+    Prompts are padded on the left, so that every one ends where its completion begins, and batched by length.
+    Each completion ends at the end-of-sequence token or after `max_new_tokens`. A soft prompt or a prefix
+    takes up part of the context.
 
     Raises:
         ValueError: a prompt leaves no room for `max_new_tokens` in the model's context.
     """
     device = next(model.parameters()).device
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    virtual = getattr(model, "virtual_tokens", None)  # see labkit.alternatives.prompts
-    taken = virtual.length if virtual is not None and virtual.enabled else 0
+    added = getattr(model, "added_method", None)  # see labkit.alternatives.methods
+    taken = 0 if added is None else added.positions
     room = getattr(model.config, "max_position_embeddings", math.inf) - max_new_tokens - taken
     for i, one in enumerate(ids):
         if not 0 < len(one) <= room:
@@ -122,7 +123,7 @@ def text_loss(
     """Mean loss over the tokens of the completions, without the end-of-text token after them.
 
     Returns:
-        nats a token, and the number of tokens.
+        nats per token, and the number of tokens.
 
     Raises:
         ValueError: no records, or none that fits into `max_length`.

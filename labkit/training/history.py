@@ -1,11 +1,44 @@
-"""DOC"""
+"""What a training run leaves behind: a record of each step and each evaluation, and why the run stopped."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+from torch import Tensor
+
+
+class StepRecord(TypedDict):
+    """One optimizer step."""
+
+    step: int  # from 1
+    loss: float  # mean over the supervised tokens, in nats
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # prompts and completions
+    supervised: int  # those of completions
+    seconds: float
+
+
+class EvaluationRecord(TypedDict):
+    """One measurement of the held-out loss."""
+
+    step: int  # after which it was taken
+    loss: float  # mean over the supervised tokens, in nats
+    tokens: int  # how many they are
+
+
+class BestWeights(NamedTuple):
+    """The lowest held-out loss so far, and the trained parameters, by name, at that moment."""
+
+    loss: float
+    weights: dict[str, Tensor]
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss became NaN or infinite. `.history` holds the steps before; `.checkpoint` the last good one, or None."""
+    """The loss became NaN or infinite.
+
+    `.history` has the steps before; `.checkpoint` is the folder of the last checkpoint, or None.
+    """
 
     def __init__(self, message: str, history: "History", checkpoint_folder: Path | None):
         super().__init__(message)
@@ -14,29 +47,36 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class History:
-    """What happened: one dict per step (step, loss, lr, grad_norm, tokens, supervised, seconds), one per evaluation."""
+    """What happened in a run.
 
-    steps: list[dict] = field(default_factory=list)
-    evals: list[dict] = field(default_factory=list)
+    Attributes:
+        steps: a record of each optimizer step.
+        evals: a record of each measurement of the held-out loss.
+        left_out: indices of the records that were longer than `max_length`.
+        stopped: "finished", "early" (no new best held-out loss for long enough), or "interrupted".
+    """
+
+    steps: list[StepRecord] = field(default_factory=list)
+    evals: list[EvaluationRecord] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     stopped: str = "finished"
 
     @property
     def losses(self) -> list[float]:
-        return [row["loss"] for row in self.steps]
+        return [record["loss"] for record in self.steps]
 
     @property
     def seconds(self) -> float:
         """Time in training steps, without evaluations and checkpoints."""
-        return sum(row["seconds"] for row in self.steps)
+        return sum(record["seconds"] for record in self.steps)
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(row["tokens"] for row in self.steps) / max(self.seconds, 1e-9)
+        return sum(record["tokens"] for record in self.steps) / max(self.seconds, 1e-9)
 
     def to_frame(self):
-        """The steps as a pandas DataFrame, with the held-out loss in the column `held_out` where it was measured."""
+        """The steps as a pandas DataFrame, with the held-out loss in `held_out` where it was measured."""
         import pandas as pd
 
-        held_out = {row["step"]: row["loss"] for row in self.evals}
-        return pd.DataFrame([{**row, "held_out": held_out.get(row["step"])} for row in self.steps])
+        held_out = {record["step"]: record["loss"] for record in self.evals}
+        return pd.DataFrame([{**record, "held_out": held_out.get(record["step"])} for record in self.steps])

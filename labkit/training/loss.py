@@ -2,10 +2,10 @@
 
     loss = - sum over supervised positions t of  log softmax(W h_t)[token t+1]
 
-The output layer W scores each of 49,152 tokens at each position: in fp32 that is 200 kB per position, more than a layer
-of this size keeps for its backward pass. But the loss reads only the scores of the completion, so those of the prompt
-are never made: the output layer is shown the supervised positions alone. Position t predicts token t + 1, hence the
-targets are shifted by one.
+The output layer W scores each of 49,152 tokens at each position: in fp32 that is 200 kB per position, more
+than a layer of this size keeps for its backward pass. But the loss reads only the scores of the completion,
+so those of the prompt are never made: the output layer is shown the supervised positions alone. Position t
+predicts token t + 1, hence the targets are shifted by one.
 
 `labkit.training.chunked_loss` is the fast path of the same call: it never holds all supervised scores either.
 """
@@ -30,8 +30,8 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
     Args:
         model: a causal language model of transformers.
         batch: ids and targets (batch, time).
-        logits: "supervised" makes (n_supervised, vocab) scores, a few rows at a time where `chunked_loss` can. "all" makes
-            (batch, time, vocab), as most trainers do: the same loss, more work.
+        logits: "supervised" makes (n_supervised, vocab) scores, a few rows at a time where `chunked_loss`
+            can. "all" makes (batch, time, vocab), as most trainers do: the same loss, more work.
     """
     if logits == "supervised" and fast_paths() and (loss := chunked_loss(model, batch)) is not None:
         return loss
@@ -48,7 +48,8 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
 
 @contextmanager
 def output_layer_sees(model: nn.Module, keep: Tensor) -> Iterator[None]:
-    """Within the block, the output layer is given the positions in `keep`, (batch, time - 1), as one long sequence."""
+    """Within the block, the output layer is given the positions in `keep`, (batch, time - 1), as one long
+    sequence."""
 
     def select(_, arguments: tuple[Tensor]) -> tuple[Tensor]:
         return (arguments[0][:, :-1][keep][None],)  # (1, n_supervised, width)

@@ -1,13 +1,13 @@
 """What a trained model gets right: JSON answers, labels, and bits of random facts.
 
-*Exact match* is strict on purpose: one wrong field is a wrong answer.
+*Exact match* is strict on purpose: one wrong field makes a wrong answer.
 
 *Bits learned.* A model that gives the digits of n facts the probabilities p has learned
 
     bits = n d log2(10) - sum over facts and digits of -log2 p(digit | name, digits before it),
 
-the length of a message that a reader who has the model is spared. Source: Allen-Zhu & Li 2024 (arXiv:2404.05405); see
-`labkit.data.facts`.
+the length by which the model shortens a message that states the digits. Source: Allen-Zhu & Li 2024
+(arXiv:2404.05405); see `labkit.data.facts`.
 """
 
 import json
@@ -28,17 +28,17 @@ from labkit.training.evaluate import loss_of_examples
 def bits_learned(model: nn.Module, tokenizer, facts: Sequence[dict], batch_size: int = 64) -> float:
     """Bits that a model knows of the numbers in `facts`; see the module docstring for the equation.
 
-    Only digits count, not the end-of-text token after them. A model that knows nothing has 0 bits; one that bets on
-    wrong digits would have fewer, and gets 0.
+    Only digits count, not the end-of-text token after them. A model that knows nothing has 0 bits; one that
+    bets on wrong digits would have fewer, and is given 0.
 
     Returns:
         0 to n * digits * log2(10).
 
     Raises:
-        ValueError: no facts, a completion that is not digits, or a tokenizer that does not make a token of every digit.
+        ValueError: no facts, a completion that is not digits, or a tokenizer that merges digits.
     """
     if not facts:
-        raise ValueError("there are no facts to measure; make some with facts(n)")
+        raise ValueError("there are no facts to measure; make some with make_facts(n)")
     examples, n_digits = [], 0
     for fact in facts:
         answer = fact["completion"]
@@ -50,8 +50,8 @@ def bits_learned(model: nn.Module, tokenizer, facts: Sequence[dict], batch_size:
         if [tokenizer.decode([i]) for i in ids] != list(answer):
             pieces = [tokenizer.decode([i]) for i in ids]
             raise ValueError(
-                f"bits are counted digit by digit, but this tokenizer cuts {answer!r} into {pieces}; use a model "
-                "whose tokenizer makes a token of every digit, such as tiny-llama"
+                f"bits are counted digit by digit, but this tokenizer cuts {answer!r} into {pieces}; use a "
+                "model whose tokenizer makes a token of every digit, such as tiny-llama"
             )
         examples.append(Encoded(prompt, ids))
         n_digits += len(ids)
@@ -69,10 +69,12 @@ def classification_accuracy(
 ) -> float:
     """Share of records whose completion is the label with the highest logit after the prompt.
 
-    Only the labels compete: a model that would rather go on with another word is asked for its best label all the same.
+    Only the labels compete: a model that would rather go on with another word is asked for its best label all
+        the same.
 
     Raises:
-        ValueError: no records, a completion that is not among `labels`, or labels that are not distinct single tokens.
+        ValueError: no records, a completion that is not among `labels`, or labels that are not distinct
+            single tokens.
     """
     tokens = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
     if any(len(ids) != 1 for ids in tokens) or len({ids[0] for ids in tokens}) < len(labels):
@@ -106,7 +108,7 @@ def classification_accuracy(
 
 
 def parse_json(text: str) -> dict | None:
-    """The JSON object that `text` is, or None. Nothing is mended: an answer that needs mending is a wrong one."""
+    """The JSON object in `text`, or None. Nothing is repaired: an answer that needs repair is a wrong one."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -116,7 +118,8 @@ def parse_json(text: str) -> dict | None:
 
 @dataclass(frozen=True)
 class Score:
-    """Exact match of JSON answers: `exact` of `n` right in all fields, the share per field, and which were wrong."""
+    """Exact match of JSON answers: `exact` of `n` right in all fields, the share per field, and which were
+    wrong."""
 
     exact: int
     n: int
@@ -130,7 +133,10 @@ class Score:
 
     def __str__(self) -> str:
         fields = ", ".join(f"{name} {share:.0%}" for name, share in self.per_field.items())
-        return f"exact match {self.exact}/{self.n} = {self.exact_match:.0%} (valid JSON {self.valid_json}/{self.n}; {fields})"
+        return (
+            f"exact match {self.exact}/{self.n} = {self.exact_match:.0%} "
+            f"(valid JSON {self.valid_json}/{self.n}; {fields})"
+        )
 
 
 def score_json(answers: Sequence[str], gold: Sequence[dict]) -> Score:

@@ -1,16 +1,17 @@
 """Make the output of an activation function again in the backward pass, instead of keeping it.
 
-A Llama's MLP computes  h = act(g) * u.  Autograd keeps g for the derivative of act, and both factors, act(g) and u, for that of
-the product. But act(g) follows from g, which is kept anyway: so it is dropped, and made again when the backward pass asks for it.
-That saves T f numbers a layer, a sixth of all that SmolLM2 keeps under LoRA, for about 1 % of the time of a step. (Gradient
-checkpointing drops everything within a block, for a third or more of the time.)
+A Llama's MLP computes  h = act(g) * u.  Autograd keeps g for the derivative of act, and both factors, act(g)
+and u, for that of the product. But act(g) follows from g, which is kept anyway: so it is dropped, and made
+again when the backward pass asks for it. For T tokens and f neurons that saves T f numbers per layer, a sixth
+of all that SmolLM2 keeps under LoRA, for about 1 % of the time of a step. (Gradient checkpointing drops
+everything within a block, for a third or more of the time.)
 
-How: autograd passes each tensor that it keeps to a *pack hook*, and what that returned to an *unpack hook*. A forward hook marks the
-output of an activation function with what it was made of, and the mark goes with the output; where a marked tensor would be
-kept, that is kept instead.
+How: autograd passes each tensor that it keeps to a *pack hook*, and later hands whatever that returned to an
+*unpack hook*. A forward hook marks the output of an activation function with the function and its input;
+where a marked tensor would be kept, the mark is kept instead.
 
-Source: selective activation recomputation, "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et al.
-2022), section 5, which does the same for attention.
+Source: selective activation recomputation, "Reducing Activation Recomputation in Large Transformer Models"
+(Korthikanti et al. 2022), section 5, which does the same for attention.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @dataclass(frozen=True)
 class Recipe:
-    """An activation function and its input; in what is kept, the input as the hooks of a caller packed it."""
+    """How to make an activation again: the function, and its input as the caller's hooks packed it."""
 
     function: nn.Module
     argument: Any
@@ -33,9 +34,10 @@ class Recipe:
 
 @contextmanager
 def recompute_activations(model: nn.Module) -> Iterator[None]:
-    """A forward pass of `model` within the block keeps no output of its activation functions for the backward pass.
+    """Within the block, a forward pass of `model` keeps no output of its activation functions for backward.
 
-    Losses and gradients are the same to the last bit. Blocks under gradient checkpointing keep nothing anyway, and are as without.
+    Losses and gradients are the same to the last bit. Blocks under gradient checkpointing keep nothing
+    anyway, and are left alone.
     """
     with ExitStack() as stack:
         for function in filter(is_remade, model.modules()):
@@ -45,25 +47,22 @@ def recompute_activations(model: nn.Module) -> Iterator[None]:
 
 
 def is_remade(module: nn.Module) -> bool:
-    """Is it a function of one number whose derivative keeps the input, and not the output, as that of relu?"""
-    from transformers.activations import (
-        GELUActivation,
-        GELUTanh,
-        SiLUActivation,
-    )  # slow to import, and there with a model
+    """Is it an activation function whose derivative needs its input? (relu's needs its output instead.)"""
+    # slow to import, but a model has imported it already
+    from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
     known = (nn.SiLU, nn.GELU, SiLUActivation, GELUActivation, GELUTanh)
     return isinstance(module, known) and not getattr(module, "inplace", False)
 
 
 def mark(function: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-    """A forward hook: write on the output what it was made of."""
+    """A forward hook: note on the output what it was made of."""
     if output.requires_grad:
         output.recipe = Recipe(function, arguments[0].detach())
 
 
 def hooks_within(outer_pack: Callable, outer_unpack: Callable) -> tuple[Callable, Callable]:
-    """Our two hooks, which hand on what they keep to those of the caller."""
+    """Our pack and unpack hooks, which pass what they keep through those of the caller."""
 
     def pack(tensor: Tensor) -> Any:
         recipe = getattr(tensor, "recipe", None)
@@ -83,5 +82,5 @@ def unchanged(tensor: Tensor) -> Tensor:
 
 
 def callers_hooks() -> tuple[Callable, Callable]:
-    """The hooks that are in force. PyTorch calls only the innermost: without this, `save_on_cpu` around a step would do nothing."""
+    """The hooks in force now: PyTorch calls only the innermost, and `save_on_cpu` may be another."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) or (unchanged, unchanged)
