@@ -13,7 +13,7 @@ and 0.95, weight decay 0.1 on matrices only, gradients clipped to norm 1.
 
 Every 100 steps, and on SIGTERM, all state (weights, both moments, step, log) goes to a temporary folder that is then
 renamed, as safetensors and JSON. Run the command again to go on: the result is that of an uninterrupted run, bit for
-bit (tests/test_tiny_llama.py). torch.compile (`--compile`) makes it 1.2× faster and rounds differently.
+bit (tests/recipes/test_tiny_llama.py). torch.compile (`--compile`) makes it 1.2× faster and rounds differently.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from labkit.alternatives.methods import bare
+from labkit.alternatives.methods import base_only
 from labkit.alternatives.prefixes import PrefixConfig, add_prefix
 from labkit.alternatives.prompts import PromptConfig, add_prompt
 from labkit.data.tickets import load_tickets, ticket_chat
@@ -60,7 +60,7 @@ def test_virtual_tokens_take_their_part_of_the_context_and_are_said(add, config,
         generate(model, tokenizer, prompts, max_new_tokens=14, progress=False)
     with pytest.raises(ValueError, match="prompt 0 has .* none fits"):
         generate(model, tokenizer, prompts, max_new_tokens=34, progress=False)
-    with bare(model):
+    with base_only(model):
         generate(model, tokenizer, prompts, max_new_tokens=14, progress=False)
 
 

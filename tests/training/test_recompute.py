@@ -12,7 +12,7 @@ from labkit.lora.inject import add_lora
 from labkit.training import recompute
 from labkit.training.recompute import recompute_activations
 from tests.conftest import make_small_llama
-from tests.test_loss import adapted
+from tests.training.test_chunked_loss import adapted
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
