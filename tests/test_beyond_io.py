@@ -19,7 +19,7 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.fingerprint import AdapterMismatch
 from labkit.lora.inject import add_lora
 from labkit.quant.model import quantize_model
-from tests.test_beyond_lora import ALL, MAKERS, METHODS, N, gpt2, llama, randomize, text, with_method
+from tests.alternatives.cases import ALL, MAKERS, METHODS, N, gpt2, llama, randomize, text, with_method
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,20 +1,17 @@
-"""Bottleneck adapters: a small MLP of two layers in every sub-layer, trained while the rest is frozen.
+"""Bottleneck adapters: a small MLP of two layers in every sub-layer, trained while the rest stays frozen.
 
-    serial (Houlsby)     y = f(x),   y + s (W_up a(W_down y + b_down) + b_up)       after the sub-layer f, before the residual sum
-    parallel (He)        f(x)      + s (W_up a(W_down x + b_down) + b_up)           beside f, from the same input
+    serial (Houlsby)   y + s (W_up a(W_down y + b) + b'), y = f(x)      after the sub-layer f, before the residual sum
+    parallel (He)      f(x) + s (W_up a(W_down x + b) + b')             beside f, from the same input
 
-W_down: (size, width), W_up: (width, size), size much smaller than width: 2 size width + width + size parameters each, twice in a block.
-The parallel form without the nonlinearity a, without biases and around one linear layer, *is* LoRA. The nonlinearity is what
-makes the difference at inference: LoRA's correction is a matrix and can be added to the weight; this one never can, and each token
-pays for it in every layer. The serial form pays most: its two small products must wait for f, and what waits costs time even
-where it costs few operations.
+W_down: (size, width), W_up: (width, size). The parallel form around one linear layer, without the nonlinearity a and
+the biases, *is* LoRA. The nonlinearity decides inference: LoRA's correction is a matrix and can be added to the weight;
+this one never can, so each token pays for it in every layer. The serial form pays most, because its products must wait
+for f.
 
-`init="zero"` starts W_up at zero, so that the model before the first step is exactly the base model. Houlsby's own start
-("near-identity": both from N(0, 0.01^2), cut at two standard deviations) is only nearly that. Houlsby et al. also train the layer norms; here
-they stay frozen, and the adapters alone are counted.
+With `init="zero"` W_up starts at zero, so the untrained model is exactly the base. Houlsby's start (N(0, 0.01^2), cut at
+two standard deviations) is only nearly so. Houlsby et al. train the layer norms too; here they stay frozen.
 
-Sources: Houlsby et al. 2019, section 2.1 and figure 2; He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning",
-table 1 and section 4.2 (parallel, and the scale s).
+Sources: Houlsby et al. 2019, section 2.1; He et al. 2021, table 1 and section 4.2 (parallel, scale s).
 """
 
 import math
@@ -23,9 +20,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from labkit.alternatives.sublayers import check_bare, sizes, sublayers_of, train_dtype
+from labkit.alternatives.methods import AddedMethod, check_unadapted, install
+from labkit.alternatives.sublayers import sublayers_of, train_dtype
 from labkit.checks import check_choice, check_positive, check_whole
-from labkit.models.surgery import replace_module
+from labkit.models.shapes import decoder_shape
 
 FORMS = ("serial", "parallel")
 INITS = ("zero", "near-identity")
@@ -39,7 +37,8 @@ class BottleneckConfig:
     Args:
         size: width of the bottleneck, at least 1 and below the model's width.
         form: "serial" or "parallel".
-        where: "attention", "mlp" or both. Houlsby takes both; He et al. find the parallel form best at the MLP.
+        where: "attention", "mlp" or both. Houlsby takes both; He et al. find the parallel form best at the
+            MLP.
         activation: "relu", "gelu" or "silu".
         scale: factor of the correction; 1 for Houlsby, 4 is usual for the parallel form.
         init: "zero" or "near-identity".
@@ -69,7 +68,7 @@ class Bottleneck(nn.Module):
     """A sub-layer with an adapter after it, or beside it.
 
     Args:
-        base: attention or MLP of a block; (batch, time, width) to the same, or to a tuple that begins with it.
+        base: attention or MLP of a block; maps (batch, time, width) to the same, or to a tuple that begins with it.
         width: of the model.
         config: see `BottleneckConfig`.
         device, dtype: of the adapter.
@@ -79,7 +78,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         if config.size >= width:
             raise ValueError(
-                f"size={config.size} is no bottleneck in a model of width {width}; choose a smaller size"
+                f"size={config.size} is not a bottleneck in a model of width {width}; choose a smaller size"
             )
         self.base, self.config = base, config
         self.down = nn.Linear(width, config.size, device=device, dtype=dtype)
@@ -94,7 +93,7 @@ class Bottleneck(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
 
     def correction(self, h: Tensor) -> Tensor:
-        """`scale * (W_up a(W_down h + b) + b)`, (..., width) to the same."""
+        """`scale * (W_up a(W_down h + b) + b')`, (..., width) to the same."""
         z = ACTIVATIONS[self.config.activation](self.down(h.to(self.down.weight.dtype)))  # (..., size)
         return (self.config.scale * self.up(z)).to(h.dtype)
 
@@ -113,21 +112,17 @@ def add_bottleneck(model: nn.Module, config: BottleneckConfig) -> nn.Module:
     """Freeze `model` and put an adapter in each sub-layer that `config.where` names; in place. Returns `model`.
 
     Raises:
-        ValueError: the model has a method already, has no such sub-layers, or is not wider than the bottleneck. Nothing is changed then.
+        ValueError: the model has a method already, has no such sub-layers, or is not wider than the bottleneck.
+            Nothing is changed then.
     """
-    check_bare(model, "a bottleneck adapter")
-    width = sizes(model).width
-    like = dict(device=model.get_input_embeddings().weight.device, dtype=train_dtype(model))
-    adapted = {
-        name: Bottleneck(module, width, config, **like).train(module.training)
+    check_unadapted(model, "a bottleneck adapter")
+    width, device = decoder_shape(model).hidden_size, model.get_input_embeddings().weight.device
+    layers = {
+        name: Bottleneck(module, width, config, device, train_dtype(model)).train(module.training)
         for kind in config.where
         for name, module in sublayers_of(model, kind).items()
     }
-    model.requires_grad_(False)
-    for name, layer in adapted.items():
-        replace_module(model, name, layer)
-    model.method_config = config
-    return model
+    return install(model, AddedMethod(config, layers))
 
 
 def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:

@@ -1,13 +1,23 @@
-"""DOC"""
+"""What a method costs once it is trained: parameters, operations per token, cache, context.
+
+The counts are exact, and of the same kind as those of `torch.utils.flop_counter`: a product of matrices, (m, k) by
+(k, n), is 2 m k n operations, and attention multiplies every query by every key, including those that a mask hides (a
+kernel that skips them does half). Operations on single numbers are counted separately, because they cost memory traffic
+rather than arithmetic: one for each multiplication, addition, activation or entry of a softmax.
+
+Source: LoRA (Hu et al. 2021), table 1, for why the cost at inference decides.
+"""
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from labkit.alternatives.methods import parts
+from labkit.alternatives.ia3 import IA3Config
+from labkit.alternatives.methods import AddedMethod, require_method
 from labkit.alternatives.prefixes import Prefix
-from labkit.alternatives.sublayers import decoder, sizes
+from labkit.alternatives.sublayers import decoder
+from labkit.alternatives.virtual_tokens import VirtualTokens
+from labkit.models.shapes import decoder_shape
 from labkit.quant.linears import is_linear, widths
 
 
@@ -18,12 +28,12 @@ class Cost:
     Attributes:
         method: its name.
         trained: parameters that training moves.
-        kept: parameters that inference needs: fewer where a prefix was trained through an MLP.
-        flops_per_token: operations in matrix products for each token that is written.
-        elementwise_per_token: operations on single numbers, the same way.
-        cache_bytes_per_layer: of keys and values, for each sequence, in the dtype of the model.
-        lost_positions: of the context, that no text can take.
-        merges: can it become part of the weights, and cost nothing?
+        kept: parameters that inference needs; fewer than `trained` if a prefix was trained through an MLP.
+        flops_per_token: operations in matrix products per written token.
+        elementwise_per_token: operations on single numbers per written token.
+        cache_bytes_per_layer: bytes of keys and values per sequence, in the dtype of the model.
+        lost_positions: positions of the context that no text can take.
+        merges: can it become part of the weights, and then cost nothing?
     """
 
     method: str
@@ -37,61 +47,77 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.method}: {self.trained:,} parameters train, {self.kept:,} are kept; per token {self.flops_per_token:,} FLOPs "
-            f"in products and {self.elementwise_per_token:,} elementwise; {self.cache_bytes_per_layer:,} bytes of cache per layer "
-            f"and sequence, {self.lost_positions} positions lost; {'merges' if self.merges else 'does not merge'}"
+            f"{self.method}: {self.trained:,} parameters train, {self.kept:,} are kept; "
+            f"per token {self.flops_per_token:,} FLOPs in products and {self.elementwise_per_token:,} elementwise; "
+            f"{self.cache_bytes_per_layer:,} bytes of cache per layer and sequence, "
+            f"{self.lost_positions} positions lost; {'merges' if self.merges else 'does not merge'}"
         )
 
 
 def cost(model: nn.Module) -> Cost:
-    """The cost of the method that is in `model`, as it is now: (IA)^3 that is merged costs nothing.
+    """The cost of the method in `model`, as it is now: merged (IA)^3 costs nothing.
 
     Raises:
         ValueError: there is none.
     """
-    tokens, vectors, adapters = parts(model)
+    added = require_method(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if tokens is not None:
-        s, n = sizes(model), tokens.length
-        kept, name = tokens.embedding, "prompt tuning"
-        if isinstance(tokens, Prefix):
-            name = "prefix tuning"
-            kept = torch.empty(n, 2 * s.layers * s.kv_width, device="meta")
-        return Cost(
-            name,
-            trained,
-            kept.numel(),
-            # scores of n more keys, and the sum of n more values: a product each, for each head
-            flops_per_token=2 * s.layers * 2 * n * s.heads * s.head_dim,
-            elementwise_per_token=s.layers * n * s.heads,  # entries of the softmax
-            cache_bytes_per_layer=2 * n * s.kv_width * model.get_input_embeddings().weight.element_size(),
-            lost_positions=n,
-        )
-    if vectors:
-        live = sum(layer.vector.numel() for layer in vectors.values() if layer.unmerged is None)
-        kept = 0 if not live else trained
-        return Cost("(IA)^3", trained, kept, elementwise_per_token=live, merges=True)
-    products = sum(layer.down.weight.numel() + layer.up.weight.numel() for layer in adapters.values())
-    single = 0
-    for layer in adapters.values():
+    if added.tokens is not None:
+        return cost_of_tokens(model, added.tokens, trained)
+    if isinstance(added.config, IA3Config):
+        return cost_of_factors(added, trained)
+    return cost_of_bottlenecks(added, trained)
+
+
+def cost_of_tokens(model: nn.Module, tokens: VirtualTokens, trained: int) -> Cost:
+    """Each written token attends to `tokens.length` more keys, in every layer."""
+    s, n = decoder_shape(model), tokens.length
+    if isinstance(tokens, Prefix):
+        name, kept = "prefix tuning", n * 2 * s.num_hidden_layers * s.kv_width
+    else:
+        name, kept = "prompt tuning", tokens.embedding.numel()
+    return Cost(
+        name,
+        trained,
+        kept,
+        # scores of n more keys, and the sum of n more values: one product each, per head
+        flops_per_token=2 * s.num_hidden_layers * 2 * n * s.num_attention_heads * s.head_dim,
+        elementwise_per_token=s.num_hidden_layers * n * s.num_attention_heads,  # entries of the softmax
+        cache_bytes_per_layer=2 * n * s.kv_width * model.get_input_embeddings().weight.element_size(),
+        lost_positions=n,
+    )
+
+
+def cost_of_factors(added: AddedMethod, trained: int) -> Cost:
+    """One multiplication per factor, until they are merged."""
+    if added.base_before_merge:
+        return Cost("(IA)^3", trained, kept=0, merges=True)
+    factors = sum(layer.vector.numel() for layer in added.layers.values())
+    return Cost("(IA)^3", trained, kept=trained, elementwise_per_token=factors, merges=True)
+
+
+def cost_of_bottlenecks(added: AddedMethod, trained: int) -> Cost:
+    """Two small products per adapter."""
+    products = single = 0
+    for layer in added.layers.values():
         size, width = layer.down.weight.shape
+        products += 2 * size * width
         single += 2 * size + 3 * width  # bias, activation; bias, scale, sum
-    name = f"{next(iter(adapters.values())).config.form} bottleneck adapter"
+    name = f"{added.config.form} bottleneck adapter"
     return Cost(name, trained, trained, flops_per_token=2 * products, elementwise_per_token=single)
 
 
 def prefill_flops(model: nn.Module, tokens: int) -> int:
-    """Extra operations in matrix products to read a text of `tokens` tokens, before the first is written, for one sequence.
+    """Extra operations in matrix products to read a text of `tokens` tokens, before the first one is written; one sequence.
 
-    A soft prompt pays for its own way through the network here, once for each sequence. (Its keys and values are the same for every
-    text: a server may keep them, and then pays what a prefix does.)
+    A soft prompt pays here for its own way through the network, once per sequence. (Its keys and values are the same for
+    every text: a server may keep them, and then pays what a prefix does.)
     """
-    virtual = parts(model)[0]
-    if virtual is None:
+    added = require_method(model)
+    if added.tokens is None or isinstance(added.tokens, Prefix):
         return tokens * cost(model).flops_per_token
-    if isinstance(virtual, Prefix):
-        return tokens * cost(model).flops_per_token
-    s, n = sizes(model), virtual.length
+    s, n = decoder_shape(model), added.tokens.length
     linears = [widths(layer) for layer in decoder(model).modules() if is_linear(layer)]
     pairs = (tokens + n) ** 2 - tokens**2  # of queries and keys
-    return 2 * n * sum(a * b for a, b in linears) + 4 * s.layers * s.heads * s.head_dim * pairs
+    per_pair = 2 * 2 * s.num_attention_heads * s.head_dim  # a score, and a part of the sum of values
+    return 2 * n * sum(a * b for a, b in linears) + s.num_hidden_layers * per_pair * pairs

@@ -1,20 +1,14 @@
-"""(IA)^3: learn one number for each activation, and multiply.
+"""(IA)^3: learn one factor per activation, and multiply.
 
-    k <- l_k * W_k x        v <- l_v * W_v x        mlp(x) = W_down (l_ff * h)            h: the inner activations of the MLP
+    k <- l_k * W_k x        v <- l_v * W_v x        mlp(x) = W_down (l_ff * h)        h: inner activations of the MLP
 
-All start at one, so that the model before the first step is exactly the base model. A block has 2 kv_width + inner parameters, a hundredth
-of LoRA's. Multiplying the output of a layer by l is diag(l) W, multiplying its input W diag(l): both are matrices again,
-so that all of it merges into the weights and costs nothing at inference.
+All factors start at one, so the untrained model is exactly the base. Multiplying the output of a layer by l is diag(l) W,
+multiplying its input is W diag(l): matrices again, so everything merges into the weights.
 
-*Over a 4-bit base.* diag(l) W multiplies rows. Where a row is a whole number of quantization blocks, each block has one factor, and
-merging multiplies its absmax by it: the 4-bit codes stay what they are, and the result is exact. That takes scales in fp32:
-double-quantized ones are taken apart first (0.5 bit a weight instead of 0.127, in those layers). W diag(l) multiplies *columns*, which
-cross the blocks, and cannot be merged into 4 bits. But in a gated MLP, h = a(W_gate x) * (W_up x), so l_ff * h is had as well by
-multiplying the output of W_up: `outputs=("k_proj", "v_proj", "up_proj"), inputs=()` is the same model with the same parameters, and
-merges into 4 bits exactly.
-
-GPT-2 makes queries, keys and values in one layer, `c_attn`, and PEFT multiplies all three. The factors on the queries are superfluous: only
-their product with those of the keys counts. They are kept here, since folders of PEFT have them.
+*Over a 4-bit base.* diag(l) W scales rows. If a row is a whole number of quantization blocks, merging multiplies each
+block's absmax by its row's factor: the codes stay, and the result is exact. (Double-quantized scales become fp32 then.)
+W diag(l) scales *columns*, which cross the blocks. But a gated MLP has h = a(W_gate x) * (W_up x), so l_ff can equally
+multiply the output of W_up: `outputs=("k_proj", "v_proj", "up_proj"), inputs=()` is the same model, and merges exactly.
 
 Source: T-Few (Liu et al. 2022), section 3.3. Agrees with: PEFT `tuners/ia3/layer.py`.
 """
@@ -24,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from labkit.alternatives.sublayers import check_bare, layers_named
-from labkit.models.surgery import replace_module
+from labkit.alternatives.methods import AddedMethod, check_unadapted, install, method_of
+from labkit.alternatives.sublayers import layers_named
 from labkit.quant.linear import QuantLinear
 from labkit.quant.linears import is_conv1d, widths
 
@@ -33,7 +27,9 @@ from labkit.quant.linears import is_conv1d, widths
 KNOWN_NAMES = (
     (("k_proj", "v_proj"), ("down_proj",)),  # Llama, Mistral, Qwen, Gemma
     (("k_proj", "v_proj"), ("fc2",)),  # OPT, Phi
-    (("c_attn",), ("mlp.c_proj",)),  # GPT-2
+    # GPT-2 makes queries, keys and values in one layer, and PEFT multiplies all three. The factors on the queries are
+    # superfluous, since only their product with those on the keys counts; they are kept because PEFT's folders have them
+    (("c_attn",), ("mlp.c_proj",)),
     (("query_key_value",), ("dense_4h_to_h",)),  # GPT-NeoX, Falcon, Bloom
 )
 
@@ -43,12 +39,12 @@ class IA3Config:
     """What to multiply.
 
     Args:
-        outputs: names, or last parts of names, of layers whose output is multiplied. With None for both, those that the paper means are
-            found by the names that Llama-, OPT-, GPT-2- and NeoX-type models give them.
-        inputs: of layers whose input is multiplied.
+        outputs: names, or last parts of names, of layers whose output is multiplied. With None for both, the paper's
+            layers are found by the names that Llama-, OPT-, GPT-2- and NeoX-type models give them.
+        inputs: the same, of layers whose input is multiplied.
 
     Raises:
-        ValueError: only one of both is given, both are empty, or a layer is in both.
+        ValueError: only one of the two is given, both are empty, or a layer is in both.
     """
 
     outputs: tuple[str, ...] | list[str] | None = None
@@ -63,7 +59,9 @@ class IA3Config:
             raise ValueError("outputs and inputs are both empty: nothing would be trained")
         both = set(self.outputs or ()) & set(self.inputs or ())
         if both:
-            raise ValueError(f"{sorted(both)} are in outputs and in inputs; a layer can be in one of both")
+            raise ValueError(
+                f"{sorted(both)} are in outputs and in inputs; a layer can be in only one of them"
+            )
 
 
 class IA3Linear(nn.Module):
@@ -81,13 +79,11 @@ class IA3Linear(nn.Module):
         dtype = torch.promote_types(base.weight.dtype, torch.float32)  # LoRA's reason: small updates
         self.base, self.on_input = base, on_input
         self.vector = nn.Parameter(torch.ones(n_in if on_input else n_out, device=device, dtype=dtype))
-        self.unmerged: tuple[nn.Module] | None = (
-            None  # the base as it was; in a tuple, so as not to be a child
-        )
+        self.is_merged = False  # is the vector in the weight of `base`?
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if self.unmerged is not None:
+        if self.is_merged:
             return self.base(x)
         if self.on_input:
             return self.base((x * self.vector).to(x.dtype))
@@ -95,7 +91,7 @@ class IA3Linear(nn.Module):
         return (y * self.vector).to(y.dtype)
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
+    def merged_layer(self) -> nn.Module:
         """A layer like `base` that computes what this one does.
 
         Raises:
@@ -107,7 +103,7 @@ class IA3Linear(nn.Module):
         factors = self.vector[None, :] if self.on_input else self.vector[:, None]  # of an (out, in) weight
         new = (weight * (factors.T if is_conv1d(self.base) else factors)).to(weight.dtype)
         if is_conv1d(self.base):
-            layer = type(self.base)(self.base.nf, 1)  # weight and bias follow
+            layer = type(self.base)(self.base.nf, 1)  # its weight and bias are set below
             layer.nx = self.base.nx
         else:
             layer = nn.Linear(self.base.in_features, self.base.out_features, bias is not None, device="meta")
@@ -121,23 +117,23 @@ class IA3Linear(nn.Module):
         base, weight = self.base, self.base.weight
         if self.on_input:
             raise ValueError(
-                "its input is multiplied, which scales columns, and a block of 4-bit weights has one scale for a piece of a row. In a gated "
-                "MLP multiply the output of up_proj instead: outputs=('k_proj', 'v_proj', 'up_proj'), inputs=()"
+                "its input is multiplied, which scales columns, and a block of 4-bit weights has one scale for a piece "
+                "of a row. In a gated MLP multiply the output of up_proj instead: "
+                "outputs=('k_proj', 'v_proj', 'up_proj'), inputs=()"
             )
         if base.in_features % base.blocksize:
             raise ValueError(
-                f"a row has {base.in_features} weights, no whole number of blocks of {base.blocksize}, so that a block would need two "
-                "scales. Call dequantize_model(model) first and merge into the 16- or 32-bit weights"
+                f"a row has {base.in_features} weights, not a whole number of blocks of {base.blocksize}, so a block "
+                "would need two scales. Call dequantize_model(model) first and merge into the 16- or 32-bit weights"
             )
-        rows = (
-            weight.absmax.view(base.out_features, -1) * self.vector[:, None].float()
-        )  # (out, blocks in a row)
+        # (out, blocks per row)
+        rows = weight.absmax.view(base.out_features, -1) * self.vector[:, None].float()
         bias = None if base.bias is None else base.bias * self.vector.to(base.bias.dtype)
         layer = QuantLinear(replace(weight, scales=rows.flatten()), bias, base.compute_dtype)
         return layer.requires_grad_(False).train(base.training)
 
     def extra_repr(self) -> str:
-        return ("input" if self.on_input else "output") + (", merged" if self.unmerged else "")
+        return ("input" if self.on_input else "output") + (", merged" if self.is_merged else "")
 
 
 def add_ia3(model: nn.Module, config: IA3Config | None = None) -> nn.Module:
@@ -146,24 +142,24 @@ def add_ia3(model: nn.Module, config: IA3Config | None = None) -> nn.Module:
     Raises:
         ValueError: the model has a method already, or a name matches no layer. Nothing is changed then.
     """
-    check_bare(model, "(IA)^3")
+    check_unadapted(model, "(IA)^3")
     config = config or IA3Config()
     if config.outputs is None:
         config = IA3Config(*names_in(model))
     layers = {
-        name: (layer, on_input)
+        name: IA3Linear(layer, on_input).train(layer.training)
         for names, on_input in ((config.outputs, False), (config.inputs, True))
         for name, layer in layers_named(model, tuple(names)).items()
     }
-    model.requires_grad_(False)
-    for name, (layer, on_input) in layers.items():
-        replace_module(model, name, IA3Linear(layer, on_input).train(layer.training))
-    model.method_config = config
-    return model
+    return install(model, AddedMethod(config, layers))
 
 
 def names_in(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(outputs, inputs) for a model whose layers have names that are known here."""
+    """(outputs, inputs) for a model whose layers have names that are known here.
+
+    Raises:
+        ValueError: they have not.
+    """
     for outputs, inputs in KNOWN_NAMES:
         try:
             layers_named(model, outputs + inputs)
@@ -171,8 +167,8 @@ def names_in(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
             continue
         return outputs, inputs
     raise ValueError(
-        f"the layers of {type(model).__name__} have none of the names that (IA)^3 knows; say which make keys and values, and which reads "
-        "the inner activations of the MLP: IA3Config(outputs=[…], inputs=[…])"
+        f"the layers of {type(model).__name__} have none of the names that (IA)^3 knows; say which make keys and "
+        "values, and which reads the inner activations of the MLP: IA3Config(outputs=[…], inputs=[…])"
     )
 
 
@@ -182,36 +178,43 @@ def ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
 
 
 def merge_ia3(model: nn.Module) -> nn.Module:
-    """Multiply the vectors into the weights, after which they cost nothing; in place. The weights as they were are kept.
+    """Multiply the vectors into the weights, so they cost nothing from now on; in place. Returns `model`.
+
+    The layers as they were are kept, for `unmerge_ia3`.
 
     Raises:
-        ValueError: there are no vectors, they are merged already, or a 4-bit layer cannot take them. Nothing is changed then.
+        ValueError: there are no vectors, they are merged already, or a 4-bit layer cannot take them. Nothing is
+            changed then.
     """
     layers = ia3_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no (IA)^3 vectors to merge; call add_ia3 first")
     new = {}
     for name, layer in layers.items():
-        if layer.unmerged is not None:
+        if layer.is_merged:
             raise ValueError(f"the vectors are merged already ({name}); unmerge them first")
         try:
-            new[name] = layer.merged()
+            new[name] = layer.merged_layer()
         except ValueError as error:
             raise ValueError(f"{name} is a 4-bit layer that cannot be merged: {error}") from None
+    method_of(model).base_before_merge = {name: layer.base for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.unmerged, layer.base = (layer.base,), new[name]
+        layer.base, layer.is_merged = new[name], True
     return model
 
 
 def unmerge_ia3(model: nn.Module) -> nn.Module:
-    """Undo `merge_ia3`: put back the very layers that it kept. (Dividing by the vectors again would not be exact, and fails at zero.)
+    """Undo `merge_ia3`: put back the very layers that it kept; in place. Returns `model`.
+
+    (Dividing by the vectors again would not be exact, and fails at zero.)
 
     Raises:
         ValueError: nothing is merged.
     """
-    merged = [layer for layer in ia3_layers(model).values() if layer.unmerged is not None]
+    merged = {name: layer for name, layer in ia3_layers(model).items() if layer.is_merged}
     if not merged:
         raise ValueError(f"{type(model).__name__} has no merged (IA)^3 vectors to unmerge")
-    for layer in merged:
-        layer.base, layer.unmerged = layer.unmerged[0], None
+    kept = method_of(model).base_before_merge
+    for name, layer in merged.items():
+        layer.base, layer.is_merged = kept.pop(name), False
     return model

@@ -1,80 +1,126 @@
-"""The methods beside LoRA, and what each costs once it is trained.
+"""What a method puts into a frozen model, and how to leave it out again.
 
-Four families leave the base frozen, and train something else than a low-rank matrix:
+A method beside LoRA either swaps layers of the base for layers of its own, or stands before the text. `AddedMethod` is
+the one record of that, kept on the model as `model.added_method`. Leaving the method out for a while (`base_only`),
+taking it off for good (`remove`) and counting it (`labkit.alternatives.cost`) then work alike for all of them.
 
-    method                where                                   merges?   module
-    prompt tuning         vectors before the text                 no        labkit.alternatives.prompts
-    prefix tuning         keys and values before the text         no        labkit.alternatives.prompts
-    bottleneck adapters   an MLP after or beside each sub-layer   no        labkit.alternatives.bottleneck
-    (IA)^3                a factor for each activation            yes       labkit.alternatives.ia3
-
-All train under `labkit.train`, over a base in 32, 16 or 4 bits, and generate through transformers' `generate`. This module re-exports
-them, takes them off again (`bare`, `remove`), and counts (`cost`, `prefill_flops`).
-
-The counts are exact and of the same kind as `torch.utils.flop_counter`: a product of matrices, (m, k) by (k, n), is 2 m k n operations;
-attention multiplies every query with every key, also those that a mask hides (a kernel that skips them does half). Operations
-on single numbers are counted beside, since they take memory traffic and not arithmetic: one for each multiplication,
-addition, activation or entry of a softmax.
-
-Sources: He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning"; LoRA (Hu et al. 2021), table 1, for why the cost
-at inference decides.
+A model carries one method at a time: each freezes everything it finds, so a second one would silently freeze the first.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-from labkit.alternatives.bottleneck import Bottleneck, BottleneckConfig, add_bottleneck, bottlenecks
-from labkit.alternatives.ia3 import IA3Linear, ia3_layers
-from labkit.alternatives.prefixes import Prefix, PrefixConfig, add_prefix
-from labkit.alternatives.prompts import PromptConfig, SoftPrompt, add_prompt
+from labkit.alternatives.virtual_tokens import VirtualTokens
+from labkit.lora import adapters
+from labkit.lora.mounting import mounted_adapter
 from labkit.models.surgery import replace_module
 
-SIZED = {  # how to add the methods whose size is to be chosen, and their configs, which take it first
-    "prompt": (add_prompt, PromptConfig),
-    "prefix": (add_prefix, PrefixConfig),
-    "bottleneck": (add_bottleneck, BottleneckConfig),
-}
+
+@dataclass
+class AddedMethod:
+    """What a method has put into a model.
+
+    Attributes:
+        config: as given to `add_prompt` and its like.
+        layers: by full name, the layers that stand in place of the base's own; each holds that one as its `base`.
+        tokens: what stands before the text; None for a method that changes layers.
+        base_before_merge: by full name, the base's own layers while (IA)^3 is merged. They are kept here because a
+            child of the merged layer would be counted and saved with it.
+        mounted: does the model compute with the method? False within `base_only`.
+    """
+
+    config: Any
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    tokens: VirtualTokens | None = None
+    base_before_merge: dict[str, nn.Module] = field(default_factory=dict)
+    mounted: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Positions of the context that are lost to the text, as the model is now."""
+        return self.tokens.length if self.tokens is not None and self.mounted else 0
 
 
-def parts(model: nn.Module) -> tuple[SoftPrompt | Prefix | None, dict[str, IA3Linear], dict[str, Bottleneck]]:
-    """What a method has put into `model`.
+def method_of(model: nn.Module) -> AddedMethod | None:
+    """The method that was added to `model`, mounted or not; None if there is none."""
+    return getattr(model, "added_method", None)
+
+
+def require_method(model: nn.Module) -> AddedMethod:
+    """The method that `model` computes with.
 
     Raises:
-        ValueError: nothing.
+        ValueError: there is none.
     """
-    found = getattr(model, "virtual_tokens", None), ia3_layers(model), bottlenecks(model)
-    if found[0] is None and not found[1] and not found[2]:
+    added = method_of(model)
+    if added is None or not added.mounted:
         raise ValueError(
-            f"{type(model).__name__} has none of the methods beside LoRA; call add_prompt, add_prefix, add_bottleneck or add_ia3"
+            f"{type(model).__name__} has none of the methods beside LoRA; "
+            "call add_prompt, add_prefix, add_bottleneck or add_ia3"
         )
-    return found
+    return added
+
+
+def check_unadapted(model: nn.Module, method: str) -> None:
+    """Raise a `ValueError` if `model` carries LoRA adapters or one of the methods here already, so `method` cannot be added."""
+    present = method_of(model)
+    if present is not None or any(".lora_" in name for name, _ in model.named_parameters()):
+        carries = "LoRA adapters" if present is None else type(present.config).__name__
+        raise ValueError(
+            f"{type(model).__name__} has {carries} already, so {method} cannot be added; load a fresh base model, "
+            "or take the other off with labkit.alternatives.methods.remove"
+        )
+
+
+def install(model: nn.Module, added: AddedMethod) -> nn.Module:
+    """Freeze `model` and give it a method; in place. Returns `model`."""
+    model.requires_grad_(False)
+    model.added_method = added
+    mount(model, added)
+    return model
+
+
+def mount(model: nn.Module, added: AddedMethod) -> None:
+    """Put the method where the base's own layers are, or before the text."""
+    for name, layer in added.layers.items():
+        replace_module(model, name, layer)
+    if added.tokens is not None:
+        added.tokens.attach(model)
+    added.mounted = True
+
+
+def unmount(model: nn.Module, added: AddedMethod) -> None:
+    """Put the base's own layers back, with the weights they had before any merge."""
+    for name, layer in added.layers.items():
+        replace_module(model, name, added.base_before_merge.get(name, layer.base))
+    if added.tokens is not None:
+        added.tokens.detach(model)
+    added.mounted = False
 
 
 @contextmanager
-def bare(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block `model` is its base alone, with the very weights it had, also if (IA)^3 is merged.
+def base_only(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block `model` is its base alone, bit for bit, even while (IA)^3 is merged.
+
+    A model with LoRA is handed to `labkit.lora.adapters.base_only`.
 
     Raises:
-        ValueError: there is no method to leave out.
+        ValueError: there is no method to leave out; for LoRA see there.
     """
-    tokens, vectors, adapters = parts(model)
-    bases = {name: layer.unmerged[0] if layer.unmerged else layer.base for name, layer in vectors.items()}
-    bases |= {name: layer.base for name, layer in adapters.items()}
-    for name, base in bases.items():
-        replace_module(model, name, base)
-    if tokens is not None:
-        tokens.enabled = False
-        del model.virtual_tokens
+    if mounted_adapter(model) is not None:
+        with adapters.base_only(model):
+            yield model
+        return
+    added = require_method(model)
+    unmount(model, added)
     try:
         yield model
     finally:
-        for name, layer in {**vectors, **adapters}.items():
-            replace_module(model, name, layer)
-        if tokens is not None:
-            tokens.enabled = True
-            model.virtual_tokens = tokens
+        mount(model, added)
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -83,12 +129,6 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is none.
     """
-    tokens, vectors, adapters = parts(model)
-    for name, layer in vectors.items():
-        replace_module(model, name, layer.unmerged[0] if layer.unmerged else layer.base)
-    for name, layer in adapters.items():
-        replace_module(model, name, layer.base)
-    if tokens is not None:
-        tokens.detach(model)
-    del model.method_config
+    unmount(model, require_method(model))
+    del model.added_method
     return model

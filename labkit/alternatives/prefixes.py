@@ -2,12 +2,12 @@
 
     K_l = [P_l^K; K(text)],  V_l = [P_l^V; V(text)]           P: (n, layers, 2, kv_width)
 
-Where a soft prompt is made into keys and values by each layer, a prefix is those keys and values: it has
-`2 layers kv_width / width` times the parameters, and reaches combinations that no input could make. It costs the same when text
-is written, and cannot be merged into weights.
+Each layer makes keys and values out of a soft prompt; a prefix *is* those keys and values. So it has
+`2 layers kv_width / width` times the parameters, and reaches combinations that no input could produce. It costs the same
+when text is written, and cannot be merged into weights.
 
-*Reparametrization.* Li and Liang found the prefix unstable to train directly, and trained P = W2 tanh(W1 e + b1) + b2, with one MLP
-for all n. After training only P matters: `fold_prefix` computes it and drops the MLP.
+*Reparametrization.* Li and Liang found the prefix unstable to train directly, and trained P = W2 tanh(W1 e + b1) + b2,
+with one MLP for all n. After training only P matters: `fold_prefix` computes it and drops the MLP.
 
 Source: Li & Liang 2021, section 4. Agrees with: PEFT `tuners/prefix_tuning`.
 """
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from labkit.alternatives.sublayers import Sizes, check_bare, decoder, sizes, train_dtype
+from labkit.alternatives.methods import AddedMethod, check_unadapted, install, method_of
+from labkit.alternatives.sublayers import decoder, train_dtype
 from labkit.alternatives.virtual_tokens import VirtualTokens, check_tokens, text_ids
 from labkit.checks import check_whole
+from labkit.models.shapes import DecoderShape, decoder_shape
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,13 @@ class PrefixConfig:
     Args:
         length: keys and values before the text, in each layer.
         projection: width of the MLP that makes the prefix in training; None to train the prefix itself.
-        init: "random", from N(0, 1), as PEFT does; "text", the keys and values that the model itself makes of `text`: training then
-            starts at that prompt, exactly.
+        init: "random", from N(0, 1), as PEFT does; "text", the keys and values that the model itself makes of `text`:
+            training then starts exactly at that prompt.
         text: for init="text".
 
     Raises:
-        ValueError: a value is out of its range, or init="text" with a projection, which cannot be set to a given prefix.
+        ValueError: a value is out of its range, or init="text" comes with a projection, which cannot be set to a given
+            prefix.
     """
 
     length: int = 20
@@ -48,7 +51,8 @@ class PrefixConfig:
             check_whole("projection", self.projection)
             if self.init == "text":
                 raise ValueError(
-                    "init='text' sets the prefix itself, which no choice of the MLP's weights gives; use projection=None with it"
+                    "init='text' sets the prefix itself, which no choice of the MLP's weights gives; "
+                    "use projection=None with it"
                 )
 
 
@@ -56,7 +60,7 @@ class Prefix(VirtualTokens):
     """Prefix tuning: keys and values before those of the text, in every layer.
 
     Args:
-        prefix: (length, 2 * layers * kv_width), for each layer its keys and then its values; None to make it by the MLP.
+        prefix: (length, 2 * layers * kv_width), for each layer its keys and then its values; None if the MLP makes it.
         shape: of the model.
         embedding, mlp: with prefix=None; (length, kv_width), and the MLP from there to the width of a prefix.
     """
@@ -64,11 +68,11 @@ class Prefix(VirtualTokens):
     def __init__(
         self,
         prefix: Tensor | None,
-        shape: Sizes,
+        shape: DecoderShape,
         embedding: Tensor | None = None,
         mlp: nn.Sequential | None = None,
     ):
-        super().__init__(len(embedding if prefix is None else prefix), shape.context)
+        super().__init__(len(embedding if prefix is None else prefix), shape.max_position_embeddings)
         self.shape = shape
         self.prefix = None if prefix is None else nn.Parameter(prefix)
         self.embedding = None if embedding is None else nn.Parameter(embedding)
@@ -83,14 +87,14 @@ class Prefix(VirtualTokens):
 
         if decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules()):
             raise ValueError(
-                "prefix tuning does not train with gradient checkpointing: transformers drops the key-value cache then, and the "
-                "prefix is in it. Use checkpointing=False; a prefix leaves little to save"
+                "prefix tuning does not train with gradient checkpointing: transformers drops the key-value cache "
+                "then, and the prefix is in it. Use checkpointing=False; a prefix leaves little to save"
             )
         if inputs.get("past_key_values") is None:
             inputs["past_key_values"] = DynamicCache(config=decoder.config)
-            self.private = inputs.get("use_cache") is False
+            self.own_cache = inputs.get("use_cache") is False
         s, dtype = self.shape, decoder.get_input_embeddings().weight.dtype
-        layers = self.values().to(dtype).view(-1, s.layers, 2, s.kv_heads, s.head_dim)
+        layers = self.values().to(dtype).view(-1, s.num_hidden_layers, 2, s.num_key_value_heads, s.head_dim)
         layers = layers.permute(1, 2, 3, 0, 4)  # (layers, 2, kv_heads, length, head_dim)
         for i, (keys, values) in enumerate(layers):
             keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
@@ -98,15 +102,15 @@ class Prefix(VirtualTokens):
 
 
 def add_prefix(model: nn.Module, config: PrefixConfig, tokenizer=None) -> nn.Module:
-    """Freeze `model` and put trained keys and values before those of its text in every layer; in place. Returns `model`.
+    """Freeze `model` and put trained keys and values before those of its text, in every layer; in place. Returns `model`.
 
     Raises:
         ValueError: as for `add_prompt`.
     """
-    check_bare(model, "prefix tuning")
-    shape = sizes(model)
+    check_unadapted(model, "prefix tuning")
+    shape = decoder_shape(model)
     like = dict(device=model.get_input_embeddings().weight.device, dtype=train_dtype(model))
-    width = 2 * shape.layers * shape.kv_width
+    width = 2 * shape.num_hidden_layers * shape.kv_width
     if config.projection:
         embedding = torch.randn(config.length, shape.kv_width, **like)
         mlp = nn.Sequential(
@@ -116,24 +120,23 @@ def add_prefix(model: nn.Module, config: PrefixConfig, tokenizer=None) -> nn.Mod
         )
         prefix = Prefix(None, shape, embedding, mlp)
     elif config.init == "text":
-        prefix = Prefix(
-            keys_and_values(model, text_ids(config.text, config.length, tokenizer)).to(**like), shape
-        )
+        ids = text_ids(config.text, config.length, tokenizer)
+        prefix = Prefix(keys_and_values(model, ids).to(**like), shape)
     else:
         prefix = Prefix(torch.randn(config.length, width, **like), shape)
-    model.requires_grad_(False)
-    prefix.attach(model)
-    model.method_config = config
-    return model
+    return install(model, AddedMethod(config, tokens=prefix))
 
 
 def fold_prefix(model: nn.Module) -> nn.Module:
-    """Compute the prefix that the MLP makes, keep it alone and drop the MLP; the output stays what it was.
+    """Compute the prefix that the MLP makes, keep that and drop the MLP; in place. Returns `model`.
+
+    The output stays what it was.
 
     Raises:
         ValueError: the model has no prefix that an MLP makes.
     """
-    prefix = getattr(model, "virtual_tokens", None)
+    added = method_of(model)
+    prefix = None if added is None else added.tokens
     if not isinstance(prefix, Prefix) or prefix.mlp is None:
         raise ValueError(f"{type(model).__name__} has no prefix with a projection to fold")
     prefix.prefix = nn.Parameter(prefix.values().detach().clone())
@@ -148,4 +151,5 @@ def keys_and_values(model: nn.Module, ids: Tensor) -> Tensor:
     cache = stack(input_ids=ids[None].to(model.get_input_embeddings().weight.device), use_cache=True)
     model.train(was_training)
     pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.past_key_values.layers]
-    return torch.stack(pairs).permute(3, 0, 1, 2, 4).flatten(1)  # (layers, 2, heads, length, dim) before
+    kept = torch.stack(pairs)  # (layers, 2, kv_heads, length, head_dim)
+    return kept.permute(3, 0, 1, 2, 4).flatten(1)

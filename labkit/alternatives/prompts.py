@@ -1,13 +1,13 @@
-"""Prompt tuning: leave every weight alone, and train n vectors before the embeddings of the text.
+"""Prompt tuning: leave every weight alone, and train n vectors that stand before the embeddings of the text.
 
     h_0 = [P; E(text)]           P: (n, width)
 
-A soft prompt passes through the network as tokens do, so each layer makes its keys and values from it. The text only ever meets
-it through attention: n more keys to attend to in each layer, n more entries of the key-value cache, and n positions of the context.
-It cannot be merged into weights.
+A soft prompt passes through the network as tokens do, so each layer makes its keys and values from it. The text meets it
+only through attention: n more keys to attend to in each layer, n more entries in the key-value cache, n positions of the
+context. It cannot be merged into weights.
 
-Source: Lester et al. 2021, section 2. Agrees with: PEFT `tuners/prompt_tuning` and `peft_model.py`, but for the positions under
-padding on the left; see `labkit.alternatives.virtual_tokens`.
+Source: Lester et al. 2021, section 2. Agrees with: PEFT `tuners/prompt_tuning` and `peft_model.py`, except for positions
+under padding on the left; see `labkit.alternatives.virtual_tokens`.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from labkit.alternatives.sublayers import check_bare, sizes, train_dtype
+from labkit.alternatives.methods import AddedMethod, check_unadapted, install
+from labkit.alternatives.sublayers import train_dtype
 from labkit.alternatives.virtual_tokens import VirtualTokens, check_tokens, text_ids
+from labkit.models.shapes import decoder_shape
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class PromptConfig:
 
     Args:
         length: soft tokens before the text.
-        init: "random", from N(0, 1), as PEFT does: far longer vectors than those of words; "vocab", the embeddings of random
-            tokens; "text", those of `text`, repeated or cut to `length`.
+        init: "random", from N(0, 1), as PEFT does: vectors far longer than those of words; "vocab", the embeddings of
+            random tokens; "text", those of `text`, repeated or cut to `length`.
         text: for init="text".
 
     Raises:
@@ -42,9 +44,14 @@ class PromptConfig:
 
 
 class SoftPrompt(VirtualTokens):
-    """Prompt tuning: `embedding`, (length, width), before the embeddings of the text."""
+    """Prompt tuning: `embedding`, (length, width), before the embeddings of the text.
 
-    def __init__(self, embedding: Tensor, context: int):
+    Args:
+        embedding: where training starts.
+        context: positions of the model; None if it sets no limit.
+    """
+
+    def __init__(self, embedding: Tensor, context: int | None):
         super().__init__(len(embedding), context)
         self.embedding = nn.Parameter(embedding)
 
@@ -62,22 +69,20 @@ class SoftPrompt(VirtualTokens):
 
 
 def add_prompt(model: nn.Module, config: PromptConfig, tokenizer=None) -> nn.Module:
-    """Freeze `model` and put a trained soft prompt before everything that it reads; in place. Returns `model`.
+    """Freeze `model` and put a trained soft prompt before everything it reads; in place. Returns `model`.
 
     Raises:
-        ValueError: the model has a method already, the prompt is as long as its context, or there is no tokenizer for `text`.
+        ValueError: the model has a method already, the prompt is as long as its context, or `text` has no tokenizer.
     """
-    check_bare(model, "prompt tuning")
+    check_unadapted(model, "prompt tuning")
     embeddings = model.get_input_embeddings().weight  # (vocab, width)
-    shape, like = sizes(model), dict(device=embeddings.device, dtype=train_dtype(model))
+    device, dtype = embeddings.device, train_dtype(model)
     if config.init == "random":
-        start = torch.randn(config.length, embeddings.shape[1], **like)
+        start = torch.randn(config.length, embeddings.shape[1], device=device, dtype=dtype)
     elif config.init == "vocab":
-        start = embeddings[torch.randint(len(embeddings), (config.length,), device=embeddings.device)]
+        start = embeddings[torch.randint(len(embeddings), (config.length,), device=device)]
     else:
-        start = embeddings[text_ids(config.text, config.length, tokenizer).to(embeddings.device)]
-    prompt = SoftPrompt(start.detach().clone().to(**like), shape.context)
-    model.requires_grad_(False)
-    prompt.attach(model)
-    model.method_config = config
-    return model
+        start = embeddings[text_ids(config.text, config.length, tokenizer).to(device)]
+    start = start.detach().clone().to(device, dtype)  # (length, width)
+    prompt = SoftPrompt(start, decoder_shape(model).max_position_embeddings)
+    return install(model, AddedMethod(config, tokens=prompt))

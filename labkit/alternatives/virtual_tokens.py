@@ -1,12 +1,12 @@
 """Room for n tokens before the text: what a soft prompt and a prefix have in common.
 
-Why hooks on the decoder and not a model around it: the base keeps its class and names, so `model(...)`, the loss, `generate` and
-gradient checkpointing work as before. The hidden states of a soft prompt are cut off before the output layer: logits line up with
-the tokens that were given, and labels need no shift. (PEFT keeps them, so its loss also counts the first token of the text, if that
-is supervised; the last vector of the prompt predicts it.)
+Why hooks on the decoder rather than a model around it: the base keeps its class and its names, so `model(...)`, the loss,
+`generate` and gradient checkpointing work as before. The hidden states of a soft prompt are cut off before the output
+layer, so logits line up with the tokens that were given and labels need no shift. (PEFT keeps them, so if the first token
+of the text is supervised, its loss counts that one too, predicted by the last vector of the prompt.)
 
-Positions count up over prompt and text: the text begins at n. Padding on the left comes between them in memory, but takes no
-position. (In PEFT the positions of a soft prompt depend on that padding.)
+Positions count up over prompt and text: the text begins at n. Padding on the left lies between the two in memory, but
+takes no position. (In PEFT, the positions of a soft prompt depend on that padding.)
 """
 
 import inspect
@@ -20,6 +20,7 @@ from labkit.checks import check_choice, check_whole
 
 
 def check_tokens(length: int, init: str, inits: tuple[str, ...], text: str | None) -> None:
+    """The checks that the configs of both share: a length, a known start, and a text exactly where one is needed."""
     check_whole("length", length)
     check_choice("init", init, inits)
     if (init == "text") != bool(text):
@@ -27,21 +28,29 @@ def check_tokens(length: int, init: str, inits: tuple[str, ...], text: str | Non
 
 
 class VirtualTokens(nn.Module):
-    """What both have in common: room in the mask, the positions and the context for n tokens before the text."""
+    """Room in the mask, the positions and the context for n tokens before the text; a subclass inserts them.
 
-    def __init__(self, length: int, context: int):
+    Args:
+        length: n.
+        context: positions of the model; None if it sets no limit.
+
+    Raises:
+        ValueError: they leave no room for text.
+    """
+
+    def __init__(self, length: int, context: int | None):
         super().__init__()
-        if length >= context:
+        if context is not None and length >= context:
             raise ValueError(
-                f"length={length} leaves no room for text in this model's context of {context} positions; choose far fewer"
+                f"length={length} leaves no room for text in this model's context of {context} positions; "
+                "choose far fewer"
             )
-        self.length, self.context = length, context
-        self.enabled = True
-        # of the pass that is under way: hidden states before the text, and whether its cache was made here, unasked
-        self.cut, self.private = 0, False
+        self.length, self.context = length, math.inf if context is None else context
+        # of the pass under way: hidden states before the text, and whether its cache was made here, unasked
+        self.cut, self.own_cache = 0, False
 
     def attach(self, model: nn.Module) -> None:
-        """From now on, enter every forward pass of `model`."""
+        """From now on, take part in every forward pass of `model`, whose child `virtual_tokens` this becomes."""
         model.virtual_tokens = self
         self.names = tuple(inspect.signature(decoder(model).forward).parameters)
         enter = decoder(model).register_forward_pre_hook(self.enter, with_kwargs=True)
@@ -54,48 +63,52 @@ class VirtualTokens(nn.Module):
             handle.remove()
         del model.virtual_tokens
 
-    def enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def insert(self, decoder: nn.Module, inputs: dict, batch: int) -> None:
+        """Change the `inputs` of the decoder, by name, so that the virtual tokens come before the text."""
+        raise NotImplementedError
+
+    def enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the decoder runs: put the virtual tokens before the text, unless its cache holds them already."""
-        if not self.enabled:
-            return None
         inputs = dict(zip(self.names, args)) | kwargs
         ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
         batch, time = (ids if embedded is None else embedded).shape[:2]
         cache = inputs.get("past_key_values")
         if getattr(cache, "is_compileable", False):
             raise ValueError(
-                "virtual tokens need a cache that grows, and a static one has no room for them; leave cache_implementation='static' away"
+                "virtual tokens need a cache that grows, and a static one has no room for them; "
+                "leave out cache_implementation='static'"
             )
         seen = 0 if cache is None else int(cache.get_seq_length())
         total = time + (seen or self.length)
         if total > self.context:
             raise ValueError(
-                f"{total - self.length} tokens of text after {self.length} virtual ones are {total}, above this model's context of "
-                f"{self.context} positions; shorten the text, or train a shorter prompt"
+                f"{total - self.length} tokens of text after {self.length} virtual ones are {total}, above this "
+                f"model's context of {self.context} positions; shorten the text, or train a shorter prompt"
             )
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 raise ValueError(
-                    "virtual tokens need the mask of the text as (batch, time), and make the mask of four dimensions themselves"
+                    "virtual tokens need the mask of the text as (batch, time); they make the mask of four dimensions "
+                    "themselves"
                 )
             inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.length), mask], 1)
         if positions is not None:
             inputs["position_ids"] = positions + self.length
-        self.cut, self.private = 0, False
+        self.cut, self.own_cache = 0, False
         if not seen:
             self.insert(decoder, inputs, batch)
         return (), inputs
 
     def leave(self, decoder: nn.Module, args: tuple, output):
-        """After the decoder ran: drop the hidden states before the text, and a cache that nobody asked for."""
+        """After the decoder has run: drop the hidden states before the text, and a cache that nobody asked for."""
         if isinstance(output, tuple):
             return (output[0][:, self.cut :], *output[1:]) if self.cut else output
         if self.cut:
             output.last_hidden_state = output.last_hidden_state[:, self.cut :]
-        if self.private:
+        if self.own_cache:
             output.past_key_values = None
-        self.cut, self.private = 0, False
+        self.cut, self.own_cache = 0, False
         return output
 
     def extra_repr(self) -> str:
@@ -103,7 +116,11 @@ class VirtualTokens(nn.Module):
 
 
 def text_ids(text: str, length: int, tokenizer) -> Tensor:
-    """The tokens of `text`, repeated or cut to (length,)."""
+    """The tokens of `text`, repeated or cut to (length,).
+
+    Raises:
+        ValueError: there is no tokenizer.
+    """
     if tokenizer is None:
         raise ValueError("init='text' needs the tokenizer: give it as the third argument")
     ids = tokenizer(text)["input_ids"]

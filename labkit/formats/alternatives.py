@@ -23,14 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from labkit.alternatives.bottleneck import BottleneckConfig
 from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers
-from labkit.alternatives.methods import bare, parts
+from labkit.alternatives.methods import base_only, check_unadapted, method_of, require_method
 from labkit.alternatives.prefixes import Prefix, PrefixConfig, add_prefix
 from labkit.alternatives.prompts import PromptConfig, add_prompt
-from labkit.alternatives.sublayers import check_bare, sizes
 from labkit.formats.peft_folder import PREFIX, read_files, write_folder
 from labkit.formats.provenance import check_base, read_provenance, versions
 from labkit.lora.fingerprint import AdapterMismatch, fingerprint
+from labkit.models.shapes import decoder_shape
 from labkit.quant.linears import is_conv1d, is_linear, widths
 
 PROMPT = "prompt_embeddings"
@@ -55,21 +56,23 @@ def save_beyond(
     Raises:
         ValueError: there is nothing to save, it has NaN in it, or it is a bottleneck adapter.
     """
-    tokens, vectors, adapters = parts(model)
-    if adapters:
+    added = require_method(model)
+    if isinstance(added.config, BottleneckConfig):
         raise ValueError(
             "PEFT knows no bottleneck adapters, so that no other stack could load them. Keep the parameters that train yourself, with "
             "safetensors' save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, path)"
         )
-    tensors = {f"{PREFIX}{name}.ia3_l": on_disk(layer) for name, layer in vectors.items()}
-    if tokens is not None:
-        tensors[PROMPT] = tokens.values() if isinstance(tokens, Prefix) else tokens.embedding
+    tensors = {f"{PREFIX}{name}.ia3_l": on_disk(layer) for name, layer in ia3_layers(model).items()}
+    if added.tokens is not None:
+        tensors[PROMPT] = (
+            added.tokens.values() if isinstance(added.tokens, Prefix) else added.tokens.embedding
+        )
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-    with bare(model):
+    with base_only(model):
         base = fingerprint(model)
     provenance = {
         "base": base,
-        "config": asdict(model.method_config),
+        "config": asdict(added.config),
         "data": data,
         "metrics": metrics,
         "versions": versions(),
@@ -84,7 +87,7 @@ def on_disk(layer) -> Tensor:
 
 def peft_config(model: nn.Module) -> dict:
     """`adapter_config.json` of what is in `model`."""
-    config = model.method_config
+    config = method_of(model).config
     common = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", ""),
@@ -97,23 +100,23 @@ def peft_config(model: nn.Module) -> dict:
             "feedforward_modules": [*config.inputs],
             "fan_in_fan_out": any(is_conv1d(layer.base) for layer in ia3_layers(model).values()),
         }
-    s = sizes(model)
+    s = decoder_shape(model)
     common |= {
         "num_virtual_tokens": config.length,
-        "num_layers": s.layers,
+        "num_layers": s.num_hidden_layers,
         "num_transformer_submodules": 1,
     }
     if isinstance(config, PromptConfig):
         return common | {
             "peft_type": "PROMPT_TUNING",
-            "token_dim": s.width,
-            "num_attention_heads": s.heads,
+            "token_dim": s.hidden_size,
+            "num_attention_heads": s.num_attention_heads,
             "prompt_tuning_init": "RANDOM",  # PEFT has no use for it once there are values
         }
     return common | {
         "peft_type": "PREFIX_TUNING",
         "token_dim": s.kv_width,
-        "num_attention_heads": s.kv_heads,
+        "num_attention_heads": s.num_key_value_heads,
         "encoder_hidden_size": config.projection or s.kv_width,
         "prefix_projection": False,  # the file holds the prefix itself
     }
@@ -137,19 +140,19 @@ def load_beyond(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     raw, tensors = read(path)
     kind = raw["peft_type"]
-    check_bare(model, KINDS[kind])
+    check_unadapted(model, KINDS[kind])
     check_base(model, path, read_provenance(path))
     if kind == "IA3":
         return load_ia3(model, raw, tensors, path)
-    s, length = sizes(model), raw.get("num_virtual_tokens")
-    width = s.width if kind == "PROMPT_TUNING" else 2 * s.layers * s.kv_width
+    s, length = decoder_shape(model), raw.get("num_virtual_tokens")
+    width = s.hidden_size if kind == "PROMPT_TUNING" else 2 * s.num_hidden_layers * s.kv_width
     check_tensors({PROMPT: (length, width)}, tensors, path)
     if kind == "PROMPT_TUNING":
         add_prompt(model, PromptConfig(length))
-        value = model.virtual_tokens.embedding
+        value = method_of(model).tokens.embedding
     else:
         add_prefix(model, PrefixConfig(length))
-        value = model.virtual_tokens.prefix
+        value = method_of(model).tokens.prefix
     with torch.no_grad():
         value.copy_(tensors[PROMPT])
     return model

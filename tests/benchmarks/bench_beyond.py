@@ -19,6 +19,7 @@ from labkit import models
 from labkit.alternatives.bottleneck import BottleneckConfig, add_bottleneck
 from labkit.alternatives.cost import cost, prefill_flops
 from labkit.alternatives.ia3 import add_ia3, merge_ia3
+from labkit.alternatives.methods import method_of
 from labkit.alternatives.prefixes import PrefixConfig, add_prefix
 from labkit.alternatives.prompts import PromptConfig, add_prompt
 from labkit.lora.config import LoRAConfig
@@ -55,7 +56,7 @@ def contenders(name: str) -> tuple[dict, dict]:
         "prompt, 20": add_prompt(fresh(), PromptConfig(20)),
         "prefix, 20": add_prefix(fresh(), PrefixConfig(20)),
     }
-    costs = {n: cost(m) for n, m in turns.items() if getattr(m, "method_config", None) is not None}
+    costs = {n: cost(m) for n, m in turns.items() if method_of(m) is not None}
     return {n: m.eval() for n, m in turns.items()}, costs
 
 
