@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from labkit.analysis import spectra
+from labkit.analysis.updates import Factored
 from labkit.lab.check import spectra as check
 from labkit.lab.explore import spectra as explore
 from tests import exercise_checks
@@ -126,7 +127,7 @@ CASES = list(right_and_wrong())
 def example():
     torch.manual_seed(0)
     full = {f"model.layers.{i}.mlp.up_proj": torch.randn(30, 20) for i in range(2)}
-    lora = {name: spectra.Factored(torch.randn(30, 4), torch.randn(4, 20)) for name in full}
+    lora = {name: Factored(torch.randn(30, 4), torch.randn(4, 20)) for name in full}
     return {"full fine-tuning": full, "LoRA r=4": lora}
 
 

@@ -2,39 +2,28 @@
 
     dW = W_tuned - W_0 = U diag(s) V^T            U: (out, r)   s: (r,) falling   V^T: (r, in)
 
-Low rank means that few of the s carry most of dW. There is no one number for "few", and they disagree by a factor of ten:
+Low rank means that few of the s carry most of dW. No single number says how few, and these differ by a factor of ten:
 
-- `effective_rank`: exp of the entropy of s / sum(s) (Roy & Vetterli 2007). The tail counts, because s is not squared.
+- `effective_rank`: exp of the entropy of s / sum(s). The tail counts, because s is not squared.
 - `stable_rank`: ||dW||_F^2 / ||dW||_2^2. Only the size of the largest counts.
 - `energy_rank`: singular values that make up 90 % of ||dW||_F^2.
 
-None means anything without a control. A Gaussian matrix of 256 x 256 needs 130 directions for 90 % of its energy and not
-231, because singular values of noise are not equal: they reach up to `mp_edge`. So compare with `gaussian_like`. And
-energy is not effect: `with_truncated_update` keeps the k largest directions in the model, so that the loss can be measured.
+None means anything without a control: Gaussian noise of 256 x 256 needs 130 directions for 90 % of its energy, not 231.
+So compare with `gaussian_like` and `mp_edge`. And energy is not effect: `with_truncated_update` keeps the k largest
+directions in the model, so the loss can be measured.
 
-Why a LoRA update is never written out: dW = (scaling B) A has rank r, so QR of both factors leaves an r x r matrix to
-decompose. It is exact, and at 1024 x 1024 and r = 16 took a thousandth of the time of the SVD of the product.
-
-What changed comes from `labkit.analysis.updates`.
-
-Sources: LoRA (Hu et al. 2021) section 7 (`subspace_similarity`, `amplification`); Shuttleworth et al. 2024, arXiv 2410.21228
-(`intruder_dimensions`); Halko, Martinsson & Tropp 2011 (`randomized_svd`). Agrees with: numpy.linalg.svd.
+Sources: LoRA (Hu et al. 2021) section 7; Roy & Vetterli 2007; Shuttleworth et al. 2024, arXiv 2410.21228; Halko,
+Martinsson & Tropp 2011. Agrees with: numpy.linalg.svd.
 """
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from labkit.analysis.updates import Factored, at_least_fp32, updates, with_update
-
-__all__ = [
-    "SVD", "Factored", "amplification", "effective_rank", "energy_rank", "gaussian_like", "intruder_dimensions", "mp_edge",
-    "random_directions", "randomized_svd", "singular_values", "stable_rank", "subspace_similarity", "svd", "truncate",
-    "updates", "with_truncated_update", "with_update",
-]  # fmt: skip
+from labkit.analysis.updates import Factored, at_least_fp32, with_update
 
 
 class SVD(NamedTuple):
@@ -45,7 +34,7 @@ class SVD(NamedTuple):
     Vh: Tensor
 
 
-Matrix = Tensor | Factored | SVD
+Matrix: TypeAlias = Tensor | Factored | SVD
 
 
 def checked(matrix: Tensor) -> Tensor:
@@ -59,7 +48,7 @@ def checked(matrix: Tensor) -> Tensor:
         raise ValueError(f"a matrix of two dimensions and at least one element is needed, not {given}")
     if not matrix.isfinite().all():
         raise ValueError(
-            f"the matrix has {(~matrix.isfinite()).sum()} values that are NaN or infinite; the training diverged?"
+            f"the matrix has {(~matrix.isfinite()).sum()} values that are NaN or infinite; did the training diverge?"
         )
     return at_least_fp32(matrix.detach())
 
@@ -67,7 +56,9 @@ def checked(matrix: Tensor) -> Tensor:
 def svd(matrix: Matrix) -> SVD:
     """The singular value decomposition, exact: of a tensor, or of a `Factored` without multiplying it out.
 
-    With left = Q_l R_l and right^T = Q_r R_r, left right = Q_l (R_l R_r^T) Q_r^T, and the bracket is only (r, r).
+    With left = Q_l R_l and right^T = Q_r R_r, left right = Q_l (R_l R_r^T) Q_r^T, and the bracket is only (r, r). That is
+    why a LoRA update (scaling B) A is never multiplied out: at 1024 x 1024 and r = 16 this takes a thousandth of the time
+    of the SVD of the product.
 
     Raises:
         ValueError: see `checked`.
@@ -86,13 +77,13 @@ def randomized_svd(
 ) -> tuple[SVD, float]:
     """The k largest singular values and vectors, from products with k + oversample random directions.
 
-    Q spans (A A^T)^powers A Omega, and B = Q^T A is decomposed instead of A. It pays where k is far below both
-    sides: for 16 of 1024 x 1024 it took a twentieth of the time of the exact one.
+    Q spans (A A^T)^powers A Omega, and B = Q^T A is decomposed instead of A. It pays if k is far below both sides: 16
+    of 1024 x 1024 took a twentieth of the time of the exact one.
 
     Returns:
-        (svd, bound). With E = A - Q B, A^T A = B^T B + E^T E, so that each true singular value lies between s_j and
-        sqrt(s_j^2 + ||E||^2). `bound` is ||E||_F, which is no less than ||E||: look at it before you use s. On noise,
-        which has no low rank, it is nearly the norm of the matrix.
+        (svd, bound). With E = A - Q B, A^T A = B^T B + E^T E, so each true singular value lies between s_j and
+        sqrt(s_j^2 + ||E||^2). `bound` is ||E||_F, which is at least ||E||: look at it before you use s. For noise, which
+        has no low rank, it is nearly the norm of the matrix.
 
     Raises:
         ValueError: see `checked`, or k is below 1 or above the smaller side.
@@ -109,7 +100,7 @@ def randomized_svd(
     Q = torch.linalg.qr(matrix @ random(min(k + oversample, m, n))).Q  # (m, k + oversample)
     for _ in range(
         powers
-    ):  # orthonormal in between: powers of small singular values would be lost to rounding
+    ):  # orthonormal in between: rounding would swallow the powers of small singular values
         Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ Q).Q).Q
     U, s, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
     bound = (matrix - Q @ (Q.T @ matrix)).norm().item()
@@ -125,7 +116,7 @@ def spectrum(s: Tensor) -> Tensor:
     """`s` as float64.
 
     Raises:
-        ValueError: not a list of singular values, or all of them are zero.
+        ValueError: it is not a list of singular values, or all of them are zero.
     """
     if s.dim() != 1 or not s.numel() or not s.isfinite().all() or (s < 0).any():
         raise ValueError(
@@ -152,9 +143,13 @@ def stable_rank(s: Tensor) -> float:
 
 
 def energy_rank(s: Tensor, share: float = 0.9) -> int:
-    """The least number of singular values whose squares make up `share` of the sum of all squares. s: (r,)."""
+    """The smallest number of singular values whose squares make up `share` of the sum of all squares. s: (r,).
+
+    Raises:
+        ValueError: see `spectrum`, or a share out of range.
+    """
     if not 0 < share <= 1:
-        raise ValueError(f"share={share} of the energy: above 0, at most 1")
+        raise ValueError(f"share={share} of the energy must be above 0 and at most 1")
     energy = (spectrum(s) ** 2).sort(descending=True).values.cumsum(0)
     return int((energy < share * energy[-1] * (1 - 1e-12)).sum()) + 1
 
@@ -194,55 +189,63 @@ def gaussian_like(matrix: Tensor, seed: int) -> Tensor:
 
 
 def mp_edge(m: int, n: int, std: float) -> float:
-    """Where the singular values of an (m, n) matrix of independent entries of this deviation end: std (√m + √n)
-    (Marchenko & Pastur 1967). A singular value of an update clearly above it is not noise."""
+    """Where the singular values of an (m, n) matrix of independent entries of standard deviation `std` end.
+
+    std (√m + √n) (Marchenko & Pastur 1967). A singular value of an update clearly above it is not noise.
+    """
     return std * (math.sqrt(m) + math.sqrt(n))
 
 
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j): how much of the span of the first i columns of `first` lies in that of the
-    first j of `second`; 1 if one contains the other, 0 if they are orthogonal (LoRA, equation 4).
+    """How much of the span of the first i columns of `first` lies in that of the first j columns of `second`.
+
+    phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j): 1 if one span contains the other, 0 if they are orthogonal (LoRA,
+    equation 4).
 
     Args:
-        first: (d, I) orthonormal columns, as `svd` gives them; second: (d, J).
+        first: (d, I), orthonormal columns, as `svd` gives them.
+        second: (d, J), the same.
 
     Returns:
-        (I, J); element [i - 1, j - 1] is phi(i, j). Of random subspaces it is max(i, j) / d on average.
+        (I, J); element [i - 1, j - 1] is phi(i, j). For random subspaces it is max(i, j) / d on average.
 
     Raises:
-        ValueError: other lengths, or columns that are not orthonormal.
+        ValueError: columns of different lengths, or that are not orthonormal.
     """
     for name, basis in (("first", first), ("second", second)):
         gram = checked(basis).T @ checked(basis)
         if (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max() > 1e-3:
             raise ValueError(f"the columns of {name} are not orthonormal; take singular vectors (U, or Vh.T)")
     if len(first) != len(second):
-        raise ValueError(f"directions of {len(first)} and of {len(second)} numbers do not compare")
+        raise ValueError(f"directions of {len(first)} and of {len(second)} numbers cannot be compared")
     overlap = (first.T.double() @ second.double()) ** 2  # (I, J)
     i, j = (torch.arange(1, size + 1, device=first.device) for size in overlap.shape)
     return (overlap.cumsum(0).cumsum(1) / torch.minimum(i[:, None], j)).float()
 
 
 def amplification(update: Matrix, weight: Tensor, r: int) -> float:
-    """||dW||_F / ||U^T W V||_F with U, V the r top singular directions of dW (LoRA, section 7.3): by how much training
-    turned up what the weight already did in these directions. It grows with the size of dW: compare at one norm.
+    """By how much training turned up what the weight already did in the r top singular directions of the update.
+
+    ||dW||_F / ||U^T W V||_F, with U and V these directions (LoRA, section 7.3). It grows with the size of dW: compare
+    updates of one norm.
 
     Raises:
         ValueError: see `checked`, or r is below 1.
     """
     if r < 1:
-        raise ValueError(f"r={r} directions; at least 1")
+        raise ValueError(f"r={r} directions; it must be at least 1")
     U, s, Vh = svd(update)
     there = U[:, :r].T @ checked(weight) @ Vh[:r].T  # (r, r)
     return (spectrum(s).norm() / there.double().norm()).item()
 
 
 def intruder_dimensions(base: Matrix, tuned: Matrix, k: int = 10, epsilon: float = 0.5) -> list[int]:
-    """Which of the k top left singular vectors of the tuned weight are like none of the base's (arXiv 2410.21228): largest
-    |cosine| to any of them below `epsilon`. Numbers from 0 up.
+    """Which of the k top left singular vectors of the tuned weight are unlike all of the base's (arXiv 2410.21228).
+
+    Those whose largest |cosine| to any of the base's is below `epsilon`, by number, from 0 up.
 
     Raises:
-        ValueError: see `checked`, another number of rows, or an epsilon that is no cosine.
+        ValueError: see `checked`, different numbers of rows, or an epsilon that cannot be a cosine.
     """
     if not 0 < epsilon <= 1:
         raise ValueError(f"epsilon={epsilon} is compared with cosines; choose one above 0 and at most 1")
@@ -254,6 +257,8 @@ def intruder_dimensions(base: Matrix, tuned: Matrix, k: int = 10, epsilon: float
 
 
 def with_truncated_update(model: nn.Module, changes: Mapping[str, Matrix], k: int):
-    """`with_update` of all `changes`, each cut to its k largest directions. Give them as {name: svd(update)} to decompose
-    each only once."""
+    """`with_update` of all `changes`, each cut to its k largest directions.
+
+    Give them as {name: svd(update)} to decompose each only once.
+    """
     return with_update(model, {name: truncate(change, k) for name, change in changes.items()})

@@ -1,26 +1,26 @@
-"""The numbers of `labkit.analysis.spectra` for a whole run: one number each for all layers, beside its control.
+"""The numbers of `labkit.analysis.spectra` for a whole run: one per quantity over all layers, beside its control.
 
-A figure of one layer of one run is an anecdote. These are means (or medians, where one layer may be far off) over all linear
-layers, so that a sweep can record them for several seeds:
+A figure of one layer of one run is an anecdote. These are means (or medians, if one layer may be far off) over all linear
+layers, so a sweep can record them for several seeds:
 
-    spectrum    effective, stable and 90 % energy rank as a share of full rank; the same of noise of the same shape and norm
+    spectrum    effective, stable and 90 % energy rank as a share of full rank; the same for noise of equal shape and norm
     agreement   phi(1, 1) and phi(8, 8) with a second run that differs only in its seed; the same for random directions
-    size        |dW| / |W|, amplification, and that of the same singular values in random directions
-    intruders   how many of the top 10 directions of the tuned weights are new; the same for noise of the update's norm
-    effect      share of the improvement in loss that the k largest directions keep; the same for k random ones, and for half of dW
+    size        |dW| / |W|; amplification, and that of the same singular values in random directions
+    intruders   new ones among the top 10 directions of the tuned weights; the same for noise of the update's norm
+    effect      share of the improvement in loss kept by the k largest directions, by k random ones, and by half of dW
 
 Sources: see `labkit.analysis.spectra`.
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from labkit.analysis import spectra
 from labkit.analysis.spectra import SVD
-from labkit.analysis.updates import frozen_weight, linear_layers
+from labkit.analysis.updates import find_updates, frozen_weight, linear_layers, with_update
 
 TOP = 10  # directions among which intruders are counted, as in arXiv 2410.21228
 INTRUDER_COSINE = 0.6
@@ -32,19 +32,19 @@ def spectral_numbers(base: nn.Module, tuned: nn.Module, twin: nn.Module, seed: i
 
     Args:
         base: the model before training.
-        tuned: after it; see `labkit.analysis.updates.updates`.
+        tuned: after it; see `labkit.analysis.updates.find_updates`.
         twin: a second run like `tuned`, from another seed.
         seed: of the controls.
 
     Returns:
-        {name: number}, all over the layers that both runs changed. A name that ends in `_control` is the control.
+        {name: number}, each over the layers that both runs changed. A name that ends in `_control` is the control.
 
     Raises:
-        ValueError: see `labkit.analysis.updates.updates`, or nothing was trained.
+        ValueError: see `labkit.analysis.updates.find_updates`, or nothing was trained.
     """
     weights = {name: frozen_weight(layer) for name, layer in linear_layers(base).items()}
-    first = {name: spectra.svd(update) for name, update in spectra.updates(base, tuned).items()}
-    second = {name: spectra.svd(update) for name, update in spectra.updates(base, twin).items()}
+    first = {name: spectra.svd(update) for name, update in find_updates(base, tuned).items()}
+    second = {name: spectra.svd(update) for name, update in find_updates(base, twin).items()}
     dense = {name: spectra.truncate(parts, len(parts.s)) for name, parts in first.items()}
     noise = {name: spectra.gaussian_like(dense[name], seed + i) for i, name in enumerate(first)}
     noise_svd = {name: spectra.svd(matrix) for name, matrix in noise.items()}
@@ -79,7 +79,8 @@ def ranks(parts: Mapping[str, SVD], suffix: str) -> dict[str, float]:
 
 
 def agreement(first: Mapping[str, SVD], second: Mapping[str, SVD], suffix: str) -> dict[str, float]:
-    """phi(1, 1) and phi(8, 8), or phi(r, r) below rank 8, of the input and output directions of two runs; mean over layers."""
+    """phi(1, 1) and phi(8, 8), or phi(r, r) below rank 8, of the input and output directions of two runs; mean over
+    layers."""
     found = {}
     for side, directions in (("in", lambda one: one.Vh.T), ("out", lambda one: one.U)):
         tables = [
@@ -95,7 +96,7 @@ def intruders(
     weights: Mapping[str, Tensor], dense: Mapping[str, Tensor], noise: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Intruders among the top directions of all tuned weights, and of the base plus noise of the same norm."""
-    found = {"intruders": 0, "intruders_control": 0}
+    found: dict[str, float] = {"intruders": 0, "intruders_control": 0}
     for name in dense:
         before = spectra.svd(weights[name])
         for key, change in (("intruders", dense[name]), ("intruders_control", noise[name])):
@@ -107,8 +108,7 @@ def intruders(
 def effect_numbers(
     base: nn.Module, updates: Mapping[str, Tensor], loss: Callable[[nn.Module], float], seed: int = 0
 ) -> dict[str, float]:
-    """Share of the improvement of `loss` by `updates` that their k largest directions keep (`kept_k`), that k random
-    directions keep (`kept_k_control`), and that the whole update keeps at half its size (`kept_half`).
+    """How much of what `updates` do for the loss is left when only a part of them is applied.
 
     Args:
         base: the model before training, with plain weights.
@@ -116,12 +116,16 @@ def effect_numbers(
         loss: of a model, on text that was not trained on.
         seed: of the random directions.
 
+    Returns:
+        {name: share of the improvement}: `kept_k` by the k largest directions, `kept_k_control` by k random ones,
+        `kept_half` by the whole update at half its size.
+
     Raises:
-        ValueError: the updates do not lower the loss, so that there is nothing to share.
+        ValueError: the updates do not lower the loss, so there is nothing to share.
     """
 
     def loss_with(changes: Mapping[str, Tensor]) -> float:
-        with spectra.with_update(base, changes) as model:
+        with with_update(base, changes) as model:
             return loss(model)
 
     before, after = loss(base), loss_with(updates)
@@ -149,5 +153,5 @@ def in_random_directions(parts: SVD, seed: int) -> SVD:
     return SVD(directions(len(parts.U)), parts.s, directions(parts.Vh.shape[1]).T)
 
 
-def median(values) -> float:
+def median(values: Iterable[Tensor | float]) -> float:
     return statistics.median(float(value) for value in values)
