@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m labkit.sweep", description="Run or complete an experiment."
     )
     parser.add_argument("experiment", help="a TOML file, such as experiments/rank.toml")
-    parser.add_argument("--jobs", type=int, help="processes; default: one a core")
+    parser.add_argument("--jobs", type=int, help="processes; default: one per core")
     parser.add_argument("--out", type=Path, help="where to record; default: data/results/NAME.jsonl")
     chosen = parser.parse_args(arguments)
     try:

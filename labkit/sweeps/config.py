@@ -2,21 +2,15 @@
 
 from dataclasses import dataclass, fields
 
-from labkit.alternatives.methods import SIZED
+from labkit.alternatives.sized import SIZED_METHODS
 from labkit.checks import check_choice, check_whole
 from labkit.lora.config import LoRAConfig
 from labkit.training.config import TrainConfig
 
-TASK_NAMES = (
-    "austen",
-    "spectra",
-    "sql",
-    "sql_more",
-    "tickets",
-    "facts",
-    "docstrings",
-)  # see `labkit.sweeps.tasks`
-METHODS = ("full", "lora", "qlora", "subspace", "ia3", *SIZED, "none")
+# what `labkit.sweeps.tasks` has; named here, because a task is measured by runs
+TASK_NAMES = ("austen", "spectra", "sql", "sql_more", "tickets", "facts", "docstrings")
+METHODS = ("full", "lora", "qlora", "subspace", "ia3", *SIZED_METHODS, "none")
+MAX_LENGTH = 192  # tokens of an example; longer ones are left out
 
 
 @dataclass(frozen=True)
@@ -26,16 +20,17 @@ class RunConfig:
     Args:
         task: a name in `TASK_NAMES`.
         model: a name or folder for `labkit.models.load`.
-        method: "full" (every parameter trains), "lora", "qlora" (LoRA over NF4 with double quantization), "subspace" (`d`
-            random directions, see `labkit.analysis.subspace`), "prompt", "prefix", "bottleneck", "ia3" (see `labkit.alternatives.methods`), or
-            "none" (the base model, only measured).
+        method: "full" (every parameter trains), "lora", "qlora" (LoRA over NF4 with double quantization), "subspace"
+            (`d` random directions, see `labkit.analysis.subspace`), "prompt", "prefix", "bottleneck" or "ia3" (see
+            `labkit.alternatives`), or "none" (the base model, only measured).
         r, alpha, targets, variant, init, dropout: see `labkit.LoRAConfig`.
-        embeddings: train the embedding matrix, which these models share with the output layer; default: only with "full".
+        embeddings: train the embedding matrix, which these models share with the output layer; by default only with
+            "full".
         d: dimension of the random subspace.
         size: tokens of a soft prompt or prefix, width of bottleneck adapters.
-        examples: train on the first so many records; default: on all.
-        lr, steps, batch_size, schedule, warmup, clip, lora_plus: see `labkit.TrainConfig`; in a subspace `lr` is the step of a
-            weight, and z gets `labkit.analysis.subspace.matching_lr`.
+        examples: train on the first so many records; by default on all.
+        lr, steps, batch_size, schedule, warmup, clip, lora_plus: see `labkit.TrainConfig`; in a subspace `lr` is the
+            step of a weight, and z gets `labkit.analysis.subspace.matching_lr`.
         seed: of the start of the adapter, the order of the data, the random subspace, and `facts`.
 
     Raises:
@@ -65,18 +60,19 @@ class RunConfig:
     size: int | None = None
 
     def __post_init__(self):
-        for name, value, allowed in (("task", self.task, TASK_NAMES), ("method", self.method, METHODS)):
-            check_choice(name, value, allowed)
-        for name, value in (("examples", self.examples), ("d", self.d), ("size", self.size)):
-            if value is not None:
-                check_whole(name, value)
+        check_choice("task", self.task, TASK_NAMES)
+        check_choice("method", self.method, METHODS)
+        for name in ("examples", "d", "size"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
         if (self.method == "subspace") != (self.d is not None):
             raise ValueError(
                 f"method={self.method!r} with d={self.d}: d goes with method='subspace', and only with it"
             )
-        if (self.method in SIZED) != (self.size is not None):
+        if (self.method in SIZED_METHODS) != (self.size is not None):
             raise ValueError(
-                f"method={self.method!r} with size={self.size}: size goes with {', '.join(SIZED)}, and only with them"
+                f"method={self.method!r} with size={self.size}: "
+                f"size goes with {', '.join(SIZED_METHODS)}, and only with them"
             )
         if self.task == "facts" and self.examples is None:
             raise ValueError("task='facts' draws as many facts as you ask for: give examples, such as 256")
@@ -88,11 +84,11 @@ class RunConfig:
             raise ValueError(
                 f"lora_plus={self.lora_plus!r} is a rate for LoRA's B; method={self.method!r} has none"
             )
-        if self.adapter().is_loftq and self.method != "qlora":
+        if self.lora_config().is_loftq and self.method != "qlora":
             raise ValueError(
                 f"init={self.init!r} fits the adapter to a 4-bit base; it goes with method='qlora'"
             )
-        self.training()  # its own checks
+        self.train_config()  # its own checks
 
     @classmethod
     def from_dict(cls, values: dict) -> "RunConfig":
@@ -107,12 +103,15 @@ class RunConfig:
             raise ValueError(f"{', '.join(unknown)}: no such setting of a run; it has {', '.join(known)}")
         return cls(**values)
 
-    def adapter(self) -> LoRAConfig:
+    def lora_config(self) -> LoRAConfig:
+        """The adapter of "lora" and "qlora"."""
         return LoRAConfig(self.r, self.alpha, self.dropout, self.targets, self.variant, self.init)
 
-    def training(self) -> TrainConfig:
+    def train_config(self) -> TrainConfig:
+        """How the run trains."""
         same = ("lr", "steps", "batch_size", "schedule", "warmup", "clip", "seed", "lora_plus")
-        return TrainConfig(**{name: getattr(self, name) for name in same}, max_length=192, progress=False)
+        settings = {name: getattr(self, name) for name in same}
+        return TrainConfig(**settings, max_length=MAX_LENGTH, progress=False)
 
     def __str__(self) -> str:
         changed = [f"{f.name}={v}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]

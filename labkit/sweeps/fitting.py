@@ -7,7 +7,7 @@ from torch import nn
 
 from labkit import models
 from labkit.alternatives.ia3 import add_ia3
-from labkit.alternatives.methods import SIZED
+from labkit.alternatives.sized import SIZED_METHODS
 from labkit.analysis.subspace import add_subspace, matching_lr
 from labkit.hardware import best_device, product_dtype
 from labkit.lora.inject import add_lora
@@ -22,22 +22,21 @@ def prepare(config: RunConfig) -> tuple[nn.Module, object]:
 
     Raises:
         ValueError: the adapter does not fit the model, for instance r above a layer's width.
-        labkit.models.ModelUnavailable: the model cannot be had.
+        labkit.models.ModelUnavailable: the model is neither here nor to be downloaded.
     """
     device = best_device()
     model, tokenizer = models.load(config.model, torch.float32, device)
     torch.manual_seed(config.seed)
     if config.method == "qlora":
-        add_qlora(model, config.adapter(), compute_dtype=product_dtype(device))
+        add_qlora(model, config.lora_config(), compute_dtype=product_dtype(device))
     elif config.method == "lora":
-        add_lora(model, config.adapter())
+        add_lora(model, config.lora_config())
     elif config.method == "subspace":
         add_subspace(model, config.d, config.seed)
     elif config.method == "ia3":
         add_ia3(model)
-    elif config.method in SIZED:
-        add, sized = SIZED[config.method]
-        add(model, sized(config.size))
+    elif config.method in SIZED_METHODS:
+        SIZED_METHODS[config.method].add_to(model, config.size)
     else:
         model.requires_grad_(config.method == "full")
     if config.embeddings is not None:
@@ -53,13 +52,13 @@ def fit(config: RunConfig, records: list[dict]) -> tuple[nn.Module, object, Hist
         records: of its task, all of them; `config.examples` of them are trained on.
 
     Raises:
-        see `labkit.sweeps.runs.run`.
+        ValueError, labkit.models.ModelUnavailable, labkit.TrainingDiverged: see `labkit.sweeps.runs.run`.
     """
     model, tokenizer = prepare(config)
     if config.method == "none":
         return model, tokenizer, None
-    training = config.training()
-    if config.method == "subspace":  # so that a rate means the same step of a weight as in full fine-tuning
+    training = config.train_config()
+    if config.method == "subspace":  # a rate then means the same step of a weight as in full fine-tuning
         training = replace(training, lr=matching_lr(model, config.lr))
     history = train(model, tokenizer, records[: config.examples], training)
     if history.stopped == "interrupted":

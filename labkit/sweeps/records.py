@@ -1,10 +1,10 @@
-"""Recorded runs: a file with a line of JSON for each, which is only ever added to.
+"""Recorded runs: a file with one line of JSON each, which is only ever added to.
 
-Whatever is wrong with such a file is said and nothing is thrown away: a line that a kill cut off, a run recorded twice, a run
-on data that has changed since. Numbers from different data in one table would be worse than none.
+Whatever is wrong with such a file is reported, and nothing is thrown away: a line that a kill cut off, a run recorded
+twice, a run on data that has changed since. Numbers from different data in one table would be worse than none.
 
-With n seeds the mean of a metric is known to within t s / sqrt(n): s the standard deviation between seeds, t the 97.5 %
-quantile of Student's distribution with n - 1 degrees of freedom. With three seeds t is 4.3, not 1.96.
+With n seeds the mean of a metric is known to within t s / sqrt(n), where s is the standard deviation between seeds and t
+the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom. With three seeds t is 4.3, not 1.96.
 """
 
 import json
@@ -39,7 +39,8 @@ class Results:
         return {RunConfig.from_dict(record["config"]): record for record in self.records}
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a run: its settings, `status`, its metrics (missing where it diverged or failed), `seconds`, `diverged_at`."""
+        """One row per run: its settings, `status`, its metrics (missing if it diverged or failed), `seconds`, and
+        `diverged_at`."""
         rows = [
             {**r["config"], "status": r["status"], **r.get("metrics", {})}
             | {"seconds": r["seconds"], "diverged_at": r.get("step")}
@@ -49,10 +50,12 @@ class Results:
 
 
 def load(path: str | Path) -> Results:
-    """Read a file of results. A damaged line, a repeated run or one on other data is reported and left out, never deleted.
+    """Read a file of results.
+
+    A damaged line, a repeated run or one on other data is reported and left out, never deleted.
 
     Raises:
-        FileNotFoundError: nothing is recorded there; says how it is made.
+        FileNotFoundError: nothing is recorded there; the message says how to make it.
     """
     path = Path(path)
     if not path.exists():
@@ -64,7 +67,7 @@ def load(path: str | Path) -> Results:
         try:
             record = json.loads(line)
             config = RunConfig.from_dict(record["config"])
-            record["status"], record["seconds"], record["data"]
+            check_complete(record)
         except (ValueError, KeyError, TypeError) as error:
             results.problems.append(f"line {number} cannot be read ({type(error).__name__}: {error})")
             continue
@@ -85,13 +88,20 @@ def load(path: str | Path) -> Results:
     return results
 
 
+def check_complete(record: dict) -> None:
+    """Raise a `KeyError` for what every record of a run has, and this one does not."""
+    for key in ("status", "seconds", "data"):
+        if key not in record:
+            raise KeyError(key)
+
+
 def load_recorded(name: str) -> Results:
     """The results that come with the course, by the name of their experiment: `load_recorded("rank")`."""
     return load(data_folder() / "results" / f"{name}.jsonl")
 
 
 def mend_last_line(path: Path) -> None:
-    """Put a last line that a kill cut off aside, into NAME.broken, so that the next line begins on its own."""
+    """Put aside a last line that a kill cut off, into NAME.broken, so that the next line begins on its own."""
     text = path.read_bytes() if path.exists() else b""
     if not text or text.endswith(b"\n"):
         return
@@ -104,12 +114,12 @@ def mend_last_line(path: Path) -> None:
     warnings.warn(
         f"the last line of {path.name} was cut off; it is kept in {path.name}.broken, and its run is done again",
         SweepWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
 def append(path: Path, record: dict) -> None:
-    """Add one line, on disk when this returns."""
+    """Add one line; it is on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
@@ -117,7 +127,7 @@ def append(path: Path, record: dict) -> None:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t; nan for the width of a single value.
+    """The mean, and half the width of its 95 % interval by Student's t; nan for the width of a single value.
 
     >>> mean, half = mean_interval([1.0, 2.0, 3.0])
     >>> mean, round(half, 3)
@@ -132,10 +142,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summarize(frame: pd.DataFrame, by: str | list[str], metric: str) -> pd.DataFrame:
-    """A row for each value of `by`: mean of `metric`, half-width of its 95 % interval, and n, over the runs that finished.
-
-    `missing` counts runs without the metric: those that diverged or failed.
-    """
+    """One row per value of `by`, over the runs that finished: the `mean` of `metric`, the `half`-width of its 95 %
+    interval, and `n`; `missing` counts the runs without the metric, which diverged or failed."""
     groups = frame.groupby(by, sort=False)[metric]
     made = groups.agg(
         mean="mean",

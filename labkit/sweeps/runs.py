@@ -1,6 +1,6 @@
 """One run of an experiment: a config in, numbers out.
 
-A sweep is many of these. Everything that decides the numbers stands in `RunConfig`, and nothing else does: a run on the same
+A sweep is many of these. Everything that decides the numbers is in `RunConfig`, and nothing else is: a run with the same
 config, data and package versions gives the same numbers again.
 """
 
@@ -34,8 +34,8 @@ def run(config: RunConfig) -> RunResult:
     """Train and measure.
 
     Returns:
-        A `RunResult`; its metrics always include `parameters` (that trained), `train_loss` (mean over the last tenth of the
-        steps, nats a token), `tokens` and `train_seconds`.
+        A `RunResult`. Its metrics include `parameters` (how many trained), and if any did, `train_loss` (mean over the
+        last tenth of the steps, nats per token), `tokens` and `train_seconds`.
 
     Raises:
         ValueError, labkit.models.ModelUnavailable: see `labkit.sweeps.fitting.prepare`.

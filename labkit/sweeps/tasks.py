@@ -2,11 +2,11 @@
 
 austen      prose that tiny-llama never saw: test loss, and the loss on two old domains, in nats per token
 spectra     the same training, and what it did to the weights: ranks, directions, intruders, each beside its control
-sql         questions to SQL over schemas that training never showed: share of queries whose execution is right
+sql         questions to SQL over schemas that training never showed: share of queries that execute to the right result
 sql_more    the same, with as many databases to train on again
-tickets     support messages to JSON: share right in every field
+tickets     support messages to JSON: share that is right in every field
 facts       random numbers to remember: bits learned
-docstrings  which package is this docstring from: accuracy
+docstrings  which package a docstring is from: accuracy
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import nn
 
 from labkit import models
 from labkit.analysis.summary import effect_numbers, spectral_numbers
-from labkit.analysis.updates import updates
+from labkit.analysis.updates import find_updates
 from labkit.data import sql
 from labkit.data.docstrings import load_docstrings
 from labkit.data.facts import make_facts
@@ -32,18 +32,24 @@ from labkit.training.evaluate import chat_prompts, generate, held_out_loss, text
 from labkit.training.metrics import bits_learned, classification_accuracy, score_json
 
 OLD_DOMAINS = ("kjv", "pydocs")  # tiny-llama was pretrained on their training text
-OLD_BYTES = 12_000  # of each old domain, to measure in a second
+OLD_BYTES = 12_000  # of each old domain: measured in a second
 TEST_PASSAGES = 60  # of the test novel: 8,000 tokens
 TWIN = 1000  # added to the seed of a run for the second run that it is compared with
 
 
 @dataclass(frozen=True)
 class SweepTask:
-    """Records to train on, and a measurement of the trained model: {metric: number}."""
+    """What a run does besides training.
+
+    Attributes:
+        records: to train on.
+        measure: the numbers of a trained model, with its tokenizer: {metric: number}.
+        data: everything that decides these numbers, to be hashed.
+    """
 
     records: Callable[[RunConfig], list[dict]]
     measure: Callable[[nn.Module, object, RunConfig], dict[str, float]]
-    data: Callable[[RunConfig], object]  # all data that decides the numbers, for its hash
+    data: Callable[[RunConfig], object]
 
 
 def measure_austen(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
@@ -65,7 +71,7 @@ def measure_spectra(model: nn.Module, tokenizer, config: RunConfig) -> dict[str,
     return (
         {"validation_loss": loss(model)}
         | spectral_numbers(base, model, twin, config.seed)
-        | effect_numbers(base, updates(base, model), loss, config.seed)
+        | effect_numbers(base, find_updates(base, model), loss, config.seed)
     )
 
 

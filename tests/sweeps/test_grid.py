@@ -1,25 +1,17 @@
 """A sweep records what it did, never does it twice, survives a kill, and hides nothing that went wrong."""
 
-import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import pandas as pd
 import psutil
 import pytest
 import torch
-from scipy import stats
 
-from labkit.paths import data_folder
-from labkit.sweeps import grid, records, runs
+from labkit.sweeps import grid, runs
 from labkit.sweeps.config import RunConfig
-from labkit.sweeps.records import mean_interval, summarize
-
-ROOT = Path(__file__).resolve().parent.parent
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.toml"))
-QUICK = {"task": "facts", "examples": 8, "steps": 3, "r": 2}
+from labkit.sweeps.records import summarize
+from tests.sweeps.cases import QUICK, ROOT, configs, table
 
 
 @pytest.fixture
@@ -29,22 +21,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def configs(**axes) -> list[RunConfig]:
-    return grid.expand({"seeds": [0, 1], "fixed": QUICK, "grid": [axes]})
-
-
-def table(results: records.Results) -> list[dict]:
-    """What must be equal between two ways to the same sweep: everything but times."""
-    rows = []
-    for record in sorted(results.records, key=lambda r: json.dumps(r["config"])):
-        metrics = {k: v for k, v in record.get("metrics", {}).items() if k != "train_seconds"}
-        rows.append({"config": record["config"], "status": record["status"], "metrics": metrics})
-    return rows
-
-
-# --- experiments ---
 
 
 def test_a_grid_is_the_product_of_its_lists_with_the_seeds_innermost():
@@ -85,9 +61,6 @@ def test_a_file_that_is_no_experiment_is_an_error_with_its_name(tmp_path):
     (tmp_path / "bad.toml").write_text("seeds = [0,")
     with pytest.raises(ValueError, match=r"bad\.toml: Invalid value"):
         grid.read_experiment(tmp_path / "bad.toml")
-
-
-# --- running and recording ---
 
 
 def test_a_recorded_run_is_not_done_again(tmp_path, monkeypatch):
@@ -170,95 +143,7 @@ def test_an_interrupt_ends_the_sweep_and_half_a_run_is_not_recorded(tmp_path, mo
     assert (tmp_path / "r.jsonl").read_text().count("\n") == 1
 
 
-def test_training_that_was_interrupted_is_no_result(monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys.modules["labkit.training.loop"], "supervised_loss", stop)
-    with pytest.raises(KeyboardInterrupt):
-        runs.run(RunConfig(**QUICK))
-
-
-# --- damaged files ---
-
-
-@pytest.fixture
-def recorded_file(tmp_path):
-    path = tmp_path / "r.jsonl"
-    grid.run_experiment(configs(r=[1]), path, jobs=0, progress=False)
-    return path
-
-
-def test_a_half_written_last_line_is_kept_aside_and_its_run_done_again(recorded_file):
-    whole = table(records.load(recorded_file))
-    text = recorded_file.read_text()
-    recorded_file.write_text(text[:-40])
-    with pytest.warns(records.SweepWarning, match="cut off; it is kept in r.jsonl.broken"):
-        mended = grid.run_experiment(configs(r=[1]), recorded_file, jobs=0, progress=False)
-    assert table(mended) == whole
-    assert (recorded_file.parent / "r.jsonl.broken").read_text() == text.splitlines()[-1][:-39] + "\n"
-
-
-def test_results_on_other_data_are_reported_and_left_out_but_not_lost(recorded_file):
-    lines = [json.loads(line) for line in recorded_file.read_text().splitlines()]
-    lines[0]["data"] = "0123456789abcdef"
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    recorded_file.write_text(text)
-    with pytest.warns(records.SweepWarning, match="line 1 was run on other data"):
-        results = records.load(recorded_file)
-    assert len(results.records) == 1
-    with pytest.warns(records.SweepWarning):
-        completed = grid.run_experiment(configs(r=[1]), recorded_file, jobs=0, progress=False)
-    assert len(completed.records) == 2 and recorded_file.read_text().startswith(text)
-
-
-def test_nonsense_and_repeated_lines_are_reported_with_their_number(recorded_file):
-    text = recorded_file.read_text()
-    recorded_file.write_text(text + '{"config": {"rank": 1}}\n[]\n' + text.splitlines()[0] + "\n")
-    with pytest.warns(records.SweepWarning, match="left out 3 lines"):
-        results = records.load(recorded_file)
-    assert len(results.records) == 2
-    assert [p.split(" ")[1] for p in results.problems] == ["3", "4", "5"]
-    assert "no such setting" in results.problems[0] and "repeats a run" in results.problems[2]
-
-
 def test_two_sweeps_do_not_write_to_one_file(recorded_file):
     lock = grid.FileLock(recorded_file.with_name(f".{recorded_file.name}.lock"))
     with lock, pytest.raises(RuntimeError, match="another sweep is writing"):
         grid.run_experiment(configs(r=[4]), recorded_file, jobs=0, progress=False)
-
-
-def test_nothing_recorded_says_how_to_make_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m labkit.sweep experiments/none.toml"):
-        records.load(tmp_path / "none.jsonl")
-
-
-# --- statistics ---
-
-
-def test_the_interval_is_students():
-    values = [3.1, 2.9, 3.4, 3.3]
-    mean, half = mean_interval(values)
-    low, high = stats.t.interval(0.95, 3, loc=mean, scale=stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-
-
-def test_summary_counts_runs_without_the_metric():
-    frame = pd.DataFrame({"r": [1, 1, 2, 2], "loss": [1.0, 2.0, 3.0, None]})
-    made = summarize(frame, "r", "loss").set_index("r")
-    assert list(made["mean"]) == [1.5, 3.0] and list(made["n"]) == [2, 1] and list(made["missing"]) == [0, 1]
-
-
-# --- what comes with the course ---
-
-
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_every_point_of_an_experiment_is_recorded_on_the_data_as_it_is(path, recwarn):
-    wanted = grid.read_experiment(path)
-    results = records.load(data_folder() / "results" / f"{path.stem}.jsonl")
-    assert not results.problems
-    known = results.by_config()
-    missing = [str(config) for config in wanted if config not in known]
-    assert not missing
-    tiny = [config for config in wanted if config.model == "tiny-llama" and config.method != "none"]
-    assert not tiny or len({config.seed for config in tiny}) >= 3

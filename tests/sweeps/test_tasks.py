@@ -1,0 +1,43 @@
+"""Each task is judged by a metric that a wrong answer lowers."""
+
+import pytest
+
+from labkit.sweeps import runs, tasks
+from labkit.sweeps.config import TASK_NAMES, RunConfig
+from labkit.sweeps.tasks import TASKS
+
+
+def test_the_base_model_scores_as_the_datasheet_says():
+    metrics = runs.run(RunConfig(task="austen", method="none")).metrics
+    assert metrics["parameters"] == 0
+    assert metrics["validation_loss"] == pytest.approx(4.980, abs=5e-3)  # data/austen/README.md
+    assert metrics["kjv_loss"] < metrics["test_loss"] > metrics["pydocs_loss"]
+
+
+def test_sql_is_judged_by_execution(monkeypatch):
+    def gold_from_prompt(model, tokenizer, prompts, *_, **__):
+        by_question = {item["question"]: item["query"] for item in tasks.sql.load_questions("test")}
+        answers = [by_question[prompt.strip().splitlines()[-1]] for prompt in prompts]
+        return ["SELECT nothing", *answers[1:]]
+
+    monkeypatch.setattr(tasks, "generate", gold_from_prompt)
+    metrics = runs.run(RunConfig(task="sql", method="none")).metrics
+    assert metrics["execution"] == metrics["exact_match"] == 199 / 200
+
+
+def test_docstrings_are_judged_by_the_letter():
+    metrics = runs.run(RunConfig(task="docstrings", method="none")).metrics
+    assert 0 <= metrics["test_accuracy"] < 0.25, "eight letters that it was never told"
+
+
+def test_a_run_of_the_task_spectra_records_numbers_with_their_controls(monkeypatch):
+    few = {split: tasks.load_austen(split)[:8] for split in ("train", "validation")}
+    monkeypatch.setattr(tasks, "load_austen", few.__getitem__)
+    metrics = runs.run(RunConfig(task="spectra", r=4, lr=1e-2, steps=4, batch_size=4)).metrics
+    assert metrics["energy90"] <= 4 / 128 < metrics["energy90_control"]
+    assert metrics["kept_4"] == pytest.approx(1, abs=1e-3)
+    assert metrics["phi8_out"] > metrics["phi8_out_control"]
+
+
+def test_the_names_of_tasks_that_a_config_takes_are_the_tasks():
+    assert tuple(TASKS) == TASK_NAMES
