@@ -1,14 +1,14 @@
 """Adapters on disk as other libraries read them: PEFT folders, and bitsandbytes' 4-bit layers."""
 
 from labkit.formats.adapters import load_adapter, save_adapter
-from labkit.formats.alternatives import load_beyond, save_beyond
+from labkit.formats.alternatives import load_alternative, save_alternative
 from labkit.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 
 __all__ = [
     "from_bitsandbytes",
     "load_adapter",
-    "load_beyond",
+    "load_alternative",
     "save_adapter",
-    "save_beyond",
+    "save_alternative",
     "to_bitsandbytes",
 ]

@@ -2,15 +2,12 @@
 
 `adapter_model.safetensors` holds, beside the `adapter_config.json` that says which of the three it is,
 
-    (IA)^3     base_model.model.<layer>.ia3_l      (out, 1) on an output, (1, in) on an input
-    prompt     prompt_embeddings                   (length, width)
-    prefix     prompt_embeddings                   (length, 2 * layers * kv_width): for each layer its keys, then its values
+    (IA)^3     base_model.model.<layer>.ia3_l    (out, 1) on an output, (1, in) on an input
+    prompt     prompt_embeddings                 (length, width)
+    prefix     prompt_embeddings                 (length, 2 * layers * kv_width): for each layer its keys, then its values
 
-A prefix that was trained through an MLP is saved as the prefix that it makes: nothing else is needed to use it. PEFT does the same.
-`labkit.json`, which PEFT ignores, records the fingerprint of the base, the configuration, data, metrics and versions.
-
-Loading never guesses: a tensor too many, one too few, or one of another shape is an error that names it. PEFT has no bottleneck
-adapters, so that they have no folder here.
+A prefix that was trained through an MLP is saved as the prefix that it makes: nothing else is needed to use
+it. PEFT does the same. PEFT has no bottleneck adapters, so they have no folder here.
 
 Agrees with: PEFT `utils/save_and_load.py` (a folder from here loads there, and the other way round).
 """
@@ -28,9 +25,17 @@ from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers
 from labkit.alternatives.methods import base_only, check_unadapted, method_of, require_method
 from labkit.alternatives.prefixes import Prefix, PrefixConfig, add_prefix
 from labkit.alternatives.prompts import PromptConfig, add_prompt
-from labkit.formats.peft_folder import PREFIX, read_files, write_folder
-from labkit.formats.provenance import check_base, read_provenance, versions
-from labkit.lora.fingerprint import AdapterMismatch, fingerprint
+from labkit.formats.peft_config import matches
+from labkit.formats.peft_folder import (
+    PREFIX,
+    check_tensors,
+    does_not_fit,
+    read_folder,
+    refuse_settings,
+    write_folder,
+)
+from labkit.formats.provenance import check_base, read_provenance, record
+from labkit.lora.fingerprint import fingerprint
 from labkit.models.shapes import decoder_shape
 from labkit.quant.linears import is_conv1d, is_linear, widths
 
@@ -38,14 +43,16 @@ PROMPT = "prompt_embeddings"
 KINDS = {"IA3": "(IA)^3", "PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning"}
 
 
-def save_beyond(
+def save_alternative(
     model: nn.Module,
     path: str | Path,
     data: object = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
-    """Save what was trained in `model` as a PEFT folder: written under a temporary name and renamed, so that an old one at `path` is
-    replaced whole or not at all.
+    """Save what was trained in `model` as a PEFT folder.
+
+    The folder is written under a temporary name and renamed, so an old one at `path` is replaced whole or not
+    at all.
 
     Args:
         model: with (IA)^3 (merged or not), a soft prompt or a prefix.
@@ -53,14 +60,17 @@ def save_beyond(
         data: what it was trained on, such as a hash; recorded.
         metrics: its results; recorded.
 
+    Returns:
+        `path`.
+
     Raises:
         ValueError: there is nothing to save, it has NaN in it, or it is a bottleneck adapter.
     """
     added = require_method(model)
     if isinstance(added.config, BottleneckConfig):
         raise ValueError(
-            "PEFT knows no bottleneck adapters, so that no other stack could load them. Keep the parameters that train yourself, with "
-            "safetensors' save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, path)"
+            "PEFT knows no bottleneck adapters, so no other stack could load them. Save the parameters that train yourself, "
+            "with safetensors' save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, path)"
         )
     tensors = {f"{PREFIX}{name}.ia3_l": on_disk(layer) for name, layer in ia3_layers(model).items()}
     if added.tokens is not None:
@@ -70,14 +80,8 @@ def save_beyond(
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     with base_only(model):
         base = fingerprint(model)
-    provenance = {
-        "base": base,
-        "config": asdict(added.config),
-        "data": data,
-        "metrics": metrics,
-        "versions": versions(),
-    }
-    return write_folder(Path(path), tensors, peft_config(model), provenance)
+    provenance = record(base, asdict(added.config), data, metrics)
+    return write_folder(Path(path), tensors, to_peft(model), provenance)
 
 
 def on_disk(layer) -> Tensor:
@@ -85,7 +89,7 @@ def on_disk(layer) -> Tensor:
     return layer.vector[None, :] if layer.on_input else layer.vector[:, None]
 
 
-def peft_config(model: nn.Module) -> dict:
+def to_peft(model: nn.Module) -> dict:
     """`adapter_config.json` of what is in `model`."""
     config = method_of(model).config
     common = {
@@ -122,23 +126,25 @@ def peft_config(model: nn.Module) -> dict:
     }
 
 
-def load_beyond(model: nn.Module, path: str | Path) -> nn.Module:
-    """Add what is in the PEFT folder `path` to a bare base model; in place. Values are loaded bit for bit.
+def load_alternative(model: nn.Module, path: str | Path) -> nn.Module:
+    """Add what is in the PEFT folder `path` to a base model; in place. Values are loaded bit for bit.
 
     Args:
         model: a base without adapters, in 32 or 16 bits or quantized.
-        path: folder written by `save_beyond` or by PEFT, of (IA)^3, prompt tuning or prefix tuning.
+        path: folder written by `save_alternative` or by PEFT, of (IA)^3, prompt tuning or prefix tuning.
 
     Returns:
         `model`.
 
     Raises:
         FileNotFoundError: there is no adapter.
-        AdapterMismatch: made for another base, or tensors missing, left over or of another shape. Nothing is changed then.
+        AdapterMismatch: made for another base, or tensors missing, left over or of another shape. Nothing is
+            changed then.
         ValueError: damaged files, another kind of adapter, or `model` has one already.
     """
     path = Path(path)
-    raw, tensors = read(path)
+    raw, tensors = read_folder(path)
+    check_settings(raw, path)
     kind = raw["peft_type"]
     check_unadapted(model, KINDS[kind])
     check_base(model, path, read_provenance(path))
@@ -146,7 +152,7 @@ def load_beyond(model: nn.Module, path: str | Path) -> nn.Module:
         return load_ia3(model, raw, tensors, path)
     s, length = decoder_shape(model), raw.get("num_virtual_tokens")
     width = s.hidden_size if kind == "PROMPT_TUNING" else 2 * s.num_hidden_layers * s.kv_width
-    check_tensors({PROMPT: (length, width)}, tensors, path)
+    check_tensors({PROMPT: (length, width)}, tensors, path, left_over)
     if kind == "PROMPT_TUNING":
         add_prompt(model, PromptConfig(length))
         value = method_of(model).tokens.embedding
@@ -161,13 +167,15 @@ def load_beyond(model: nn.Module, path: str | Path) -> nn.Module:
 def load_ia3(model: nn.Module, raw: dict, tensors: dict[str, Tensor], path: Path) -> nn.Module:
     """The vectors in `tensors`, on the layers that the configuration of PEFT names."""
     layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
-    targets = [name for name in layers if names_it(raw.get("target_modules"), name, dotted=True)]
-    inputs = [name for name in targets if names_it(raw.get("feedforward_modules"), name, dotted=False)]
+    targets = [name for name in layers if matches(name, raw.get("target_modules") or ())]
+    inputs = [name for name in targets if ends_one_of(name, raw.get("feedforward_modules"))]
     expected = {}
     for name in targets:
         n_in, n_out = widths(layers[name])
         expected[f"{PREFIX}{name}.ia3_l"] = (1, n_in) if name in inputs else (n_out, 1)
-    check_tensors(expected, tensors, path)
+    if not targets:
+        raise does_not_fit(path, ["target_modules of its configuration match no layer of this model"])
+    check_tensors(expected, tensors, path, left_over)
     add_ia3(model, IA3Config(outputs=[name for name in targets if name not in inputs], inputs=inputs))
     with torch.no_grad():
         for name, layer in ia3_layers(model).items():
@@ -175,39 +183,24 @@ def load_ia3(model: nn.Module, raw: dict, tensors: dict[str, Tensor], path: Path
     return model
 
 
-def names_it(wanted: str | list[str] | None, name: str, dotted: bool) -> bool:
-    """Does PEFT take the layer `name` as meant by `wanted`? An expression, or ends of names: at a dot for targets only."""
+def ends_one_of(name: str, wanted: str | list[str] | None) -> bool:
+    """Does PEFT take `name` as meant by `wanted`, an expression or ends of names? Unlike `matches`, not only
+    at a dot.
+    """
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
-    if dotted:
-        return any(f".{name}".endswith(f".{end}") for end in wanted or ())
     return any(name.endswith(end) for end in wanted or ())
 
 
-def check_tensors(expected: dict[str, tuple], tensors: dict[str, Tensor], path: Path) -> None:
-    """Compare names and shapes of what a folder holds with what the model takes."""
-    problems = [] if expected else ["target_modules of its configuration matches no layer of this model"]
-    problems += [f"{key} is missing" for key in expected if key not in tensors]
-    problems += [
-        f"{key} is none that the configuration names" for key in sorted(set(tensors) - set(expected))
-    ]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, not {shape}"
-        for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise AdapterMismatch(f"the adapter in {path} does not fit: {'; '.join(problems[:3])}{more}")
+def left_over(key: str) -> str:
+    """What to say of a tensor that nothing in the model takes."""
+    return f"{key} is not one that the configuration names"
 
 
-def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The configuration and the tensors of a PEFT folder of one of the three kinds.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_beyond`.
+def check_settings(raw: dict, path: Path) -> None:
+    """Raise a `ValueError` if the configuration asks for anything that `load_alternative` cannot do; it names
+    that.
     """
-    raw, tensors = read_files(path)
     kind = raw["peft_type"]
     if kind not in KINDS:
         hint = "; load it with labkit.load_adapter" if kind == "LORA" else ""
@@ -215,10 +208,6 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             f"the adapter in {path} has peft_type={kind!r}; this loader reads {', '.join(KINDS)}{hint}"
         )
     unknown = [key for key in ("modules_to_save", "exclude_modules") if raw.get(key)]
-    unknown += (
-        ["num_transformer_submodules"] if raw.get("num_transformer_submodules") not in (None, 1) else []
-    )
-    if unknown:
-        what = ", ".join(f"{key}={raw[key]!r}" for key in unknown)
-        raise ValueError(f"the adapter in {path} has {what}, which this loader does not know")
-    return raw, tensors
+    if raw.get("num_transformer_submodules") not in (None, 1):
+        unknown.append("num_transformer_submodules")
+    refuse_settings(path, raw, unknown)

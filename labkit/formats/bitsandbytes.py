@@ -132,7 +132,9 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
 
 
 def check_map(levels: Tensor, name: str, prefix: str) -> None:
-    """Refuse a weight that was quantized with other levels than `labkit.quant.codebooks` has (to within fp32 rounding)."""
+    """Refuse a weight that was quantized with other levels than `labkit.quant.codebooks` has (to within fp32
+    rounding).
+    """
     error = (levels.float().cpu() - levels_of(name)).abs().max().item()
     if error > 1e-6:
         raise ValueError(

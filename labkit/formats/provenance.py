@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +11,18 @@ from labkit.lora.fingerprint import AdapterMismatch, differences, fingerprint
 
 PROVENANCE = "labkit.json"
 VERSIONS = ("labkit", "torch", "transformers", "safetensors")
+
+
+def record(base: dict, config: dict, data: object, metrics: Mapping[str, float] | None) -> dict:
+    """What `labkit.json` holds.
+
+    Args:
+        base: the fingerprint of the base.
+        config: of the adapter.
+        data: what it was trained on, as the user says it.
+        metrics: its results.
+    """
+    return {"base": base, "config": config, "data": data, "metrics": metrics, "versions": versions()}
 
 
 def versions() -> dict[str, str]:

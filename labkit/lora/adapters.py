@@ -1,8 +1,9 @@
 """Several adapters on one base: named, switched in no time, and turned off.
 
-The base is held once. An adapter is a handful of small layers that stand in place of layers of the base; to switch is to
-mount other layers, and nothing is copied or computed. Where an adapter has no layer, the base's own stands: so the model
-without an adapter (`base_only`) runs as fast as it ever did, and gives its very outputs.
+The base is held once. An adapter is a handful of small layers that stand in place of layers of the base; to
+switch is to mount other layers, and nothing is copied or computed. Where an adapter has no layer, the base's
+own stands: so the model without an adapter (`base_only`) runs as fast as it ever did, and gives its very
+outputs.
 
     add_adapter(model, "poet", config)     beside those that are there, which stay as they are
     use_adapter(model, "clerk")            the one that the model computes with, trains, merges and saves
@@ -32,7 +33,8 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> nn.Module:
     """Make a new adapter beside those that `model` has, and mount it; in place. Returns `model`.
 
     Raises:
-        ValueError: the name is taken, the mounted adapter is merged, or see `labkit.add_lora`. Nothing is changed then.
+        ValueError: the name is taken, the mounted adapter is merged, or see `labkit.add_lora`. Nothing is
+            changed then.
     """
     if not adapter_configs(model):
         raise ValueError(
@@ -46,10 +48,12 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> nn.Module:
 
 
 def use_adapter(model: nn.Module, name: str | None) -> nn.Module:
-    """Mount the adapter `name` instead of the one that is mounted; None for the base alone. In place; returns `model`.
+    """Mount the adapter `name` instead of the one that is mounted; None for the base alone. In place; returns
+    `model`.
 
     Raises:
-        ValueError: there is no adapter of this name, the mounted one is merged, or the base it changed is not at hand.
+        ValueError: there is no adapter of this name, the mounted one is merged, or the base it changed is not
+            at hand.
     """
     if name is not None:
         check_known(model, [name])

@@ -1,7 +1,7 @@
 """The weighted sum of adapters as one more adapter: exact by concatenation, or of one rank and approximate.
 
-"cat" is exact: w1 s1 B1 A1 + w2 s2 B2 A2 = [w1 s1 B1, w2 s2 B2] [A1; A2], of rank r1 + r2. "linear" adds the factors
-instead, which keeps the rank and adds the cross terms B1 A2 and B2 A1, which nobody has trained.
+"cat" is exact: w1 s1 B1 A1 + w2 s2 B2 A2 = [w1 s1 B1, w2 s2 B2] [A1; A2], of rank r1 + r2. "linear" adds the
+factors instead, which keeps the rank and adds the cross terms B1 A2 and B2 A1, which nobody has trained.
 
 Agrees with: PEFT `add_weighted_adapter`, combination types "cat" and "linear".
 """
@@ -33,18 +33,21 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
         `model`.
 
     Raises:
-        ValueError: the name is taken or an adapter is not there, is not plain LoRA, trains modules in full, or (for "linear")
-            has another rank than the others.
+        ValueError: the name is taken or an adapter is not there, is not plain LoRA, trains modules in full,
+            or (for "linear") has another rank than the others.
     """
     check_choice("how", how, COMBINATIONS)
     check_new(model, name)
     check_known(model, weights)
     if not weights:
-        raise ValueError("weights is empty; give a weight for each adapter, such as {'poet': 0.7, 'clerk': 0.3}")
+        raise ValueError(
+            "weights is empty; give a weight for each adapter, such as {'poet': 0.7, 'clerk': 0.3}"
+        )
     parts = {n: adapters_of(model).by_name[n] for n in weights}
+    layers_of = {n: part.layers for n, part in parts.items()}
     for n, part in parts.items():
-        changed_base = any(layer.has_own_base for layer in part.layers.values())
-        if part.config.is_dora or changed_base or len(part.layers) < len(part.modules):
+        changed_base = any(layer.has_own_base for layer in layers_of[n].values())
+        if part.config.is_dora or changed_base or len(layers_of[n]) < len(part.modules):
             raise ValueError(
                 f"{n!r} is more than a correction s B A that could be added to others (DoRA, a changed base, or modules that "
                 "train in full)"
@@ -52,7 +55,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
     base = {path: module for part in parts.values() for path, module in part.base_modules().items()}
     modules = {}
     for path in base:
-        layers = {n: part.layers[path] for n, part in parts.items() if path in part.layers}
+        layers = {n: own[path] for n, own in layers_of.items() if path in own}
         factors = [
             (weights[n] * layer.scaling, layer.lora_A.detach(), layer.lora_B.detach())
             for n, layer in layers.items()

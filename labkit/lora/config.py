@@ -1,9 +1,8 @@
 """What an adapter is to be: rank, scaling, places, variant and start, in one validated object.
 
 PEFT calls the same things r, lora_alpha, target_modules, use_rslora / use_dora and init_lora_weights;
-`labkit.formats.peft_config` translates. Values are checked when the config is made, so a typing error does not
-cost a training run.
-"""
+`labkit.formats.peft_config` translates. Values are checked when the config is made, so a typing error does
+not cost a training run. """
 
 import math
 import re
@@ -27,16 +26,18 @@ class LoRAConfig:
         alpha: numerator of the scaling; the correction is multiplied by alpha / r.
         dropout: probability of dropping an input of the correction during training, 0 <= dropout < 1.
         targets: "all-linear" (every linear layer but the output), "attention", "mlp", a list of layer names
-            (`["q_proj", "v_proj"]`: the last parts of a full name count), or a regular expression of full names.
-        variant: "lora"; "rslora", whose scaling is alpha / sqrt(r) (Kalajdzievski 2023); "dora", which learns the
-            length of each row apart from its direction (`labkit.lora.dora`); or "rsdora", both.
-        init: "default" draws A from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does, and "gaussian" from N(0, 1/r^2), with
-            B = 0; "b_random" draws B from U(-1/sqrt(r), 1/sqrt(r)), and "b_random_small" from
-            U(-1/sqrt(in), 1/sqrt(in)), with A = 0. The others start from the weight: see `labkit.lora.starts`.
-        rank_pattern, alpha_pattern: r and alpha of single layers, by a name or a regular expression for the last
-            parts of a name: `{"down_proj": 32, r"layers\\.0\\..*": 4}`. The first that matches counts.
-        modules_to_save: names of modules that train in full and are saved with the adapter, such as `["score"]`, a
-            new head.
+            (`["q_proj", "v_proj"]`: the last parts of a full name count), or a regular expression of full
+            names.
+        variant: "lora"; "rslora", whose scaling is alpha / sqrt(r) (Kalajdzievski 2023); "dora", which learns
+            the length of each row apart from its direction (`labkit.lora.dora`); or "rsdora", both.
+        init: "default" draws A from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does, and "gaussian" from N(0,
+            1/r^2), with B = 0; "b_random" draws B from U(-1/sqrt(r), 1/sqrt(r)), and "b_random_small" from
+            U(-1/sqrt(in), 1/sqrt(in)), with A = 0. The others start from the weight: see
+            `labkit.lora.starts`.
+        rank_pattern, alpha_pattern: r and alpha of single layers, by a name or a regular expression for the
+            last parts of a name: `{"down_proj": 32, r"layers\\.0\\..*": 4}`. The first that matches counts.
+        modules_to_save: names of modules that train in full and are saved with the adapter, such as
+            `["score"]`, a new head.
 
     Raises:
         ValueError: a value is out of its range.
@@ -112,10 +113,9 @@ class LoRAConfig:
 
     def for_layer(self, name: str) -> "LoRAConfig":
         """The config of the layer `name`: r and alpha as the patterns say."""
-        r, alpha = (
-            next((value for key, value in pattern.items() if pattern_matches(key, name)), default)
-            for pattern, default in ((self.rank_pattern, self.r), (self.alpha_pattern, self.alpha))
-        )
+        ranks = (r for key, r in self.rank_pattern.items() if pattern_matches(key, name))
+        alphas = (alpha for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name))
+        r, alpha = next(ranks, self.r), next(alphas, self.alpha)
         return replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
 

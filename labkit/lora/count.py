@@ -1,8 +1,7 @@
 """How many parameters train, and where: the count that every claim about "0.1 % of the weights" rests on.
 
-A 4-bit weight counts with the weights that it stands for. PyTorch sees one byte for two of them, and a count that asks it
-halves the model: a common mistake in reports about QLoRA.
-"""
+A 4-bit weight counts with the weights that it stands for. PyTorch sees one byte for two of them, and a count
+that asks it halves the model: a common mistake in reports about QLoRA. """
 
 from dataclasses import dataclass
 
@@ -45,7 +44,9 @@ def trainable(model: nn.Module) -> Trainable:
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """A row of a report: a module with an adapter, or one that trains in full (then `r` and `scaling` are None)."""
+    """A row of a report: a module with an adapter, or one that trains in full (then `r` and `scaling` are
+    None).
+    """
 
     name: str
     shape: tuple[int, ...]  # (out, in) of an adapted layer; of the largest weight otherwise
@@ -55,7 +56,9 @@ class AdaptedModule:
 
 
 class AdapterReport(list[AdaptedModule]):
-    """A list of `AdaptedModule`; printed, a table of them: shape, r, scaling, parameters, and share of all that train."""
+    """A list of `AdaptedModule`; printed, a table of them: shape, r, scaling, parameters, and share of all
+    that train.
+    """
 
     def __str__(self) -> str:
         total = sum(row.parameters for row in self)

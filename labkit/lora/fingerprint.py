@@ -1,7 +1,7 @@
 """Which base model is this? A fingerprint to keep beside an adapter.
 
-An adapter is a difference. On another base, even a later version of the same one, it is noise that loads without an
-error. So hashes of the base's weights go with the adapter, and are compared before it is loaded.
+An adapter is a difference. On another base, even a later version of the same one, it is noise that loads
+without an error. So hashes of the base's weights go with the adapter, and are compared before it is loaded.
 """
 
 import hashlib
@@ -23,10 +23,9 @@ class AdapterMismatch(ValueError):
 def fingerprint(model: nn.Module) -> dict:
     """Hashes that identify a base model: of its linear weights (`linears`), and of all others (`rest`).
 
-    The same base in 4 bits and in 32, or in bf16 and in fp32, has other bytes. `linears_kind` and `rest_kind` say which
-    they are, and only hashes of the same kind are compared. Adapters, merged or not, do not count; a 4-bit base that was
-    made together with its adapter is the base.
-    """
+    The same base in 4 bits and in 32, or in bf16 and in fp32, has other bytes. `linears_kind` and `rest_kind`
+    say which they are, and only hashes of the same kind are compared. Adapters, merged or not, do not count;
+    a 4-bit base that was made together with its adapter is the base. """
     adapter = mounted_adapter(model)
     with unmerged(model), base_only(model) if adapter is None or adapter.keeps_base else nullcontext():
         return hash_base(model)

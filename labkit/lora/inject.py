@@ -1,8 +1,7 @@
 """Injecting LoRA: make a layer for each target, freeze the base, and mount the layers.
 
-`add_lora` is the whole of it in a few lines; `make_adapter` makes the layers without touching the model, so that an error
-changes nothing, and `labkit.lora.mounting` puts them where the base's stand.
-"""
+`add_lora` is the whole of it in a few lines; `make_adapter` makes the layers without touching the model, so
+that an error changes nothing, and `labkit.lora.mounting` puts them where the base's stand. """
 
 import copy
 
@@ -24,8 +23,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.
         `model` itself, changed in place; its output is what it was, because B starts at zero.
 
     Raises:
-        ValueError: the model has adapters already, the targets match no layer, or the rank is too high for one.
-            Nothing is changed then.
+        ValueError: the model has adapters already, the targets match no layer, or the rank is too high for
+            one. Nothing is changed then.
     """
     if lora_layers(model) or adapters_of(model).by_name:
         raise ValueError(

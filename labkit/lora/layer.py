@@ -2,13 +2,14 @@
 
     y = W x + (alpha / r) B A x          A: (r, in), B: (out, r), r much smaller than in and out
 
-W is frozen. Only A and B train: r * (in + out) parameters instead of in * out. A starts random and B at zero, so
-before the first step the model is exactly the base model; and because B = 0, the first gradient of A is zero too and
-only B moves. The scaling alpha / r keeps the size of the correction comparable when r is changed.
+W is frozen. Only A and B train: r * (in + out) parameters instead of in * out. A starts random and B at zero,
+so before the first step the model is exactly the base model; and because B = 0, the first gradient of A is
+zero too and only B moves. The scaling alpha / r keeps the size of the correction comparable when r is
+changed.
 
-Why the layer keeps its base as a child module instead of subclassing `nn.Linear`: the base can then be anything that
-maps x to y, be it a 32-bit linear layer, a 4-bit one (QLoRA) or GPT-2's transposed one, and the forward pass need not
-know which.
+Why the layer keeps its base as a child module instead of subclassing `nn.Linear`: the base can then be
+anything that maps x to y, be it a 32-bit linear layer, a 4-bit one (QLoRA) or GPT-2's transposed one, and the
+forward pass need not know which.
 
 Source: LoRA (Hu et al. 2021), section 4.1. Agrees with: PEFT `tuners/lora/layer.py`.
 """
@@ -36,7 +37,8 @@ class LoRALinear(nn.Module):
 
     Attributes:
         base_before_merge: the base's weight as it was, while the correction is merged into it.
-        start_A, start_B: where A and B started, if the base was changed to make room for them (`labkit.lora.starts`).
+        start_A, start_B: where A and B started, if the base was changed to make room for them
+            (`labkit.lora.starts`).
     """
 
     base_before_merge: Tensor | QuantizedTensor | None
@@ -76,7 +78,8 @@ class LoRALinear(nn.Module):
 
     @property
     def has_own_base(self) -> bool:
-        """Did the start change the base, so that the adapter is not a correction of the model's own weight?"""
+        """Did the start change the base, so that the adapter is not a correction of the model's own weight?
+        """
         return self.start_A is not None
 
     def delta(self) -> Tensor:
@@ -92,7 +95,9 @@ class LoRALinear(nn.Module):
         if self.is_merged:
             return self.base(x)
         if fast_paths():
-            return self.stretch(sum_in_place(x, self.base, self.dropout, self.lora_A, self.lora_B, self.scaling))
+            return self.stretch(
+                sum_in_place(x, self.base, self.dropout, self.lora_A, self.lora_B, self.scaling)
+            )
         y = self.base(x)
         z = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
         return self.stretch(y + (self.scaling * F.linear(z, self.lora_B)).to(y.dtype))
@@ -106,10 +111,11 @@ class LoRALinear(nn.Module):
 
 
 class LoRAEmbedding(LoRALinear):
-    """`LoRALinear` over an embedding: for a one-hot x, A x is a column of A, which is looked up instead of multiplied.
+    """`LoRALinear` over an embedding: for a one-hot x, A x is a column of A, which is looked up instead of
+    multiplied.
 
-    A (r, vocabulary) starts at zero and B (width, r) from N(0, 1), as in PEFT; there is no dropout of one-hot rows.
-    """
+    A (r, vocabulary) starts at zero and B (width, r) from N(0, 1), as in PEFT; there is no dropout of one-hot
+    rows. """
 
     def __init__(self, base: nn.Embedding, config: LoRAConfig):
         super().__init__(base, config)

@@ -1,8 +1,7 @@
 """Merging: add each correction to its base weight, `W + s B A`, and take it out again, exactly.
 
-Nothing merges on its own, as `.eval()` does in some libraries: `merge` and `unmerge` are calls that you write.
-`unmerged` is for a look at the weights from before.
-"""
+Nothing merges on its own, as `.eval()` does in some libraries: `merge` and `unmerge` are calls that you
+write. `unmerged` is for a look at the weights from before. """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from labkit.quant.tensor import QuantizedTensor, quantize
 
 
 def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
-    """Add each correction to its base weight, so that the adapter costs nothing in the forward pass; in place.
+    """Add each correction to its base weight, so that the adapter costs nothing in the forward pass; in
+    place.
 
     The weights from before are kept for `unmerge`, which is then exact; that doubles their memory.
 
@@ -31,7 +31,8 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: there is no adapter, it is merged already, or a base is in 4 bits (nothing is changed then).
+        ValueError: there is no adapter, it is merged already, or a base is in 4 bits (nothing is changed
+            then).
     """
     layers = lora_layers(model)
     if not layers:
@@ -95,7 +96,9 @@ def unmerge_layer(layer: LoRALinear) -> None:
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the base's weights are those from before a merge; after it, the very merged ones are back."""
+    """Within the block the base's weights are those from before a merge; after it, the very merged ones are
+    back.
+    """
     kept = [
         (layer, layer.base, layer.base.weight, layer.base_before_merge)
         for layer in lora_layers(model).values()
@@ -117,8 +120,8 @@ def adapter_strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
     """Within the block the corrections count `factor` times: 0 gives the base model, 1 the adapted one.
 
     Raises:
-        ValueError: there is no adapter, it is merged, or its output is not a sum of the model's own and a correction
-            (DoRA; PiSSA and its like, whose base is not the model's).
+        ValueError: there is no adapter, it is merged, or its output is not a sum of the model's own and a
+            correction (DoRA; PiSSA and its like, whose base is not the model's).
     """
     layers = lora_layers(model).values()
     if not layers or any(layer.is_merged for layer in layers):

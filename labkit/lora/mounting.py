@@ -1,9 +1,8 @@
 """Mounting an adapter: putting its layers where the base's stand, and taking them out again.
 
-A model's adapters are in one record, `ModelAdapters`, kept at one attribute of the model. An adapter is *mounted* while
-the model computes with it. Nothing is copied or computed to mount one: modules of the base are swapped for its own, and
-the base's are never changed.
-"""
+A model's adapters are in one record, `ModelAdapters`, kept at one attribute of the model. An adapter is
+*mounted* while the model computes with it. Nothing is copied or computed to mount one: modules of the base
+are swapped for its own, and the base's are never changed. """
 
 from dataclasses import dataclass, field
 
@@ -23,8 +22,9 @@ class Adapter:
     Attributes:
         config: as given.
         modules: by full name, a `LoRALinear`, or a copy of a module that trains in full (`modules_to_save`).
-        originals: the base's own modules that a layer here does not have as its `base`, by full name: those of copies,
-            and those that PiSSA and its like made another base from. None if a 4-bit start did not keep them.
+        originals: the base's own modules that a layer here does not have as its `base`, by full name: those
+            of copies, and those that PiSSA and its like made another base from. None if a 4-bit start did not
+            keep them.
         start: how to make the base again that was not kept: {"origin": the fingerprint of the model before,
             "quantization": settings}.
     """

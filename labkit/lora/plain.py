@@ -1,4 +1,5 @@
-"""A PiSSA or OLoRA adapter as plain LoRA of rank 2r on the base as it was: what any stack can load, serve and combine.
+"""A PiSSA or OLoRA adapter as plain LoRA of rank 2r on the base as it was: what any stack can load, serve and
+combine.
 
 W - s B0 A0 + s B A  =  W + s [B, -B0] [A; A0]
 """
@@ -16,7 +17,9 @@ from labkit.lora.mounting import mounted_adapter
 
 
 def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    """The adapter as plain LoRA on the *original* weight: W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], of rank 2r."""
+    """The adapter as plain LoRA on the *original* weight: W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], of
+    rank 2r.
+    """
     if not layer.has_own_base:
         return layer.lora_A.detach(), layer.lora_B.detach()
     A = torch.cat([layer.lora_A.detach(), layer.start_A])  # (2r, in)
@@ -42,7 +45,8 @@ def plain_config(config: LoRAConfig) -> LoRAConfig:
 def to_plain_lora(model: nn.Module) -> nn.Module:
     """Turn the mounted adapter, PiSSA or OLoRA, into LoRA of rank 2r on the base model as it was; in place.
 
-    The outputs stay the same, but for rounding; the adapter can then be combined with others and served beside them.
+    The outputs stay the same, but for rounding; the adapter can then be combined with others and served
+    beside them.
 
     Returns:
         `model`.

@@ -1,11 +1,13 @@
-"""Which layers of a model get an adapter: names and patterns on one side, the layers that they mean on the other.
+"""Which layers of a model get an adapter: names and patterns on one side, the layers that they mean on the
+other.
 
-Every kind of linear layer can have one: see `labkit.quant.linears`. Two layers are apart. The **output layer** makes the logits; it is adapted only when it is named. And where its weight is the
-embedding's (**tied** embeddings, as in most small models), neither is: an adapter on one leaves the other as it is, and
+Every kind of linear layer can have one: see `labkit.quant.linears`. Two layers are apart. The **output
+layer** makes the logits; it is adapted only when it is named. And where its weight is the embedding's
+(**tied** embeddings, as in most small models), neither is: an adapter on one leaves the other as it is, and
 merging it would change both. `untie_embeddings` makes two weights of the one.
 
-Agrees with: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`, but a target that matches nothing is an error here.
-"""
+Agrees with: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`, but a target that matches nothing is
+an error here. """
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,8 @@ PRESETS = {"all-linear": r".*", "attention": r".*(attn|attention).*", "mlp": r".
 def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Sequence[str] = ()) -> list[str]:
     """Full names of the layers that `targets` means, in the order of the model; see `labkit.LoRAConfig`.
 
-    Presets and regular expressions choose among the linear layers; names reach embeddings and the output layer too.
+    Presets and regular expressions choose among the linear layers; names reach embeddings and the output
+    layer too.
 
     Args:
         model: any module.
@@ -30,8 +33,8 @@ def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Seq
         besides: names of modules that are trained in full; presets and expressions leave out what is in them.
 
     Raises:
-        ValueError: a target matches nothing, a layer that cannot have an adapter, a tied weight, or (an expression) the
-            output layer too.
+        ValueError: a target matches nothing, a layer that cannot have an adapter, a tied weight, or (an
+            expression) the output layer too.
     """
     modules = {name: module for name, module in model.named_modules() if not inside(name, besides)}
     linears = {name: m for name, m in modules.items() if is_linear(m) and not is_output_layer(model, m)}

@@ -1,0 +1,132 @@
+"""The tensors of the LoRA family in a PEFT folder: their names, their shapes, and what is wrong if they do
+not fit.
+
+After the prefix `base_model.model.`:
+
+    <module>.lora_A.weight (r, in)               <module>.lora_B.weight (out, r)
+    <module>.lora_magnitude_vector (out,)                                           DoRA; no ".weight" here
+    <module>.lora_embedding_A (r, vocabulary)    <module>.lora_embedding_B (width, r)
+    <module>.<parameter>                                                            a module that trained in full
+
+Agrees with: PEFT `utils/save_and_load.py`.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from labkit.formats.peft_folder import PREFIX, check_tensors, does_not_fit
+from labkit.lora.config import LoRAConfig
+from labkit.lora.mounting import Adapter
+from labkit.lora.plain import plain_factors
+from labkit.lora.targets import saved_names
+from labkit.quant.linears import is_linear, widths
+
+# by the names of a layer's own parameters here
+NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+EMBEDDING_NAMES = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+STORED = re.compile(r"(.*)\.(?:lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
+
+
+def tensor_names(name: str, base: nn.Module) -> dict[str, str]:
+    """How a folder calls the parameters of an adapted layer, by their names here.
+
+    Args:
+        name: of the layer.
+        base: the layer that is adapted.
+    """
+    names = EMBEDDING_NAMES if isinstance(base, nn.Embedding) else NAMES
+    return {part: f"{PREFIX}{name}.{there}" for part, there in names.items()}
+
+
+def adapter_tensors(adapter: Adapter, plain: bool) -> dict[str, Tensor]:
+    """What a folder holds of an adapter; `plain`: PiSSA and OLoRA as plain LoRA on the original base."""
+    tensors: dict[str, Tensor] = {}
+    layers = adapter.layers
+    for name, module in adapter.modules.items():
+        if name not in layers:
+            tensors |= {f"{PREFIX}{name}.{key}": t.detach().clone() for key, t in module.state_dict().items()}
+            continue
+        parts = dict(module.named_parameters(recurse=False))
+        if plain:
+            parts["lora_A"], parts["lora_B"] = plain_factors(module)
+        names = tensor_names(name, module.base)
+        tensors |= {names[part]: tensor.detach().contiguous() for part, tensor in parts.items()}
+    return tensors
+
+
+def fill(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of a folder, which fit, into the modules of an adapter."""
+    layers = adapter.layers
+    with torch.no_grad():
+        for name, module in adapter.modules.items():
+            if name not in layers:
+                module.load_state_dict({key: tensors[f"{PREFIX}{name}.{key}"] for key in module.state_dict()})
+                continue
+            names = tensor_names(name, module.base)
+            for part, parameter in module.named_parameters(recurse=False):
+                parameter.copy_(tensors[names[part]])
+
+
+def expected_tensors(model: nn.Module, config: LoRAConfig, names: list[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a folder has to hold for these layers of `model`, and for
+    `config.modules_to_save`.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        base, r = model.get_submodule(name), config.for_layer(name).r
+        inputs, outputs = widths(base)
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, inputs), "lora_B": (outputs, r)}
+        if config.is_dora:
+            shapes["lora_magnitude"] = (outputs,)
+        there = tensor_names(name, base)
+        expected |= {there[part]: shape for part, shape in shapes.items() if part in there}
+    for name in config.modules_to_save:
+        state = model.get_submodule(name).state_dict()
+        expected |= {f"{PREFIX}{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+    return expected
+
+
+def check_adapter(
+    model: nn.Module, config: LoRAConfig, names: list[str], tensors: dict[str, Tensor], path: Path
+) -> None:
+    """Compare what a folder holds with what the layers `names` of `model` take under `config`.
+
+    Raises:
+        AdapterMismatch: naming every tensor that is missing, left over, or of another shape.
+        ValueError: a module that trained in full has a weight that is tied or quantized here.
+    """
+    modules = dict(model.named_modules())
+    adaptable = [n for n in names if is_linear(modules[n]) or isinstance(modules[n], nn.Embedding)]
+    problems = [
+        f"{name} is a {type(modules[name]).__name__}, which cannot have an adapter here"
+        for name in names
+        if name not in adaptable
+    ]
+
+    def left_over(key: str) -> str | None:
+        module = key.rpartition(".")[0].removeprefix(PREFIX)
+        if key.endswith(".base_layer.weight"):  # PEFT saves an adapted embedding's base too
+            own = modules.get(module.removesuffix(".base_layer"))
+            if own is None or not same_values(own.weight, tensors[key]):
+                return f"{key} is not the weight of this base: was its vocabulary changed?"
+            return None
+        stored = STORED.fullmatch(key)
+        if stored is None:
+            return f"{key} is not a LoRA weight, nor of a module in modules_to_save"
+        module = stored[1].removeprefix(PREFIX)
+        if module not in modules:
+            return f"{module}: no such linear layer in {type(model).__name__}"
+        return f"{key} is left over: target_modules do not mean {module}, or it is of another variant"
+
+    check_tensors(expected_tensors(model, config, adaptable), tensors, path, left_over, problems)
+    if not names:
+        raise does_not_fit(path, [f"its target_modules mean no layer of {type(model).__name__}"])
+    saved_names(model, config.modules_to_save)  # refuses tied weights and quantized modules
+
+
+def same_values(weight: Tensor, saved: Tensor) -> bool:
+    """Is `saved` the weight, but for its dtype and device?"""
+    return weight.shape == saved.shape and torch.equal(weight.to(saved), saved)
