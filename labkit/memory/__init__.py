@@ -1,7 +1,7 @@
-"""Where the bytes of a training step go: from formulas, from the code run without numbers, and measured, in the same rows."""
+"""Where the bytes of a training step go: by formula, by running the code without numbers, and measured."""
 
 from labkit.memory.formulas import crossover, plan
-from labkit.memory.ledger import Ledger, Row, Timeline, size
+from labkit.memory.ledger import Ledger, LedgerRow, Timeline, size
 from labkit.memory.measurement import measure
 from labkit.memory.resident import measure_resident
 from labkit.memory.setup import METHODS, PUBLISHED, Setup
@@ -12,7 +12,7 @@ __all__ = [
     "METHODS",
     "PUBLISHED",
     "Ledger",
-    "Row",
+    "LedgerRow",
     "Setup",
     "Timeline",
     "crossover",

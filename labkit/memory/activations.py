@@ -1,231 +1,279 @@
 """What the forward pass of a Llama keeps for the backward pass: a closed form, tensor by tensor.
 
-Autograd keeps, of every operation, what its derivative needs, and only if a gradient will flow. Three rules give the rest:
+Autograd keeps, of every operation, what its derivative needs, and only if a gradient will flow:
 
-- A product y = W x keeps x if **W** trains, and W if x needs a gradient. A frozen W keeps no input.
-- LoRA's A *does* train, so it keeps its input x, and B its input z = A x (only r numbers a token).
-- Anything that is not linear (a norm, silu, attention) keeps its inputs or its output, whether or not any weight trains.
+- A product y = W x keeps x if **W** trains, not if it is frozen.
+- LoRA's A trains: it keeps its input x, and B keeps z = A x.
+- What is not linear (a norm, silu, attention) keeps inputs or output, whatever trains.
 
-So freezing the weights saves some activations, not all; LoRA on every linear layer takes almost all of them back. And a
-tensor that several operations keep is there once: the norm's output is the input of q, k and v.
+So freezing weights saves some activations, and LoRA on every layer takes most back. For T tokens in fp32,
+with width d, MLP width f, H heads of queries and G of keys of h numbers each, a block keeps
 
-With T tokens, width d, MLP width f, and q, k, v of H heads and G < H key/value heads of h numbers, a Llama block in fp32 with
-LoRA on all linears keeps 4 · (2 T (d + 1) norms + T (2 H h + 2 G h + H) attention + 3 T f MLP + 2 T d residual) bytes and
-r numbers a token for each adapter. (Of the MLP: gate, up, and act(gate) · up. A fourth, act(gate), is made again: `labkit.training.recompute`.)
+    2T(d+1) in norms, T(2Hh + 2Gh + H) in attention, 3Tf in the MLP, 2Td between them, 7Tr in adapters
 
-In bf16 there are two more: transformers' RMSNorm computes in fp32 and keeps an fp32 copy of its input; and an fp32 adapter
-keeps an fp32 copy of its input, each of q, k and v its own.
-
-Source: `torch/csrc/autograd` (derivatives.yaml); transformers `modeling_llama.py`; derived here, and held against the
-tensors that a real step keeps, in `tests/test_memory.py`. Compare Korthikanti et al. 2022, "Reducing Activation
-Recomputation", section 4, for the same sum over a GPT block with everything trained.
+Source: `torch/csrc/autograd/derivatives.yaml`, transformers' `modeling_llama.py`; Korthikanti et al. 2022.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from labkit.memory.setup import Setup, itemsize
+from labkit.models.shapes import DecoderShape
 from labkit.training.chunked_loss import ROWS
 
 KINDS = ("inputs", "residual", "norms", "attention", "mlp", "logits")
+QKV = ("q_proj", "k_proj", "v_proj")
+ATTENTION_LAYERS = (*QKV, "o_proj")
+MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 RNG_STATE = 5056  # bytes of the CPU generator's state, which checkpointing keeps for each block
 
 
 @dataclass(frozen=True)
-class Block:
-    """The shapes of a decoder, and what in it trains.
+class Decoder:
+    """A decoder, and what in it trains.
 
     Attributes:
-        layers, d, f, heads, groups, h, vocab: numbers of layers, width, MLP width, attention heads, key/value heads, numbers
-            of a head, size of the vocabulary.
-        norms: RMSNorms over the width in a block (2, or 4 in Gemma 2); head_norms: over each head of q and k (Qwen 3).
-        trained: is the base trained (full fine-tuning); embeddings: do embedding and output layer train.
-        adapted: how many numbers of rank the layer of this name in this block adds; 0 if it has no adapter.
-        chunked: is the loss taken a few rows at a time, with its gradient made in the forward pass (`labkit.training.loss`)?
+        shape: its sizes.
+        head_norms: is there an RMSNorm over each head of q and k (Qwen 3)?
+        base_trains: full fine-tuning; embeddings_train: do the embedding and the output layer train?
+        adapted: (block, name of the layer) of every adapter.
+        chunked_loss: is the loss taken a few rows at a time, and its gradient made in the forward pass
+            (`labkit.training.chunked_loss`)?
     """
 
-    layers: int
-    d: int
-    f: int
-    heads: int
-    groups: int
-    h: int
-    vocab: int
-    norms: int
+    shape: DecoderShape
     head_norms: bool
-    trained: bool
-    embeddings: bool
-    adapted: Callable[[int, str], int]
-    chunked: bool
+    base_trains: bool
+    embeddings_train: bool
+    adapted: frozenset[tuple[int, str]]
+    chunked_loss: bool
+
+    def adapts(self, layer: int, *names: str) -> bool:
+        """Does one of these layers of a block have an adapter?"""
+        return any((layer, name) in self.adapted for name in names)
+
+    def trains(self, layer: int, *names: str) -> bool:
+        """Does one of these layers of a block train, itself or by its adapter?"""
+        return self.base_trains or self.adapts(layer, *names)
+
+
+class Part(Enum):
+    """What a moment of `labkit.memory.peaks` asks for among the tensors that are kept."""
+
+    BLOCK_INPUT = auto()
+    SCORES = auto()  # softmax of q k, as eager attention keeps it
+    ATTENTION_SUM = auto()  # the residual stream between attention and the MLP
+    MLP_NORM = auto()  # of the norm between attention and the MLP
+    PRODUCT = auto()  # act(gate) · up, and its copies in an adapter's dtype
 
 
 @dataclass(frozen=True)
-class Saved:
-    """One tensor that is kept: its kind, its bytes, and what it is; `layer` is None outside the blocks."""
+class SavedTensor:
+    """One tensor that is kept.
+
+    Attributes:
+        kind: one of `KINDS`.
+        bytes: its size.
+        what: what it is, for people.
+        layer: the number of its block; None outside the blocks.
+        part: what it is, for code that looks for it.
+    """
 
     kind: str
     bytes: int
     what: str
     layer: int | None = None
+    part: Part | None = None
 
 
-def saved_tensors(block: Block, setup: Setup) -> Iterator[Saved]:
+def saved_tensors(decoder: Decoder, setup: Setup) -> Iterator[SavedTensor]:
     """Every tensor that lives from the forward pass to the backward pass, without checkpointing."""
-    yield from outside(block, setup)
-    grad = block.embeddings  # does the input of the block need a gradient?
-    for layer in range(block.layers):
-        yield from of_block(block, setup, layer, grad)
-        grad = grad or block.trained or any(block.adapted(layer, name) for name in PARTS)
-    yield from of_norm(block, setup, grad, block.trained, "final norm", None)
+    yield from outside(decoder, setup)
+    grad = decoder.embeddings_train  # does the input of the block need a gradient?
+    for layer in range(decoder.shape.num_hidden_layers):
+        yield from of_block(decoder, setup, layer, grad)
+        grad = grad or decoder.trains(layer, *ATTENTION_LAYERS, *MLP_LAYERS)
+    yield from of_norm(decoder, setup, grad, "final norm")
     if grad and setup.width == 4:
-        yield Saved("residual", 4 * setup.tokens * block.d, "output of the last block, T d")
-    yield from of_loss(block, setup)
+        yield SavedTensor(
+            "residual", 4 * setup.tokens * decoder.shape.hidden_size, "output of the last block, T d"
+        )
+    yield from of_loss(decoder, setup)
 
 
-PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def kept_with_checkpointing(block: Block, setup: Setup) -> Iterator[Saved]:
-    """What lives from the forward pass to the backward pass when every block is run again in the backward pass."""
-    yield from outside(block, setup)
-    T, w = setup.tokens, setup.width
-    for layer in range(block.layers):
-        yield Saved("residual", w * T * block.d, "input of the block, T d", layer)
+def kept_with_checkpointing(decoder: Decoder, setup: Setup) -> Iterator[SavedTensor]:
+    """What lives from the forward pass to the backward pass when every block is run again in the latter."""
+    yield from outside(decoder, setup)
+    T, w, d = setup.tokens, setup.width, decoder.shape.hidden_size
+    for layer in range(decoder.shape.num_hidden_layers):
+        yield SavedTensor("residual", w * T * d, "input of the block, T d", layer, Part.BLOCK_INPUT)
         if setup.device == "cpu":
-            yield Saved("inputs", RNG_STATE, "state of the random generator", layer)
-    yield Saved("inputs", 8 * setup.sequence, "position ids")
+            yield SavedTensor("inputs", RNG_STATE, "state of the random generator", layer)
+    yield SavedTensor("inputs", 8 * setup.max_length, "position ids")
     if setup.attention == "eager":
-        yield Saved("inputs", w * setup.batch * setup.sequence**2, "causal mask, B S²")
-    yield from of_norm(block, setup, True, block.trained, "final norm", None)
+        yield SavedTensor("inputs", w * setup.batch_size * setup.max_length**2, "causal mask, B S²")
+    yield from of_norm(decoder, setup, True, "final norm")
     if w == 4:
-        yield Saved("residual", 4 * T * block.d, "output of the last block, T d")
-    yield from of_loss(block, setup)
+        yield SavedTensor("residual", 4 * T * d, "output of the last block, T d")
+    yield from of_loss(decoder, setup)
 
 
-def outside(block: Block, setup: Setup) -> Iterator[Saved]:
-    """The batch, and the tables of the rotary embedding, shared by all blocks."""
-    B, S, w = setup.batch, setup.sequence, setup.width
-    yield Saved("inputs", 16 * B * S, "token ids and targets, int64")
-    yield Saved("inputs", B * (S - 1), "which positions are supervised")
-    yield Saved("inputs", 2 * w * S * block.h, "cos and sin of the positions, S h each")
+def outside(decoder: Decoder, setup: Setup) -> Iterator[SavedTensor]:
+    """The batch, and the tables of the rotary embedding, which all blocks share."""
+    B, S, w = setup.batch_size, setup.max_length, setup.width
+    yield SavedTensor("inputs", 16 * B * S, "token ids and targets, int64")
+    yield SavedTensor("inputs", B * (S - 1), "which positions are supervised")
+    yield SavedTensor("inputs", 2 * w * S * decoder.shape.head_dim, "cos and sin of the positions, S h each")
 
 
-def of_block(block: Block, setup: Setup, layer: int, grad: bool) -> Iterator[Saved]:
+def of_block(decoder: Decoder, setup: Setup, layer: int, grad: bool) -> Iterator[SavedTensor]:
     """What one block keeps; `grad`: does its input need a gradient?"""
-    T, w, d, f = setup.tokens, setup.width, block.d, block.f
-    q = block.heads * block.h
-    adapted = {name: block.adapted(layer, name) for name in PARTS}
+    yield from of_first_half(decoder, setup, layer, grad)
+    yield from of_second_half(decoder, setup, layer, grad or decoder.trains(layer, *ATTENTION_LAYERS))
 
-    def keeps(*names: str, width: int, what: str, kind: str) -> Iterator[Saved]:
-        """The common input of layers `names`: kept once in the working dtype, or copied to that of each adapter."""
-        a = itemsize(setup.adapter_dtype)
-        if block.trained or (a == w and any(adapted[n] for n in names)):
-            yield Saved(kind, w * T * width, what, layer)
-        elif a != w:
-            for n in names:
-                if adapted[n]:
-                    own = "attention" if n in PARTS[:4] else "mlp"
-                    yield Saved(own, a * T * width, f"{what}, {setup.adapter_dtype} copy of {n}'s A", layer)
 
+def of_first_half(decoder: Decoder, setup: Setup, layer: int, grad: bool) -> Iterator[SavedTensor]:
+    """x + attention(norm(x))."""
+    T, w, d = setup.tokens, setup.width, decoder.shape.hidden_size
     if grad and w == 4:
-        yield Saved("residual", 4 * T * d, "input of the block, T d", layer)
-    yield from of_norm(block, setup, grad, block.trained, "norm before attention", layer)
-    yield from keeps("q_proj", "k_proj", "v_proj", width=d, what="norm's output, T d", kind="norms")
-    for name in PARTS:
-        if adapted[name]:
-            kind = "attention" if name in PARTS[:4] else "mlp"
-            a = itemsize(setup.adapter_dtype)
-            yield Saved(kind, a * T * adapted[name], f"z of {name}, T r", layer)
-    q_grad, k_grad, v_grad = (grad or block.trained or bool(adapted[n]) for n in PARTS[:3])
-    if q_grad or k_grad or v_grad:
-        if block.head_norms:
-            for name, heads in (("q", block.heads), ("k", block.groups)):
-                yield Saved("attention", 4 * T * heads * block.h, f"{name} before its norm, fp32", layer)
-                yield Saved("attention", 4 * T * heads, f"1 / rms of {name}'s heads", layer)
-                if block.trained:
-                    yield Saved("attention", w * T * heads * block.h, f"{name} normalized", layer)
-        yield from of_attention(block, setup, layer)
-    yield from (
-        keeps("o_proj", width=q, what="attention's output, T H h", kind="attention")
-        if setup.attention == "eager" or (itemsize(setup.adapter_dtype) != w and not block.trained)
-        else ()
-    )
-    inner = grad or block.trained or any(adapted[n] for n in PARTS[:4])
-    if inner and w == 4:
-        yield Saved("residual", 4 * T * d, "sum after attention, T d", layer)
-    yield from of_norm(block, setup, inner, block.trained, "norm before the MLP", layer)
-    yield from keeps("gate_proj", "up_proj", width=d, what="norm's output, T d", kind="norms")
-    gate = inner or block.trained or bool(adapted["gate_proj"])
-    up = inner or block.trained or bool(adapted["up_proj"])
+        yield SavedTensor("residual", 4 * T * d, "input of the block, T d", layer, Part.BLOCK_INPUT)
+    yield from of_norm(decoder, setup, grad, "norm before attention", layer)
+    yield from common_input(decoder, setup, layer, QKV, d, "norm's output, T d", "norms")
+    yield from inside_adapters(decoder, setup, layer, ATTENTION_LAYERS)
+    if grad or decoder.trains(layer, *QKV):
+        yield from of_attention(decoder, setup, layer)
+    # the fused attention has kept its output, the input of o_proj, and only a copy in another dtype comes on
+    # top
+    if setup.attention == "eager" or (itemsize(setup.adapter_dtype) != w and not decoder.base_trains):
+        width = decoder.shape.q_width
+        yield from common_input(
+            decoder, setup, layer, ("o_proj",), width, "attention's output, T H h", "attention"
+        )
+
+
+def of_second_half(decoder: Decoder, setup: Setup, layer: int, grad: bool) -> Iterator[SavedTensor]:
+    """x + mlp(norm(x)), with mlp(x) = down(act(gate(x)) · up(x))."""
+    T, w, d, f = setup.tokens, setup.width, decoder.shape.hidden_size, decoder.shape.intermediate_size
+    if grad and w == 4:
+        yield SavedTensor("residual", 4 * T * d, "sum after attention, T d", layer, Part.ATTENTION_SUM)
+    yield from of_norm(decoder, setup, grad, "norm before the MLP", layer, Part.MLP_NORM)
+    yield from common_input(decoder, setup, layer, MLP_LAYERS[:2], d, "norm's output, T d", "norms")
+    yield from inside_adapters(decoder, setup, layer, MLP_LAYERS)
+    gate = grad or decoder.trains(layer, "gate_proj")
+    up = grad or decoder.trains(layer, "up_proj")
     if gate:
-        yield Saved("mlp", w * T * f, "gate, for the derivative of the activation function, T f", layer)
-        yield Saved("mlp", w * T * f, "up, for the product, T f", layer)
-    if up and not remade(setup, gate):
-        yield Saved("mlp", w * T * f, "act(gate), for the product, T f", layer)
-    yield from keeps("down_proj", width=f, what="act(gate) · up, T f", kind="mlp")
+        yield SavedTensor("mlp", w * T * f, "gate, for the derivative of the activation function, T f", layer)
+        yield SavedTensor("mlp", w * T * f, "up, for the product, T f", layer)
+    if up and not recomputed(setup, gate):
+        yield SavedTensor("mlp", w * T * f, "act(gate), for the product, T f", layer)
+    what = "act(gate) · up, T f"
+    yield from common_input(decoder, setup, layer, ("down_proj",), f, what, "mlp", Part.PRODUCT)
 
 
-def remade(setup: Setup, gate: bool) -> bool:
-    """Is act(gate) made again in the backward pass (`labkit.training.recompute`)? `gate`: does a gradient flow to the gate?"""
+def recomputed(setup: Setup, gate: bool) -> bool:
+    """Is act(gate) recomputed (`labkit.training.recompute`)? `gate`: does a gradient flow to the gate?"""
     return setup.recompute_act and gate and not setup.checkpointing
 
 
-def of_attention(block: Block, setup: Setup, layer: int) -> Iterator[Saved]:
-    """q, k, v after the rotary embedding, and what softmax needs: a number a row (SDPA), or the whole matrix (eager)."""
-    B, S, T, w = setup.batch, setup.sequence, setup.tokens, setup.width
-    q, kv = block.heads * block.h, block.groups * block.h
-    yield Saved("attention", w * T * q, "q, rotated, T H h", layer)
+def common_input(
+    decoder: Decoder,
+    setup: Setup,
+    layer: int,
+    names: Iterable[str],
+    width: int,
+    what: str,
+    kind: str,
+    part: Part | None = None,
+) -> Iterator[SavedTensor]:
+    """The input of the layers `names`: kept once, or once per adapter that works in another dtype."""
+    T, w, a = setup.tokens, setup.width, itemsize(setup.adapter_dtype)
+    if decoder.base_trains or (a == w and decoder.adapts(layer, *names)):
+        yield SavedTensor(kind, w * T * width, what, layer, part)
+    elif a != w:
+        for name in names:
+            if decoder.adapts(layer, name):
+                copy = f"{what}, {setup.adapter_dtype} copy of {name}'s A"
+                yield SavedTensor(half_of(name), a * T * width, copy, layer, part)
+
+
+def inside_adapters(
+    decoder: Decoder, setup: Setup, layer: int, names: Iterable[str]
+) -> Iterator[SavedTensor]:
+    """z = A x of each adapter, the input of its B."""
+    a = itemsize(setup.adapter_dtype)
+    for name in names:
+        if decoder.adapts(layer, name):
+            yield SavedTensor(half_of(name), a * setup.tokens * setup.r, f"z of {name}, T r", layer)
+
+
+def half_of(name: str) -> str:
+    """The kind of what belongs to one layer."""
+    return "attention" if name in ATTENTION_LAYERS else "mlp"
+
+
+def of_attention(decoder: Decoder, setup: Setup, layer: int) -> Iterator[SavedTensor]:
+    """q, k, v after the rotary embedding, and what softmax needs: a number per row (SDPA), or all (eager)."""
+
+    def kept(n: int, what: str, part: Part | None = None) -> SavedTensor:
+        return SavedTensor("attention", n, what, layer, part)
+
+    shape, T, w = decoder.shape, setup.tokens, setup.width
+    H, G, h = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    scores = setup.batch_size * H * setup.max_length**2
+    if decoder.head_norms:
+        for name, heads in (("q", H), ("k", G)):
+            yield kept(4 * T * heads * h, f"{name} before its norm, fp32")
+            yield kept(4 * T * heads, f"1 / rms of {name}'s heads")
+            if decoder.base_trains:
+                yield kept(w * T * heads * h, f"{name} normalized")
+    yield kept(w * T * H * h, "q, rotated, T H h")
     if setup.attention == "sdpa":
-        yield Saved("attention", w * T * kv, "k, rotated, T G h", layer)
-        yield Saved("attention", w * T * kv, "v, T G h", layer)
-        yield Saved("attention", w * T * q, "attention's output, T H h", layer)
-        yield Saved("attention", 4 * T * block.heads, "log-sum-exp of each row of scores, T H", layer)
+        yield kept(w * T * G * h, "k, rotated, T G h")
+        yield kept(w * T * G * h, "v, T G h")
+        yield kept(w * T * H * h, "attention's output, T H h")
+        yield kept(4 * T * H, "log-sum-exp of each row of scores, T H")
     else:
-        yield Saved("attention", w * T * q, "k, rotated and repeated for each head, T H h", layer)
-        yield Saved("attention", w * T * q, "v, repeated for each head, T H h", layer)
-        yield Saved("attention", 4 * B * block.heads * S * S, "softmax of the scores, fp32, B H S²", layer)
+        yield kept(w * T * H * h, "k, rotated and repeated for each head, T H h")
+        yield kept(w * T * H * h, "v, repeated for each head, T H h")
+        yield kept(4 * scores, "softmax of the scores, fp32, B H S²", Part.SCORES)
         if w != 4:
-            yield Saved("attention", w * B * block.heads * S * S, f"the same in {setup.dtype}", layer)
+            yield kept(w * scores, f"the same in {setup.dtype}", Part.SCORES)
 
 
 def of_norm(
-    block: Block, setup: Setup, grad: bool, trained: bool, what: str, layer: int | None
-) -> Iterator[Saved]:
-    """RMSNorm: y = g · x / rms(x), computed in fp32; without its output, which belongs to who needs it."""
-    T, w = setup.tokens, setup.width
+    decoder: Decoder, setup: Setup, grad: bool, what: str, layer: int | None = None, part: Part | None = None
+) -> Iterator[SavedTensor]:
+    """RMSNorm: y = g · x / rms(x), computed in fp32; without y, which belongs to the layers that need it."""
+    T, w, d = setup.tokens, setup.width, decoder.shape.hidden_size
     if grad:
-        if w != 4:
-            yield Saved("norms", 4 * T * block.d, f"{what}: its input in fp32, T d", layer)
-        yield Saved("norms", 4 * T, f"{what}: 1 / rms, T", layer)
-    if trained:
-        yield Saved("norms", w * T * block.d, f"{what}: x / rms, for the gradient of g, T d", layer)
+        if w != 4:  # in fp32 it is a tensor of the residual stream, kept there
+            yield SavedTensor("norms", 4 * T * d, f"{what}: its input in fp32, T d", layer, part)
+        yield SavedTensor("norms", 4 * T, f"{what}: 1 / rms, T", layer, part)
+    if decoder.base_trains:
+        yield SavedTensor("norms", w * T * d, f"{what}: x / rms, for the gradient of g, T d", layer, part)
 
 
-def of_loss(block: Block, setup: Setup) -> Iterator[Saved]:
+def of_loss(decoder: Decoder, setup: Setup) -> Iterator[SavedTensor]:
     """What the output layer and the cross-entropy keep."""
-    T, n, w = setup.tokens, setup.n_supervised, setup.width
-    trained = block.trained or block.embeddings
-    if setup.logits == "all":
-        if trained:
-            yield Saved("logits", w * T * block.d, "input of the output layer, T d")
-        yield Saved("logits", 4 * n * block.vocab, "log-softmax, fp32, n V")
-        yield Saved("logits", 8 * n, "targets, int64")
-    elif block.chunked:
-        yield Saved("logits", w * n * block.d, "gradient of the hidden states, made in the forward pass, n d")
-    else:
-        if trained:
-            yield Saved("logits", w * n * block.d, "input of the output layer, n d")
-        yield Saved("logits", 4 * n * block.vocab, "log-softmax, fp32, n V")
-        yield Saved("logits", 8 * n, "targets, int64")
+    n, w, d = setup.n_supervised, setup.width, decoder.shape.hidden_size
+    if decoder.chunked_loss:
+        yield SavedTensor("logits", w * n * d, "gradient of the hidden states, made in the forward pass, n d")
+        return
+    if decoder.embeddings_train:
+        rows, name = (setup.tokens, "T") if setup.logits == "all" else (n, "n")
+        yield SavedTensor("logits", w * rows * d, f"input of the output layer, {name} d")
+    yield SavedTensor("logits", 4 * n * decoder.shape.vocab_size, "log-softmax, fp32, n V")
+    yield SavedTensor("logits", 8 * n, "targets, int64")
 
 
-def loss_peak(block: Block, setup: Setup) -> int:
+def loss_peak(decoder: Decoder, setup: Setup) -> int:
     """Bytes that the loss takes for a moment beyond what it keeps, in the forward pass."""
-    n, w, V = setup.n_supervised, setup.width, block.vocab
+    n, w, V = setup.n_supervised, setup.width, decoder.shape.vocab_size
     if setup.logits == "all":  # the scores at all positions, and those selected of them; then their softmax
         own = 4 * n * V
         return max(w * setup.tokens * V + w * n * V - own, w * n * V + (4 * n * V if w != 4 else 0))
-    if not block.chunked:
+    if not decoder.chunked_loss:
         return w * n * V + (4 * n * V if w != 4 else 0)
     of_rows = min(ROWS, n) * V  # their scores in fp32, and in the dtype of the weight where that is another
-    return w * n * block.d + 4 * of_rows + (w * of_rows if w != 4 else 0)
+    return w * n * decoder.shape.hidden_size + 4 * of_rows + (w * of_rows if w != 4 else 0)

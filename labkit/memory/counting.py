@@ -1,13 +1,15 @@
-"""Count what a training step holds from its first moment to its last: weights, constants, adapters, gradients, moments.
+"""Count what a training step holds throughout: weights, constants, adapters, gradients, moments.
 
-No estimate is in here. The parameters are those of the model's own modules, built on the meta device; which of them are quantized or
-adapted is found by the rules that `quantize_model` and `add_lora` go by (`labkit.lora.targets.matching_layers`); and a byte count is a
-number of parameters times the bytes of a number. For a weight of n numbers in 4 bits with blocks of 64, double-quantized,
+Nothing here is an estimate. The parameters are those of the model's own modules, built on the meta device;
+which of them are quantized or adapted follows from the rules of `quantize_model` and `add_lora`
+(`labkit.lora.targets.matching_layers`); and a byte count is a number of parameters times the bytes per
+number. For a weight of n numbers in 4 bits with blocks of 64, double-quantized,
 
-    codes  n / 2      scales  n / 64 (8 bits)  +  4 · n / (64 · 256)  +  4      = 0.127 bit a weight
+    codes  n / 2      scales  n / 64 (8 bits)  +  4 · n / (64 · 256)  +  4      = 0.127 bit per weight
 
-Sources: QLoRA (Dettmers et al. 2023), section 3; `torch/optim/adamw.py` (two moments in the parameter's dtype, a step count);
-bitsandbytes `optim/optimizer.py` (8-bit moments in blocks of 256, none below 4,096 numbers).
+Sources: QLoRA (Dettmers et al. 2023), section 3; `torch/optim/adamw.py` (two moments in the parameter's
+dtype, a step count); bitsandbytes `optim/optimizer.py` (8-bit moments in blocks of 256, none below 4,096
+numbers).
 """
 
 import functools
@@ -19,7 +21,7 @@ from torch import nn
 
 from labkit.lora.config import LoRAConfig
 from labkit.lora.targets import matching_layers
-from labkit.memory.ledger import Row
+from labkit.memory.ledger import LedgerRow
 from labkit.memory.setup import DTYPES, Setup, itemsize
 from labkit.models.shapes import config_of, meta_model
 from labkit.quant.blockwise import NESTED_BLOCKSIZE
@@ -29,14 +31,16 @@ SMALLEST_8BIT = 4096  # values below which bitsandbytes keeps a tensor's state i
 
 
 @dataclass
-class Shapes:
-    """The tensors of a model under a setup, as numbers.
+class ModelTensors:
+    """The tensors of a model under a setup, as sizes.
 
     Attributes:
         name: of the model.
-        parameters: numbers of every parameter, by name, tied ones once; buffers: bytes of every buffer.
-        quantized: names of the weights in 4 bits; adapted: (in, out) of each adapted layer; embeddings: names of the
-            embedding's and the output layer's weights.
+        parameters: {name: how many numbers} of every parameter, tied ones once.
+        buffers: {name: bytes} of every buffer.
+        quantized: names of the weights in 4 bits.
+        adapted: {name: (in, out)} of each adapted layer.
+        embeddings: names of the embedding's and the output layer's weights; tied: are they one?
     """
 
     name: str
@@ -45,21 +49,21 @@ class Shapes:
     quantized: set[str] = field(default_factory=set)
     adapted: dict[str, tuple[int, int]] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
-    largest_quantized: int = 0
     tied: bool = False
 
     @property
     def total(self) -> int:
+        """Numbers of all parameters."""
         return sum(self.parameters.values())
 
     def adapters(self, setup: Setup) -> dict[str, int]:
-        """Numbers of every adapter parameter, by name."""
-        r = setup.rank
+        """{name: how many numbers} of every adapter parameter."""
+        r = setup.r
         sides = {f"{name}.lora_A": r * i for name, (i, _) in self.adapted.items()}
         return sides | {f"{name}.lora_B": r * o for name, (_, o) in self.adapted.items()}
 
     def trained(self, setup: Setup) -> dict[str, tuple[int, str]]:
-        """(numbers, dtype) of every parameter that trains, by name."""
+        """{name: (how many numbers, dtype)} of every parameter that trains."""
         if setup.method == "full":
             return {name: (n, setup.dtype) for name, n in self.parameters.items()}
         trained = {name: (n, setup.adapter_dtype) for name, n in self.adapters(setup).items()}
@@ -68,7 +72,7 @@ class Shapes:
         return trained
 
     def counts(self, setup: Setup) -> dict[str, int]:
-        """Numbers that claims are about; see `Ledger.counts`."""
+        """The counts that claims are about; see `Ledger.counts`."""
         trained = self.trained(setup)
         adapters = sum(self.adapters(setup).values())
         quantized = sum(self.parameters[name] for name in self.quantized)
@@ -103,23 +107,24 @@ class Shapes:
         return found
 
 
-def shapes_of(config, setup: Setup) -> Shapes:
+def tensors_of(config, setup: Setup) -> ModelTensors:
     """Count the tensors of a model, and find what is quantized and adapted.
 
     Raises:
         ValueError: see `plan`.
     """
     longest = getattr(config, "max_position_embeddings", None)
-    if longest and setup.sequence > longest:
+    if longest and setup.max_length > longest:
         raise ValueError(
-            f"sequence={setup.sequence} is longer than the {longest} positions that this model knows; give at most {longest}"
+            f"max_length={setup.max_length} is above the {longest} positions that this model knows; "
+            f"give at most {longest}"
         )
     model = _built(json.dumps(config.to_dict(), sort_keys=True, default=str), setup.attention, setup.dtype)
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     output = model.get_output_embeddings()
     ends = [model.get_input_embeddings(), output]
     weights = {id(module.weight) for module in ends if module is not None}
-    shapes = Shapes(
+    tensors = ModelTensors(
         name=getattr(config, "name_or_path", "") or config.model_type,
         parameters=parameters,
         buffers={name: b.nbytes for name, b in model.named_buffers()},
@@ -127,26 +132,25 @@ def shapes_of(config, setup: Setup) -> Shapes:
         tied=len(weights) == 1,
     )
     if setup.method == "full":
-        return shapes
-    LoRAConfig(r=setup.rank, targets=setup.targets)  # its checks
+        return tensors
+    LoRAConfig(r=setup.r, targets=setup.targets)  # its checks
     for name in matching_layers(model, setup.targets):
         layer = model.get_submodule(name)
         limit = min(layer.in_features, layer.out_features)
-        if setup.rank > limit:
+        if setup.r > limit:
             raise ValueError(
-                f"rank={setup.rank} is above {limit}, the smaller side of {name} "
-                f"({layer.out_features} × {layer.in_features}); choose a smaller rank, or leave it out of targets"
+                f"r={setup.r} is above {limit}, the smaller side of {name} ({layer.out_features} × "
+                f"{layer.in_features}); choose a smaller r, or leave that layer out of targets"
             )
-        shapes.adapted[name] = layer.in_features, layer.out_features
+        tensors.adapted[name] = layer.in_features, layer.out_features
     if setup.method == "qlora":
-        shapes.quantized = {f"{name}.weight" for name in matching_layers(model, setup.quantize)}
-        shapes.largest_quantized = max(parameters[name] for name in shapes.quantized)
-    return shapes
+        tensors.quantized = {f"{name}.weight" for name in matching_layers(model, setup.quantize)}
+    return tensors
 
 
 @functools.lru_cache(maxsize=16)
 def _built(config: str, attention: str, dtype: str) -> nn.Module:
-    """The meta model of a config; kept, for building one takes longer than counting it."""
+    """The meta model of a config; cached, because building one takes longer than counting it."""
     return meta_model(config_of(json.loads(config)), attention, DTYPES[dtype])
 
 
@@ -161,51 +165,53 @@ def constants_bytes(n: int, setup: Setup | None = None) -> int:
     return blocks + 4 * math.ceil(blocks / NESTED_BLOCKSIZE) + 4 if setup.double_quant else 4 * blocks
 
 
-def weight_rows(shapes: Shapes, setup: Setup) -> list[Row]:
+def weight_rows(tensors: ModelTensors, setup: Setup) -> list[LedgerRow]:
     """Weights by how they are stored, and constants."""
     source = "counted on the meta device"
-    plain = sum(n for name, n in shapes.parameters.items() if name not in shapes.quantized)
-    ends = sum(shapes.parameters[name] for name in shapes.embeddings)
+    plain = sum(n for name, n in tensors.parameters.items() if name not in tensors.quantized)
+    ends = sum(tensors.parameters[name] for name in tensors.embeddings)
     rows = []
 
     def row(component, kind, n, formula):
-        rows.append(Row(component, kind, n, n, formula, source))
+        rows.append(LedgerRow(component, kind, n, n, formula, source))
 
     w = setup.width
     row(
         "weights",
         f"embeddings, {setup.dtype}",
         w * ends,
-        f"{w} B × {ends:,}{' (tied)' if shapes.tied else ''}",
+        f"{w} B × {ends:,}{' (tied)' if tensors.tied else ''}",
     )
     row("weights", f"others, {setup.dtype}", w * (plain - ends), f"{w} B × {plain - ends:,}")
-    if shapes.quantized:
-        sizes = [shapes.parameters[name] for name in shapes.quantized]
+    if tensors.quantized:
+        sizes = [tensors.parameters[name] for name in tensors.quantized]
         packed = sum(math.ceil(n / 2) for n in sizes)
         row("weights", "4 bits", packed, f"0.5 B × {sum(sizes):,}")
         scales = sum(constants_bytes(n, setup) for n in sizes)
-        how = f"{setup.blocksize} weights a scale, " + (
+        how = f"{setup.blocksize} weights per scale, " + (
             "8-bit scales, fp32 scales of 256 of them" if setup.double_quant else "fp32"
         )
         row("constants", "scales", scales, f"{8 * scales / sum(sizes):.4f} bit × {sum(sizes):,}: {how}")
-    row("weights", "buffers", sum(shapes.buffers.values()), "rotary frequencies, fp32")
+    row("weights", "buffers", sum(tensors.buffers.values()), "rotary frequencies, fp32")
     return rows
 
 
-def training_rows(shapes: Shapes, setup: Setup) -> list[Row]:
+def training_rows(tensors: ModelTensors, setup: Setup) -> list[LedgerRow]:
     """Adapters, gradients, and the optimizer's state."""
     rows = []
-    trained = shapes.trained(setup)
+    trained = tensors.trained(setup)
     if setup.method != "full":
-        n, a = sum(shapes.adapters(setup).values()), itemsize(setup.adapter_dtype)
-        formula = f"{a} B × r Σ (in + out) over {len(shapes.adapted)} layers = {a} × {n:,}"
+        n, a = sum(tensors.adapters(setup).values()), itemsize(setup.adapter_dtype)
+        formula = f"{a} B × r Σ (in + out) over {len(tensors.adapted)} layers = {a} × {n:,}"
         rows.append(
-            Row("lora", setup.adapter_dtype, a * n, a * n, formula, "LoRA (Hu et al. 2021), section 4.1")
+            LedgerRow(
+                "lora", setup.adapter_dtype, a * n, a * n, formula, "LoRA (Hu et al. 2021), section 4.1"
+            )
         )
     gradients = sum(n * gradient_width(dtype, setup) for n, dtype in trained.values())
     many = sum(n for n, _ in trained.values())
     formula = f"{gradients / many:.3g} B × {many:,}"
-    rows.append(Row("gradients", "of all that trains", gradients, gradients, formula, "torch.autograd"))
+    rows.append(LedgerRow("gradients", "of all that trains", gradients, gradients, formula, "torch.autograd"))
     state = sum(sum(state_tensors(n, dtype, setup)) for n, dtype in trained.values())
     formula = (
         f"{state / many:.3g} B × {many:,}: "
@@ -216,7 +222,9 @@ def training_rows(shapes: Shapes, setup: Setup) -> list[Row]:
         }[setup.optimizer]
     )
     formula += ", an fp32 copy" if setup.master else ""
-    rows.append(Row("optimizer", setup.optimizer, state, state, formula, "torch.optim, bitsandbytes.optim"))
+    rows.append(
+        LedgerRow("optimizer", setup.optimizer, state, state, formula, "torch.optim, bitsandbytes.optim")
+    )
     return rows
 
 
@@ -225,10 +233,10 @@ def gradient_width(dtype: str, setup: Setup) -> int:
 
 
 def state_tensors(n: int, dtype: str, setup: Setup) -> list[int]:
-    """Bytes of each tensor of optimizer state of a parameter of n numbers.
+    """Bytes of each tensor of optimizer state that a parameter of n numbers has.
 
-    AdamW's step count, 4 bytes, is among them. 8-bit AdamW has two moments of 1 byte a number, in blocks with an fp32 scale;
-    a tensor of less than 4,096 numbers keeps fp32 moments.
+    AdamW's step count, 4 bytes, is among them. 8-bit AdamW has two moments of 1 byte per number, in blocks
+    with an fp32 scale each; a tensor of fewer than 4,096 numbers keeps fp32 moments.
     """
     master = setup.master and itemsize(dtype) < 4
     found = [4 * n] if master else []

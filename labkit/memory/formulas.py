@@ -1,30 +1,39 @@
 """How much memory a step of fine-tuning takes: predicted, simulated, and measured, in the same rows.
 
     plan(…)      from formulas, in a second, for any model, without its weights
-    simulate(…)  by running this course's own training step on tensors without numbers (`labkit.memory.simulation`)
+    simulate(…)  by running this course's own step on tensors without numbers (`labkit.memory.simulation`)
     measure(…)   from a real step (`labkit.memory.measurement`)
 
-The exact part is counting: with P parameters, of which P_t train, and bytes b of each kind,
+The exact part is counting (`labkit.memory.counting`): with P parameters, of which P_t train, and b bytes of
+each kind,
 
     static = b_weights · P  +  constants  +  b_adapter · P_t  +  (4 + 4) · P_t   (AdamW's two moments)
-    then gradients b · P_t, and activations, which grow with the number of tokens and not with P_t.
 
-The parameters are counted on the model's own modules, built on the meta device, and what LoRA adapts is found by the rules that
-`add_lora` goes by. The activations are a closed form for Llama-like blocks: see `labkit.memory.activations`. The peak is the largest of
-a few moments, see `labkit.memory.peaks`.
+then gradients b · P_t, and activations, which grow with the number of tokens and not with P_t: a closed form
+for Llama-like blocks (`labkit.memory.activations`). The peak is the largest of a few moments
+(`labkit.memory.peaks`).
 
-Sources: QLoRA (Dettmers et al. 2023), section 3 and appendix G; Rajbhandari et al. 2020 (ZeRO), section 3, for the
-16 bytes a parameter of mixed-precision AdamW.
+Sources: QLoRA (Dettmers et al. 2023), section 3 and appendix G; Rajbhandari et al. 2020 (ZeRO), section 3,
+for the 16 bytes per parameter of mixed-precision AdamW.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from labkit.memory import peaks
-from labkit.memory.activations import KINDS, PARTS, Block, kept_with_checkpointing, saved_tensors
-from labkit.memory.counting import Shapes, shapes_of, training_rows, weight_rows
-from labkit.memory.ledger import Ledger, Row
+from labkit.memory.activations import (
+    ATTENTION_LAYERS,
+    KINDS,
+    MLP_LAYERS,
+    Decoder,
+    SavedTensor,
+    kept_with_checkpointing,
+    saved_tensors,
+)
+from labkit.memory.counting import ModelTensors, tensors_of, training_rows, weight_rows
+from labkit.memory.ledger import Ledger, LedgerRow
 from labkit.memory.setup import Setup, setup_of
-from labkit.models.shapes import attention_of, changes_logits, config_of
+from labkit.models.shapes import attention_of, changes_logits, config_of, decoder_shape
 
 CUDA_ROUNDING = 512  # bytes: the smallest block of CUDA's caching allocator
 
@@ -33,108 +42,94 @@ def plan(model, method: str = "qlora", **settings) -> Ledger:
     """Predict the memory of a training step from the shapes alone.
 
     Args:
-        model: a name of `known_models()`, a folder with a `config.json`, a transformers config, or a model (of which only
-            the config is read).
+        model: a name of `known_models()`, a folder with a `config.json`, a transformers config, or a model
+            (of which only the config is read).
         method: "full", "lora" or "qlora".
-        settings: any field of `Setup`: rank, targets, sequence, batch, optimizer, checkpointing, dtype, adapter_dtype,
-            attention, logits, supervised …
+        settings: any field of `Setup`: r, targets, max_length, batch_size, optimizer, checkpointing, dtype,
+            adapter_dtype, attention, logits, supervised …
 
     Returns:
-        A `Ledger`. `weights`, `constants`, `lora`, `gradients` and `optimizer` are exact. `activations` are a closed form,
-        `temporary` and the peak an estimate; `.notes` says where the form does not fit the model.
+        A `Ledger`. `weights`, `constants`, `lora`, `gradients` and `optimizer` are exact. `activations` are a
+        closed form, `temporary` and the peak an estimate; `.notes` says where the form does not fit the
+        model.
 
     Raises:
-        ValueError: an unknown model or setting, a sequence longer than the model's positions, a rank above the width of an
-            adapted layer, or targets that match nothing.
+        ValueError: an unknown model or setting, a max_length above the model's positions, an r above the
+            width of an adapted layer, targets that match nothing, or a model whose blocks have no MLP of one
+            width.
 
-    >>> ledger = plan("llama-2-7b", "lora", rank=32, targets="attention", sequence=1024)
+    >>> ledger = plan("llama-2-7b", "lora", r=32, targets="attention", max_length=1024)
     >>> ledger.counts["trainable"], ledger.counts["parameters"]
     (33554432, 6738415616)
     """
     setup = setup_of(method, settings)
     config = config_of(model)
     setup = replace(setup, attention=attention_of(config, setup.attention))
-    shapes = shapes_of(config, setup)
-    rows = [*weight_rows(shapes, setup), *training_rows(shapes, setup)]
-    block = block_of(config, shapes, setup)
-    kept = list((kept_with_checkpointing if setup.checkpointing else saved_tensors)(block, setup))
-    peak = peaks.peak_of(block, setup, shapes, kept)
-    rows += activation_rows(kept, peak, setup)
-    rows = [peak.adjust(row) for row in rows]
-    rows.append(
-        Row("temporary", "tensors", peak.temporary, peak.temporary, peak.formula, "labkit.memory.peaks")
-    )
-    if buffer := peaks.buffer_bytes(setup, shapes):
-        formula = "one dequantized weight, in memory that every layer uses"
-        rows.append(
-            Row("temporary", "buffer for a dequantized layer", buffer, buffer, formula, "labkit.quant.linear")
-        )
-    if setup.device == "cuda":
-        extra = sum(-n % CUDA_ROUNDING for n in shapes.tensor_bytes(setup))
-        formula = f"every static tensor rounded up to {CUDA_ROUNDING} bytes; fragmentation is not predicted"
-        rows.append(Row("overhead", "rounding", extra, extra, formula, "c10/cuda/CUDACachingAllocator"))
+    tensors = tensors_of(config, setup)
+    decoder = decoder_of(config, tensors, setup)
+    kept = list((kept_with_checkpointing if setup.checkpointing else saved_tensors)(decoder, setup))
+    peak = peaks.peak_of(decoder, setup, tensors, kept)
+    rows = [*weight_rows(tensors, setup), *training_rows(tensors, setup), *activation_rows(kept, peak, setup)]
+    rows = [peak.adjust(row) for row in rows] + extra_rows(tensors, peak, setup)
     return Ledger(
         rows,
-        title=f"{shapes.name}: {setup.describe()} (plan)",
+        title=f"{tensors.name}: {setup.describe()} (plan)",
         moment=peak.moment,
-        settings=setup.as_dict() | {"model": shapes.name},
-        counts=shapes.counts(setup),
-        notes=notes_of(config, setup, shapes),
+        settings=setup.as_dict() | {"model": tensors.name},
+        counts=tensors.counts(setup),
+        notes=notes_of(config, setup, tensors),
     )
 
 
-def block_of(config, shapes: Shapes, setup: Setup) -> Block:
-    """The decoder's shapes, as `labkit.memory.activations` needs them."""
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    h = getattr(config, "head_dim", None) or config.hidden_size // heads
-    adapted = {}
-    for name in shapes.adapted:
-        parts = name.split(".")
-        index = next((int(p) for p in parts if p.isdigit()), 0)
-        adapted[index, parts[-1]] = setup.rank
-    trained = setup.method == "full"
-    frozen_output = not trained and not setup.train_embeddings
-    return Block(
-        layers=config.num_hidden_layers,
-        d=config.hidden_size,
-        f=config.intermediate_size,
-        heads=heads,
-        groups=getattr(config, "num_key_value_heads", None) or heads,
-        h=h,
-        vocab=config.vocab_size,
-        norms=sum(name.startswith("model.layers.0.") and "layernorm" in name for name in shapes.parameters),
-        head_norms=any(name.endswith("q_norm.weight") for name in shapes.parameters),
-        trained=trained,
-        embeddings=trained or setup.train_embeddings,
-        adapted=lambda layer, name: adapted.get((layer, name), 0),
-        chunked=frozen_output and setup.logits == "supervised" and not changes_logits(config),
+def decoder_of(config, tensors: ModelTensors, setup: Setup) -> Decoder:
+    """The decoder as `labkit.memory.activations` needs it."""
+    shape = decoder_shape(config)
+    if shape.intermediate_size is None:
+        raise ValueError(
+            f"plan needs the width of the MLP, and a {config.model_type!r} config has no intermediate_size; "
+            "simulate runs its blocks as they are"
+        )
+    base_trains = setup.method == "full"
+    embeddings_train = base_trains or setup.train_embeddings
+    return Decoder(
+        shape=shape,
+        head_norms=any(name.endswith("q_norm.weight") for name in tensors.parameters),
+        base_trains=base_trains,
+        embeddings_train=embeddings_train,
+        adapted=frozenset((block_number(name), name.rpartition(".")[2]) for name in tensors.adapted),
+        chunked_loss=not embeddings_train and setup.logits == "supervised" and not changes_logits(config),
     )
+
+
+def block_number(name: str) -> int:
+    """Of a module: the first number in its full name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 MODELLED = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def notes_of(config, setup: Setup, shapes: Shapes) -> list[str]:
+def notes_of(config, setup: Setup, tensors: ModelTensors) -> list[str]:
     """What the numbers do not say."""
     notes = []
     if config.model_type not in MODELLED:
         notes.append(
-            f"activations are those of a Llama block of these sizes; blocks of {config.model_type!r} may keep much more: "
-            "their peak is underestimated. simulate runs them as they are"
+            f"activations are those of a Llama block of these sizes; blocks of {config.model_type!r} may keep"
+            " much more: their peak is underestimated. simulate runs them as they are"
         )
     window = getattr(config, "sliding_window", None)
-    if window and setup.sequence >= window and setup.attention == "sdpa" and config.model_type == "mistral":
+    if window and setup.max_length >= window and setup.attention == "sdpa" and config.model_type == "mistral":
         notes.append(
-            f"from {window} tokens on, the sliding window needs a mask and k, v repeated for each head: not counted"
+            f"from {window} tokens on, the sliding window needs a mask and k, v repeated for each head: "
+            "not counted"
         )
-    unknown = {name.rpartition(".")[2] for name in shapes.adapted} - set(PARTS)
+    unknown = {name.rpartition(".")[2] for name in tensors.adapted} - {*ATTENTION_LAYERS, *MLP_LAYERS}
     if unknown:
         notes.append(f"activations kept for the adapters of {', '.join(sorted(unknown))} are not counted")
     return notes
 
 
-def activation_rows(kept, peak, setup: Setup) -> list[Row]:
+def activation_rows(kept: list[SavedTensor], peak: peaks.Peak, setup: Setup) -> list[LedgerRow]:
     """What is kept, by kind."""
     rows = []
     how = "kept with checkpointing" if setup.checkpointing else "kept for backward"
@@ -142,59 +137,80 @@ def activation_rows(kept, peak, setup: Setup) -> list[Row]:
         mine = [tensor for tensor in kept if tensor.kind == kind]
         if not mine:
             continue
-        largest = dict.fromkeys(
-            tensor.what for tensor in sorted(mine, key=lambda tensor: -tensor.bytes) if tensor.bytes
-        )
-        formula = f"{len(mine)} tensors {how}: " + "; ".join(list(largest)[:6])
+        largest_first = sorted(mine, key=lambda tensor: -tensor.bytes)
+        names = dict.fromkeys(tensor.what for tensor in largest_first if tensor.bytes)
+        formula = f"{len(mine)} tensors {how}: " + "; ".join(list(names)[:6])
         n = sum(tensor.bytes for tensor in mine)
-        rows.append(Row("activations", kind, n, peak.kept.get(kind, 0), formula, "labkit.memory.activations"))
+        at_peak = peak.kept.get(kind, 0)
+        rows.append(LedgerRow("activations", kind, n, at_peak, formula, "labkit.memory.activations"))
     return rows
 
 
-def crossover(model, a: dict, b: dict, sequences=None, **settings):
-    """Where one way of training takes more memory than another: the peaks of both over sequence lengths.
+def extra_rows(tensors: ModelTensors, peak: peaks.Peak, setup: Setup) -> list[LedgerRow]:
+    """What is temporary at the peak, and what the allocator adds."""
+    n = peak.temporary
+    rows = [LedgerRow("temporary", "tensors", n, n, peak.formula, "labkit.memory.peaks")]
+    if n := peaks.buffer_bytes(setup, tensors):
+        formula = "one dequantized weight, in memory that every layer uses"
+        rows.append(
+            LedgerRow("temporary", "buffer for a dequantized layer", n, n, formula, "labkit.quant.scratch")
+        )
+    if setup.device == "cuda":
+        n = sum(-size % CUDA_ROUNDING for size in tensors.tensor_bytes(setup))
+        formula = f"every static tensor rounded up to {CUDA_ROUNDING} bytes; fragmentation is not predicted"
+        rows.append(LedgerRow("overhead", "rounding", n, n, formula, "c10/cuda/CUDACachingAllocator"))
+    return rows
 
-    QLoRA can take more than LoRA. Not here, where what is not in 4 bits keeps its dtype; but libraries that prepare a quantized
-    model for training turn all the rest (embeddings, norms, output layer) into fp32, and with them every activation:
+
+def crossover(model, a: dict, b: dict, max_lengths: Iterable[int] | None = None, **settings):
+    """Where one way of training takes more memory than another: both peaks over the length of examples.
+
+    QLoRA can take more than LoRA. Not here, where what is not in 4 bits keeps its dtype; but libraries that
+    prepare a quantized model for training turn all the rest (embeddings, norms, output layer) into fp32, and
+    with them every activation:
 
         crossover("qwen2.5-0.5b", a=dict(method="qlora", dtype="fp32"), b=dict(method="lora", dtype="bf16"))
 
     Args:
         model: as for `plan`.
         a, b: the method of each, and what else differs between them.
-        sequences: lengths; default: powers of two from 16 up to what the model knows.
+        max_lengths: default: powers of two from 16 up to what the model knows.
         settings: what both share, as for `plan`.
 
     Returns:
-        A DataFrame with columns `sequence`, `a` and `b` (peaks in bytes), and `difference` = a - b, above 0 where a takes more.
-        `.attrs["crossover"]`: the shortest length, to the token, from which a takes more up to the longest given; None if there is none.
+        A DataFrame with columns `max_length`, `a` and `b` (peaks in bytes), and `difference` = a - b, above 0
+        where a takes more. `.attrs["crossover"]`: the shortest length, to the token, from which a takes more
+        up to the longest given; None if there is no such length.
     """
     import pandas as pd
 
     config = config_of(model)
-    if sequences is None:
+    if max_lengths is None:
         longest = getattr(config, "max_position_embeddings", 4096)
-        sequences = [2**k for k in range(4, longest.bit_length()) if 2**k <= longest]
+        max_lengths = [2**k for k in range(4, longest.bit_length()) if 2**k <= longest]
 
-    def peaks_at(sequence: int) -> tuple[int, int]:
-        return tuple(plan(config, **{**settings, **one, "sequence": sequence}).peak for one in (a, b))
+    def peaks_at(max_length: int) -> tuple[int, int]:
+        one, other = (plan(config, **{**settings, **way, "max_length": max_length}).peak for way in (a, b))
+        return one, other
 
-    found = {sequence: peaks_at(sequence) for sequence in sorted(sequences)}
-    rows = [{"sequence": s, "a": x, "b": y, "difference": x - y} for s, (x, y) in found.items()]
+    rows = []
+    for max_length in sorted(max_lengths):
+        one, other = peaks_at(max_length)
+        rows.append({"max_length": max_length, "a": one, "b": other, "difference": one - other})
     frame = pd.DataFrame(rows)
     frame.attrs["crossover"] = _first_above(frame, peaks_at)
     return frame
 
 
-def _first_above(frame, peaks_at) -> int | None:
-    """The shortest sequence with a above b, by bisection between the rows around the change of sign."""
+def _first_above(frame, peaks_at: Callable[[int], tuple[int, int]]) -> int | None:
+    """The shortest length with a above b, by bisection between the rows around the change of sign."""
     above = [d > 0 for d in frame["difference"]]
     if not above or not above[-1]:
         return None
     last = max((i for i, yes in enumerate(above) if not yes), default=None)
     if last is None:
-        return int(frame["sequence"][0])
-    low, high = int(frame["sequence"][last]), int(frame["sequence"][last + 1])
+        return int(frame["max_length"][0])
+    low, high = int(frame["max_length"][last]), int(frame["max_length"][last + 1])
     while high - low > 1:
         middle = (low + high) // 2
         one, other = peaks_at(middle)

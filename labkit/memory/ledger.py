@@ -1,13 +1,14 @@
-"""A memory ledger: where the bytes of a training step go, one row a component, each with the formula that gave it.
+"""A memory ledger: where the bytes of a training step go, a row per component, each with its formula.
 
-Two columns, because two questions are asked. `bytes` is how much of a component there is when all of it is there; `at_peak` is
-how much of it is there at the one moment when the most is. Calculators add up the first. The card must hold the
-second: gradients grow while activations shrink, so that the peak is less than the sum.
+Two columns, because there are two questions. `bytes` is how large a component is when all of it is there;
+`at_peak` is how much of it is there at the one moment when the total is largest. Calculators add up the
+first. The card must hold the second: gradients grow while activations shrink, so the peak is less than the
+sum.
 
     peak = sum of at_peak <= total = sum of bytes
 
-The same rows come from a formula (`labkit.memory.plan`), from the code run without numbers (`simulate`), and from a real step
-(`measure`), so that `predicted.compare(measured)` puts them side by side.
+The same rows come from a formula (`labkit.memory.plan`), from the code run without numbers (`simulate`), and
+from a real step (`measure`), and `predicted.compare(measured)` puts them side by side.
 """
 
 from collections.abc import Iterator
@@ -22,21 +23,21 @@ COMPONENTS = {
     "gradients": "one for each parameter that trains",
     "optimizer": "its state: moments, step counts, master copies",
     "activations": "what the forward pass keeps for the backward pass",
-    "temporary": "what lives for a few operations only, at the moment of the peak",
-    "overhead": "what the allocator adds: rounding, and what it holds but nobody uses",
+    "temporary": "what lives for a few operations only, around the peak",
+    "overhead": "what the allocator adds: rounding, and what it holds unused",
 }
 
 
 @dataclass(frozen=True)
-class Row:
+class LedgerRow:
     """One line of a ledger.
 
     Attributes:
         component: one of `COMPONENTS`.
         kind: which part of it ("bf16", "attention", "logits" …).
-        bytes: how much of it there is, all in all.
+        bytes: how large it is, all in all.
         at_peak: how much of it is there at the moment of the peak.
-        formula: how `bytes` came about, as text; source: where the formula comes from, or what was measured.
+        formula: how `bytes` is made up, as text; source: where the formula comes from, or what was measured.
     """
 
     component: str
@@ -63,18 +64,21 @@ class Ledger:
         title: what it is the ledger of.
         moment: when the peak is ("backward of the last layer" …).
         settings: every assumption that the numbers rest on.
-        counts: numbers of parameters and such: `parameters`, `trainable`, `adapter_bytes`, `constants_bytes` …
-        timeline: of a run, real or simulated: live bytes after each allocation and release, see `Timeline`; else None.
+        counts: numbers of parameters and such: `parameters`, `trainable`, `adapter_bytes`, `constants_bytes`
+            …
+        timeline: of a run, real or simulated: live bytes after each allocation and release; else None.
         notes: what these numbers do not say.
+        tensors: of a measured run: the time line of tensors alone, without what operations take inside.
     """
 
-    rows: list[Row]
+    rows: list[LedgerRow]
     title: str = ""
     moment: str = ""
     settings: dict = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     timeline: "Timeline | None" = None
     notes: list[str] = field(default_factory=list)
+    tensors: "Timeline | None" = None
 
     def __post_init__(self):
         order = list(COMPONENTS)
@@ -82,32 +86,32 @@ class Ledger:
 
     @property
     def peak(self) -> int:
-        """The most bytes that are there at one time."""
+        """The most bytes that are in use at one time."""
         return sum(row.at_peak for row in self.rows)
 
     @property
     def total(self) -> int:
-        """All components at their full size, as if they were there at the same time: what a simple calculator says."""
+        """All components at full size, as if all were there at once: what a simple calculator says."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def static(self) -> int:
-        """What is there from the first step to the last: weights, constants, adapters, optimizer state."""
+        """What is in use throughout a run: weights, constants, adapters, optimizer state."""
         return sum(self[name] for name in ("weights", "constants", "lora", "optimizer"))
 
     def __getitem__(self, name: str) -> int:
-        """Bytes of a component, `ledger["weights"]`, or of one kind of it, `ledger["activations/attention"]`."""
+        """Bytes of a component, `ledger["weights"]`, or of one kind of it, `ledger["activations/mlp"]`."""
         return sum(row.bytes for row in self.select(name))
 
     def at_peak(self, name: str) -> int:
         """The same at the moment of the peak."""
         return sum(row.at_peak for row in self.select(name))
 
-    def select(self, name: str) -> list[Row]:
-        """The rows of a component or of one kind of it.
+    def select(self, name: str) -> list[LedgerRow]:
+        """The rows of a component or of one of its kinds.
 
         Raises:
-            KeyError: neither is one.
+            KeyError: there is no such component or kind.
         """
         component, _, kind = name.partition("/")
         if component not in COMPONENTS:
@@ -128,7 +132,7 @@ class Ledger:
         return {row.kind: row.at_peak if at_peak else row.bytes for row in rows}
 
     def fits(self, gigabytes: float, reserve: float = 0.0) -> bool:
-        """Does the peak fit a card of so many GB (10⁹ bytes), of which `reserve` GB are taken (CUDA itself, a screen)?"""
+        """Does the peak fit a card of so many GB (10⁹ bytes), if CUDA and a screen take `reserve` of them?"""
         return self.peak <= (gigabytes - reserve) * 1e9
 
     def to_frame(self):
@@ -138,12 +142,14 @@ class Ledger:
         return pd.DataFrame([vars(row) for row in self.rows])
 
     def compare(self, other: "Ledger", kinds: bool = True):
-        """This ledger beside another: a DataFrame with `self`, `other`, `ratio` (self / other) for each row, for each
-        component, and for the peak.
+        """This ledger beside another: the bytes of both and their ratio, by component and at the peak.
 
         Args:
             other: usually the measured one.
-            kinds: one line per kind; False: per component only.
+            kinds: a line for every kind of activation as well.
+
+        Returns:
+            A DataFrame with columns `component`, `kind`, `self`, `other`, and `ratio` (self / other).
         """
         import pandas as pd
 
@@ -165,24 +171,27 @@ class Ledger:
         line("peak", "all", self.peak, other.peak)
         return pd.DataFrame(lines)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[LedgerRow]:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        head = f"{'':13} {'':22} {'bytes':>12} {'at the peak':>12}   how"
-        lines = [
-            f"{row.component:13} {row.kind[:22]:22} {size(row.bytes):>12} {size(row.at_peak):>12}   {row.formula}"
+        def line(name: str, of_all: str, at_peak: str, how: str) -> str:
+            return f"{name:36} {of_all:>12} {at_peak:>12}   {how}"
+
+        rows = [
+            line(f"{row.component:13} {row.kind[:22]}", size(row.bytes), size(row.at_peak), row.formula)
             for row in self.rows
             if row.bytes or row.at_peak
         ]
-        last = f"{'sum':36} {size(self.total):>12} {size(self.peak):>12}   <- the peak: {self.moment or 'not known when'}"
+        moment = f"<- the peak: {self.moment or 'not known when'}"
+        last = line("sum", size(self.total), size(self.peak), moment)
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([self.title, head, *lines, last, *notes])
+        return "\n".join([self.title, line("", "bytes", "at the peak", "how"), *rows, last, *notes])
 
 
 @dataclass
 class Timeline:
-    """Live bytes in the course of a step.
+    """Live bytes over the course of a step.
 
     Attributes:
         live: for each event (an allocation or a release) the bytes of every component: {component: [int, …]}.
@@ -199,7 +208,7 @@ class Timeline:
 
 
 def size(n: int) -> str:
-    """Bytes for people: in GB, MB or kB of 10⁹, 10⁶, 10³.
+    """Bytes for people: in GB, MB or kB (10⁹, 10⁶ or 10³ bytes).
 
     >>> size(13_476_831_232), size(8_388_608), size(512)
     ('13.477 GB', '8.389 MB', '512 B')

@@ -1,19 +1,20 @@
-"""Where the memory of a real training step goes: the rows of a ledger, from the run itself and not from a formula.
+"""Where the memory of a real training step goes: the rows of a ledger, from the run and not from a formula.
 
-The step is taken three times, with a learning rate of zero, so that the model stays what it is:
+The step is taken three times, with a learning rate of zero, so the model does not change:
 
-1. to warm up: kernels are compiled, the optimizer makes its state;
-2. under `labkit.memory.tracker`, which tells what each tensor is (weights, gradients, activations of which kind …);
-3. under the allocator's own eyes: on a CPU PyTorch's profiler records every allocation and release with its size, on CUDA
-   the caching allocator keeps the maximum. That is the peak. It also counts what operations take for themselves inside, which no
-   formula here knows: the row "inside operations".
+1. to warm up: kernels are compiled, and the optimizer makes its state;
+2. under `labkit.memory.tracker`, which says what each tensor is (a weight, a gradient, an activation …);
+3. under the allocator's own eyes: on a CPU PyTorch's profiler records every allocation and release with its
+   size, on CUDA the caching allocator keeps the maximum. That is the peak. It includes what operations take
+   for themselves inside, which no formula here knows: the row "inside operations".
 
-`resident` is the third witness: what the operating system saw, of a step in a process of its own.
+A third witness, besides the tensors and the allocator, is the operating system: `labkit.memory.resident`.
 
-Sources: `torch.profiler` (profile_memory), `torch.cuda.max_memory_allocated`; Linux's VmHWM.
+Sources: `torch.profiler` (profile_memory), `torch.cuda.max_memory_allocated`.
 """
 
 import gc
+import itertools
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -25,12 +26,14 @@ from torch.optim import SGD, AdamW
 from labkit.data.batches import Batch
 from labkit.lora.count import trainable
 from labkit.lora.inject import lora_layers
-from labkit.memory.ledger import Ledger, Row, Timeline
+from labkit.memory.ledger import Ledger, LedgerRow, Timeline
 from labkit.memory.simulation import ledger_of, state_of, static_tensors
 from labkit.memory.tracker import Tracker
 from labkit.quant.linear import QuantLinear
 from labkit.quant.scratch import use_scratch
 from labkit.training.loss import supervised_loss
+
+MARK = "labkit:"  # before the name of a phase, among the profiler's events
 
 
 def measure(
@@ -44,17 +47,19 @@ def measure(
     """Measure one training step of `model` on `batch`.
 
     Args:
-        model: any causal model, on a CPU or a GPU, adapted and quantized as it is to be trained; it is not changed.
+        model: any causal model, on a CPU or a GPU, adapted and quantized as it will be trained; it is not
+            changed.
         batch: see `make_batch`.
-        optimizer: "adamw" (fused, as in `labkit.train`), "sgd", or an optimizer of the model's parameters, whose learning rates
-            are zero during the measurement. One that pages or quantizes its state is measured as what it is.
+        optimizer: "adamw" (fused, as in `labkit.train`), "sgd", or an optimizer of the model's parameters,
+            whose learning rates are zero during the measurement. One that pages or quantizes its state is
+            measured as is.
         checkpointing, logits, clip: as in `TrainConfig`.
 
     Returns:
         A `Ledger`, with a time line; its peak is the allocator's.
 
     Raises:
-        ValueError: nothing trains, the batch is on another device, or no such optimizer.
+        ValueError: nothing trains, the batch is on another device, or the optimizer is not known.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -92,14 +97,14 @@ def measure(
     ledger.tensors, ledger.timeline = ledger.timeline, timeline
     formula = f"allocator's peak {peak:,} B, less {tracked:,} B of tensors"
     ledger.rows.append(
-        Row("temporary", "inside operations", peak - tracked, peak - tracked, formula, step.source)
+        LedgerRow("temporary", "inside operations", peak - tracked, peak - tracked, formula, step.source)
     )
     ledger.moment = phase
     return ledger
 
 
 class TrainingStep:
-    """One training step of a model, that can be taken again and again without changing it."""
+    """One training step of a model that can be taken again and again without changing it."""
 
     def __init__(self, model, batch, optimizer, parameters, checkpointing, logits, clip):
         self.model, self.batch, self.optimizer, self.parameters = model, batch, optimizer, parameters
@@ -108,6 +113,7 @@ class TrainingStep:
         self.source = "torch.profiler" if self.device.type == "cpu" else "torch.cuda.max_memory_allocated"
 
     def __call__(self, phase: Callable[[str], None] = lambda name: None) -> None:
+        """Take the step; `phase` is told which part of it begins."""
         phase("forward")
         loss = supervised_loss(self.model, self.batch, self.logits) / self.batch.n_supervised
         phase("backward")
@@ -121,6 +127,7 @@ class TrainingStep:
         self.clear()
 
     def clear(self) -> None:
+        """Free the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
@@ -153,20 +160,17 @@ class TrainingStep:
         static = sum(storages([*static_all(self.model, self.optimizer, self.batch)]))
         if self.device.type == "cuda":
             return self.by_cuda(static)
-        events, marks = allocations(self)
-        live, now = [static], static
-        for n in events:
-            now += n
-            live.append(now)
+        changes, marks = allocations(self)
+        live = list(itertools.accumulate(changes, initial=static))
         peak = max(live)
         at = live.index(peak)
         phase = next((name for name, first in reversed(marks) if at > first), "before the step")
         return Timeline({"all": live}, marks), peak, phase
 
     def by_cuda(self, static: int) -> tuple[Timeline, int, str]:
-        """Peaks of the phases from CUDA's caching allocator; `reserved` is what it took from the card."""
+        """The same from CUDA's caching allocator, which knows the peak of each phase only."""
         torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device) - static  # what else lives there
+        before = torch.cuda.memory_allocated(self.device) - static  # of others on this card
         peaks: dict[str, int] = {}
         names: list[str] = []
 
@@ -183,6 +187,7 @@ class TrainingStep:
         return Timeline({"all": live}, [(name, i) for i, name in enumerate(peaks)]), peaks[best], best
 
     def title(self) -> str:
+        """Of the ledger."""
         kind = getattr(self.model.config, "name_or_path", "") or self.model.config.model_type
         B, S = self.batch.ids.shape
         check = ", checkpointing" if self.checkpointing else ""
@@ -190,41 +195,44 @@ class TrainingStep:
 
     @property
     def method(self) -> str:
+        """ "full", "lora" or "qlora", by the layers of the model."""
         if not lora_layers(self.model):
             return "full"
         return "qlora" if any(isinstance(m, QuantLinear) for m in self.model.modules()) else "lora"
 
     def settings(self) -> dict:
+        """Of the ledger."""
         return {
             "method": self.method,
             "optimizer": type(self.optimizer).__name__,
             "checkpointing": self.checkpointing,
             "logits": self.logits,
-            "batch": self.batch.ids.shape[0],
-            "sequence": self.batch.ids.shape[1],
+            "batch_size": self.batch.ids.shape[0],
+            "max_length": self.batch.ids.shape[1],
             "n_supervised": self.batch.n_supervised,
             "device": str(self.device),
         }
 
     def counts(self) -> dict[str, int]:
+        """Of the ledger."""
         found = trainable(self.model)
         return {"parameters": found.total, "trainable": found.trainable}
 
 
 def static_all(model, optimizer, batch):
-    """Every tensor that is there before the step."""
+    """Every tensor that exists before the step."""
     for tensors in static_tensors(model, state_of(optimizer), batch).values():
         yield from tensors
 
 
 def storages(tensors) -> list[int]:
-    """Bytes of the storages of tensors, each storage once."""
+    """Bytes of each storage of these tensors."""
     found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return list(found.values())
 
 
 def allocations(step: Callable) -> tuple[list[int], list[tuple[str, int]]]:
-    """Bytes of each allocation (> 0) and release (< 0) of a step on the CPU, in order, and where each phase begins."""
+    """Bytes of each allocation (> 0) and release (< 0) of a step on a CPU, and where the phases begin."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     ranges: list = []
@@ -233,22 +241,18 @@ def allocations(step: Callable) -> tuple[list[int], list[tuple[str, int]]]:
         if ranges:
             ranges.pop().__exit__(None, None, None)
         if name != "end":
-            mark = record_function(f"labkit:{name}")
+            mark = record_function(f"{MARK}{name}")
             mark.__enter__()
             ranges.append(mark)
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces itself on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(phase)
-    events, marks = [], []
-    found = [
-        e
-        for e in profiler.profiler.kineto_results.events()
-        if e.name() == "[memory]" or e.name()[:7] == "labkit:"
-    ]
-    for event in sorted(found, key=lambda e: e.start_ns()):
+    changes: list[int] = []
+    marks: list[tuple[str, int]] = []
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            events.append(event.nbytes())
-        else:
-            marks.append((event.name()[7:], len(events)))
-    return events, marks
+            changes.append(event.nbytes())
+        elif event.name().startswith(MARK):
+            marks.append((event.name().removeprefix(MARK), len(changes)))
+    return changes, marks

@@ -1,7 +1,8 @@
-"""What a step of fine-tuning is, for the memory ledger: every choice that decides how many bytes it takes, in one place.
+"""What a step of fine-tuning is, to the memory ledger: every choice that decides how many bytes it takes.
 
-Published figures differ because these choices do, and are seldom said. Two sets of them have names: `Setup()` is this
-course's own step, with adapters, their gradients and AdamW's moments in fp32; `PUBLISHED` has those of others.
+Published figures differ because these choices differ, and are seldom stated. Two sets of them have names
+here: `Setup()` is this course's own step, with adapters, their gradients and AdamW's moments in fp32;
+`PUBLISHED` holds those of others.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +11,7 @@ import torch
 
 from labkit.checks import check_choice, check_whole, nearest
 from labkit.models.shapes import ATTENTION
-from labkit.quant.tensor import BLOCKSIZES
+from labkit.quant.config import BLOCKSIZES, QuantConfig
 from labkit.training.loss import LOGITS
 
 METHODS = ("full", "lora", "qlora")
@@ -24,37 +25,43 @@ class Setup:
 
     Args:
         method: "full", "lora", or "qlora": LoRA over a base in 4 bits.
-        rank, targets: of LoRA; see `labkit.LoRAConfig`.
-        sequence: tokens of an example; batch: examples of a forward pass.
-        optimizer: "adamw", "adamw8bit" (both moments in blocks of 256 8-bit codes), or "sgd" without momentum.
+        r, targets: of LoRA; see `labkit.LoRAConfig`.
+        max_length: tokens per example, all of them used.
+        batch_size: examples per forward pass.
+        optimizer: "adamw", "adamw8bit" (both moments in blocks of 256 8-bit codes), or "sgd" without
+            momentum.
         checkpointing: keep only the input of each block, and run the block again in the backward pass.
-        recompute_act: make act(gate) again in the backward pass (`labkit.training.recompute`), as this course does; most others keep it.
-        dtype: "fp32", "bf16" or "fp16": of the weights that are not in 4 bits, and of what is computed from them.
-        adapter_dtype: of LoRA's A and B, their gradients and moments: "fp32" in this course, "bf16" in torchtune.
-        state_dtype: of the optimizer's moments; None: that of what trains, as torch.optim does it.
-        gradient_dtype: None: that of what trains.
-        master: keep an fp32 copy of all that trains in less than fp32, and let the moments be fp32 (mixed precision as in
-            Megatron and DeepSpeed).
+        recompute_act: recompute act(gate) in the backward pass (`labkit.training.recompute`), as this course
+            does; most others keep it.
+        dtype: "fp32", "bf16" or "fp16": of the weights that are not in 4 bits, and of what is computed from
+            them.
+        adapter_dtype: of LoRA's A and B, their gradients and moments: "fp32" in this course, "bf16" in
+            torchtune.
+        state_dtype: of the optimizer's moments; None: that of the parameter, as in torch.optim.
+        gradient_dtype: None: that of the parameter.
+        master: keep an fp32 copy of every trained parameter of lower precision, and fp32 moments (mixed
+            precision as in Megatron and DeepSpeed).
         compute_dtype: of the products with 4-bit weights; None: `dtype`.
         blocksize, double_quant: of the 4-bit weights.
         quantize: which linear layers are in 4 bits: "all-linear", or any other value that `targets` may have.
-        train_embeddings: with LoRA: the embedding and the output layer train too, in full.
+        train_embeddings: with LoRA, train the embedding and the output layer too, in full.
         attention: "sdpa" (no matrix of scores) or "eager" (all of it).
-        logits: "supervised" positions only, a few rows at a time where possible (`labkit.training.loss`), or "all", as most do.
-        supervised: share of the positions whose prediction counts in the loss, above 0, up to 1; whole positions are
-            made of it: the last `n_supervised` of every example.
-        device: "cuda" rounds every tensor up to 512 bytes, as CUDA's caching allocator does; "cpu" does not, and keeps one
-            buffer for dequantized weights.
+        logits: of the "supervised" positions only, a few rows at a time where possible
+            (`labkit.training.loss`), or of "all" positions, as in most trainers.
+        supervised: share of the positions whose prediction counts in the loss, above 0, up to 1; rounded to
+            whole positions, the last `per_example` of every example.
+        device: "cuda" rounds every tensor up to 512 bytes, as CUDA's caching allocator does; "cpu" does not,
+            and keeps one buffer for dequantized weights.
 
     Raises:
         ValueError: a value is out of its range.
     """
 
     method: str = "qlora"
-    rank: int = 16
+    r: int = 16
     targets: str | tuple[str, ...] | list[str] = "all-linear"
-    sequence: int = 512
-    batch: int = 1
+    max_length: int = 512
+    batch_size: int = 1
     optimizer: str = "adamw"
     checkpointing: bool = False
     recompute_act: bool = True
@@ -89,11 +96,11 @@ class Setup:
         )
         for name, allowed in choices:
             check_choice(name, getattr(self, name), allowed)
-        for name in ("rank", "sequence", "batch"):
+        for name in ("r", "max_length", "batch_size"):
             check_whole(name, getattr(self, name))
-        if self.sequence < 2:
+        if self.max_length < 2:
             raise ValueError(
-                "sequence=1 has nothing to predict: position t predicts token t + 1; give at least 2"
+                "max_length=1 has nothing to predict: position t predicts token t + 1; give at least 2"
             )
         if isinstance(self.supervised, bool) or not 0 < self.supervised <= 1:
             raise ValueError(
@@ -104,16 +111,24 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        return self.batch * self.sequence
+        """Tokens per forward pass."""
+        return self.batch_size * self.max_length
 
     @property
     def per_example(self) -> int:
-        """Supervised positions of an example, of the sequence - 1 that there are."""
-        return max(1, round(self.supervised * (self.sequence - 1)))
+        """Supervised positions per example, of the max_length - 1 that have a next token."""
+        return max(1, round(self.supervised * (self.max_length - 1)))
 
     @property
     def n_supervised(self) -> int:
-        return self.batch * self.per_example
+        """Supervised positions per forward pass."""
+        return self.batch_size * self.per_example
+
+    @property
+    def quantization(self) -> QuantConfig:
+        """How the 4-bit weights are stored, and multiplied."""
+        dtype = self.compute_dtype and DTYPES[self.compute_dtype]
+        return QuantConfig(blocksize=self.blocksize, double_quant=self.double_quant, compute_dtype=dtype)
 
     @property
     def width(self) -> int:
@@ -122,27 +137,39 @@ class Setup:
 
     def describe(self) -> str:
         """One line."""
-        how = self.method if self.method == "full" else f"{self.method} r={self.rank} on {self.targets}"
+        how = self.method if self.method == "full" else f"{self.method} r={self.r} on {self.targets}"
         check = ", checkpointing" if self.checkpointing else ""
-        return f"{how}, {self.batch} × {self.sequence} tokens, {self.optimizer}, {self.dtype}{check}"
+        return f"{how}, {self.batch_size} × {self.max_length} tokens, {self.optimizer}, {self.dtype}{check}"
 
     def as_dict(self) -> dict:
         """All fields."""
         return asdict(self)
 
 
+# what others call a setting
+OTHER_NAMES = {
+    "rank": "r",
+    "batch": "batch_size",
+    "sequence": "max_length",
+    "sequence_length": "max_length",
+    "seq_len": "max_length",
+    "gradient_checkpointing": "checkpointing",
+}
+
+
 def setup_of(method: str, settings: dict) -> Setup:
-    """The setup of these settings.
+    """The setup with these settings.
 
     Raises:
-        ValueError: there is no setting of that name.
+        ValueError: a setting has another name here, or there is none like it.
     """
     known = [f.name for f in fields(Setup)]
     for name in settings:
         if name not in known:
-            raise ValueError(
-                f"{name!r} is no setting; {nearest(name, known)} The settings are {', '.join(known)}"
+            hint = (
+                f"; it is called {OTHER_NAMES[name]!r} here." if name in OTHER_NAMES else nearest(name, known)
             )
+            raise ValueError(f"{name!r} is not a setting{hint} The settings are {', '.join(known)}")
     return Setup(method=method, **settings)
 
 
@@ -156,7 +183,7 @@ def itemsize(dtype: str) -> int:
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """ "fp32", "bf16" or "fp16" of a torch dtype or of such a name.
+    """ "fp32", "bf16" or "fp16", from a torch dtype or its name.
 
     Raises:
         ValueError: another dtype.
@@ -168,14 +195,16 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 
 
 PUBLISHED = {
-    # The tutorial "Fine-Tuning Llama2 with QLoRA" and recipes/configs/llama2/7B_{lora,qlora}_single_device.yaml. Its table says
-    # peak memory *reserved*: LoRA 13.98 GB after loading and 15.57 GB in training, QLoRA 9.13 and 9.29 GB. So QLoRA's figure
-    # was reached while loading: torchao quantized a weight at one go, with 16 candidates for each number (later "in chunks",
-    # says a note in its nf4tensor.py, because of "a large memory spike"), and what is reserved stays reserved.
+    # The tutorial "Fine-Tuning Llama2 with QLoRA" and
+    # recipes/configs/llama2/7B_{lora,qlora}_single_device.yaml. Its table gives peak memory *reserved*: LoRA
+    # 13.98 GB after loading and 15.57 GB in training, QLoRA 9.13 and 9.29 GB. So QLoRA's figure was reached
+    # while loading: torchao quantized a weight all at once, with 16 candidates per number (later "in chunks",
+    # says a note in its nf4tensor.py, because of "a large memory spike"), and what is reserved stays
+    # reserved.
     "torchtune": dict(
-        rank=8,
+        r=8,
         targets=("q_proj", "v_proj"),
-        batch=2,
+        batch_size=2,
         dtype="bf16",
         adapter_dtype="bf16",
         checkpointing=True,

@@ -1,17 +1,18 @@
-"""This course's own training step, run without numbers: the peak comes from the code, also for a model of 70 B.
+"""This course's own training step, run without numbers: the peak comes from the code, even for a 70B model.
 
-A *fake* tensor has a shape, a dtype and a device, and no memory; operations on it work out what would come out. So the model is
-built of fake weights (4-bit ones too, with their scales), `supervised_loss`, `backward` and the optimizer run as they are, and
-`labkit.memory.tracker` writes down what each tensor would have taken. A 70 B model needs a minute and a few hundred MB.
+A *fake* tensor has a shape, a dtype and a device, and no memory; operations on it work out what would come
+out. So the model is built of fake weights (4-bit ones too), `supervised_loss`, `backward` and the optimizer
+run as they are, and `labkit.memory.tracker` notes what each tensor would have taken. A 70B model needs a
+minute and a few hundred MB.
 
-Three things need the numbers that are not there, and are told instead:
+Three questions need numbers, and are answered otherwise:
 
-- `hidden[mask]`: how many positions the mask selects is known from the setup;
-- whether the logits are the output layer's output, which `labkit.training.loss` looks at once: read off the config;
-- whether transformers sees several sequences packed into one: there are none.
+- `hidden[mask]`: the setup says how many positions the mask selects;
+- whether the logits are the output layer's output: the config says so;
+- whether transformers sees several sequences packed into one: it never does.
 
-Agrees with: `labkit.memory.measurement` on real steps, see `tests/test_memory.py`. It runs as on a CPU, whose fused attention keeps the same
-tensors as CUDA's (q, k, v, the output, and a log-sum-exp a row).
+It runs as on a CPU, whose attention keeps the same tensors as CUDA's. Agrees with `labkit.memory.measurement`
+on real steps: `tests/memory`.
 """
 
 import math
@@ -27,17 +28,19 @@ from labkit.data.batches import IGNORE, Batch
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.targets import matching_layers
-from labkit.memory.counting import shapes_of, state_tensors
-from labkit.memory.ledger import Ledger, Row
+from labkit.memory.counting import state_tensors, tensors_of
+from labkit.memory.ledger import Ledger, LedgerRow
 from labkit.memory.setup import DTYPES, Setup, dtype_name, setup_of
-from labkit.memory.tracker import Record, Tracker
+from labkit.memory.tracker import TensorRecord, Tracker
 from labkit.models.shapes import changes_logits, config_of, meta_model
 from labkit.models.surgery import replace_module
 from labkit.quant.blockwise import NESTED_BLOCKSIZE
+from labkit.quant.config import QuantConfig
 from labkit.quant.linear import QuantLinear
 from labkit.quant.scratch import SCRATCH_BYTES, Scratch, current_scratch, use_scratch
 from labkit.quant.tensor import NestedScales, QuantizedTensor
-from labkit.training import chunked_loss, loss
+from labkit.training.chunked_loss import assume_unchanged
+from labkit.training.loss import supervised_loss
 
 
 def simulate(model, method: str = "qlora", **settings) -> Ledger:
@@ -53,12 +56,11 @@ def simulate_step(config, setup: Setup) -> Ledger:
     of_this_course = {"master": False, "state_dtype": None, "gradient_dtype": None, "recompute_act": True}
     for name, value in of_this_course.items():
         if getattr(setup, name) != value:
-            raise ValueError(
-                f"{name}={getattr(setup, name)!r}: the step of this course has no such thing to run; use plan"
-            )
-    shapes = shapes_of(config, setup)
+            given = f"{name}={getattr(setup, name)!r}"
+            raise ValueError(f"{given} is not part of this course's step, which simulate runs; use plan")
+    tensors = tensors_of(config, setup)
     model = shaped_model(config, setup)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, scratch_as_on(setup.device, model):
+    with FakeTensorMode(allow_non_fake_inputs=True), scratch_as_on(setup.device, model):
         model.to_empty(device="cpu")
         model.tie_weights()  # to_empty has made two tensors of a tied one
         model.train()
@@ -71,7 +73,7 @@ def simulate_step(config, setup: Setup) -> Ledger:
         tracker = _Simulation(model, static, setup.n_supervised, setup.device == "cpu")
         with tracker.watch(), known_answers(model, config):
             tracker.start("forward")
-            value = loss.supervised_loss(model, batch, setup.logits) / setup.n_supervised
+            value = supervised_loss(model, batch, setup.logits) / setup.n_supervised
             tracker.start("backward")
             value.backward()
             tracker.start("optimizer")
@@ -79,12 +81,11 @@ def simulate_step(config, setup: Setup) -> Ledger:
             if optimizer is not None:
                 optimizer.step()
         record = tracker.finish()
-        del fake
     return ledger_of(
         record,
-        title=f"{shapes.name}: {setup.describe()} (simulated)",
-        settings=setup.as_dict() | {"model": shapes.name},
-        counts=shapes.counts(setup),
+        title=f"{tensors.name}: {setup.describe()} (simulated)",
+        settings=setup.as_dict() | {"model": tensors.name},
+        counts=tensors.counts(setup),
         source="labkit.memory.simulation",
     )
 
@@ -104,18 +105,17 @@ class _Simulation(Tracker):
 
 
 def shaped_model(config, setup: Setup) -> nn.Module:
-    """The model of a setup on the meta device: quantized, adapted, and with `requires_grad` as in training."""
+    """The model of a setup on the meta device: quantized, adapted, with `requires_grad` as in training."""
     model = meta_model(config, setup.attention, DTYPES[setup.dtype])
     if setup.method == "full":
         return model
     if setup.method == "qlora":
-        compute = setup.compute_dtype and DTYPES[setup.compute_dtype]
+        quantization = setup.quantization
         for name in matching_layers(model, setup.quantize):
             linear = model.get_submodule(name)
-            replace_module(
-                model, name, QuantLinear(shaped_weight(linear.weight, setup), linear.bias, compute)
-            )
-    add_lora(model, LoRAConfig(r=setup.rank, targets=setup.targets))
+            weight = shaped_weight(linear.weight, quantization)
+            replace_module(model, name, QuantLinear(weight, linear.bias, quantization.compute_dtype))
+    add_lora(model, LoRAConfig(r=setup.r, targets=setup.targets))
     for layer in lora_layers(model).values():
         for side in (layer.lora_A, layer.lora_B):
             side.data = side.data.to(DTYPES[setup.adapter_dtype])
@@ -125,12 +125,12 @@ def shaped_model(config, setup: Setup) -> nn.Module:
     return model
 
 
-def shaped_weight(weight: torch.Tensor, setup: Setup) -> QuantizedTensor:
+def shaped_weight(weight: torch.Tensor, config: QuantConfig) -> QuantizedTensor:
     """A 4-bit weight of the shape of `weight`, on its device, without values."""
     n = weight.numel()
-    blocks = math.ceil(n / setup.blocksize)
+    blocks = math.ceil(n / config.blocksize)
     packed = weight.new_empty((math.ceil(n / 2), 1), dtype=torch.uint8)
-    if setup.double_quant:
+    if config.double_quant:
         scales = NestedScales(
             weight.new_empty(blocks, dtype=torch.uint8),
             weight.new_empty(math.ceil(blocks / NESTED_BLOCKSIZE), dtype=torch.float32),
@@ -138,18 +138,21 @@ def shaped_weight(weight: torch.Tensor, setup: Setup) -> QuantizedTensor:
         )
     else:
         scales = weight.new_empty(blocks, dtype=torch.float32)
-    return QuantizedTensor(packed, scales, weight.shape, weight.dtype, "nf4", setup.blocksize)
+    return QuantizedTensor(packed, scales, weight.shape, weight.dtype, config.codebook, config.blocksize)
 
 
 def fake_batch(setup: Setup) -> Batch:
     """Ids and targets of the setup's shape."""
-    ids = torch.zeros(setup.batch, setup.sequence, dtype=torch.int64)
-    targets = torch.full((setup.batch, setup.sequence), IGNORE)
+    ids = torch.zeros(setup.batch_size, setup.max_length, dtype=torch.int64)
+    targets = torch.full((setup.batch_size, setup.max_length), IGNORE)
     return Batch(ids, targets)
 
 
 def optimizer_of(parameters: list[nn.Parameter], setup: Setup):
-    """The optimizer, and its state as after a first step: [tensors]. 8-bit AdamW has its state only: its step takes no memory."""
+    """The optimizer, and the tensors of its state after a first step.
+
+    Of 8-bit AdamW there is the state only: its step takes no memory that counts.
+    """
     if setup.optimizer == "adamw8bit":
         sizes = [n for p in parameters for n in state_tensors(p.numel(), dtype_name(p.dtype), setup)]
         return None, [torch.empty(n, dtype=torch.uint8) for n in sizes]
@@ -171,7 +174,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def static_tensors(
     model: nn.Module, state: list[torch.Tensor], batch: Batch
 ) -> dict[str, list[torch.Tensor]]:
-    """What is there before the step, by the kinds of a ledger."""
+    """What is there before the step, by "component/kind" of a ledger."""
     found: dict[str, list[torch.Tensor]] = {"activations/inputs": [batch.ids, batch.targets]}
     buffer = current_scratch().memory
     if buffer.numel():
@@ -199,32 +202,29 @@ def static_tensors(
 @contextmanager
 def known_answers(model: nn.Module, config):
     """Within the block, the questions that need numbers are answered; see the module docstring."""
-    output = model.get_output_embeddings()
-    before = chunked_loss._unchanged.get(output)
-    chunked_loss._unchanged[output] = not changes_logits(config)
-    try:
-        with mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None):
-            yield
-    finally:
-        chunked_loss._unchanged.pop(output, None)
-        if before is not None:
-            chunked_loss._unchanged[output] = before
+    unchanged = assume_unchanged(model.get_output_embeddings(), not changes_logits(config))
+    packed = mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None)
+    with unchanged, packed:
+        yield
+
+
+class FakeScratch(Scratch):
+    """A buffer for dequantized weights that is used for fake tensors too."""
+
+    def dequantize(self, weight, dtype):
+        if weight.shape.numel() * dtype.itemsize > SCRATCH_BYTES:
+            return weight.dequantize(dtype)
+        view = self.views.get((weight.shape, dtype))
+        return weight.dequantize(dtype, self.new_view(weight.shape, dtype) if view is None else view)
 
 
 @contextmanager
 def scratch_as_on(device: str, model: nn.Module):
-    """Within the block `QuantLinear` takes its memory for dequantized weights as it does on `device`."""
+    """Within the block, `QuantLinear` takes its memory for dequantized weights as it does on `device`."""
     if device != "cpu":
         with use_scratch():
             yield
         return
-
-    class FakeScratch(Scratch):
-        def dequantize(self, weight, dtype):
-            if weight.shape.numel() * dtype.itemsize > SCRATCH_BYTES:
-                return weight.dequantize(dtype)
-            view = self.views.get((weight.shape, dtype))
-            return weight.dequantize(dtype, self.new_view(weight.shape, dtype) if view is None else view)
 
     scratch = FakeScratch()
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
@@ -236,7 +236,7 @@ def scratch_as_on(device: str, model: nn.Module):
         yield
 
 
-def ledger_of(record: Record, title: str, settings: dict, counts: dict, source: str) -> Ledger:
+def ledger_of(record: TensorRecord, title: str, settings: dict, counts: dict, source: str) -> Ledger:
     """The rows of a record."""
     _, event = record.peak()
     at_peak, largest = record.at(event), record.largest()
@@ -244,6 +244,6 @@ def ledger_of(record: Record, title: str, settings: dict, counts: dict, source: 
     for label, n in largest.items():
         component, _, kind = label.partition("/")
         n = at_peak.get(label, 0) if component == "temporary" else n
-        rows.append(Row(component, kind, n, at_peak.get(label, 0), "bytes of tensors", source))
+        rows.append(LedgerRow(component, kind, n, at_peak.get(label, 0), "bytes of tensors", source))
     moment = record.phase_at(event)
     return Ledger(rows, title, moment, settings, counts, record.timeline())

@@ -1,26 +1,27 @@
-"""Watch every tensor of a training step come and go: the bookkeeping behind `simulate` and, for the components, `measure`.
+"""Watch every tensor of a training step come and go: the bookkeeping behind `simulate` and `measure`.
 
-PyTorch calls a dispatch mode for each operation below autograd, in the forward pass, in the backward pass, and in the optimizer.
-This one looks at what comes out. Memory belongs to a *storage* (views share one), so storages are counted; a weak reference
-to it says when it is gone. What a tensor is follows from when it was made and whether it lived on:
+PyTorch calls a dispatch mode for each operation below autograd. This one looks at what comes out. Memory
+belongs to a *storage*, which views share, so storages are counted; a weak reference says when one is gone.
+What it is follows from when it was made, and whether it lived on:
 
-- made in the forward pass and still there at its end: an activation, kept for the backward pass; which kind, from the module
-  that was running;
+- made in the forward pass and still there at its end: an activation, whose kind follows from the module that
+  made it;
 - put into `.grad`: a gradient (a hook says so);
 - anything else: temporary.
 
-It sees tensors, not what an operation takes for itself inside: those bytes only the allocator knows; see `labkit.memory.measurement`.
-PyTorch's own `torch.distributed._tools.mem_tracker.MemTracker` works the same way, but keeps no time line, and tells
-activations from temporaries by module and not by whether the backward pass needs them.
+What an operation takes for itself inside, only the allocator sees: `labkit.memory.measurement`. PyTorch's own
+`torch.distributed._tools.mem_tracker.MemTracker` works the same way, but keeps no time line, and separates
+activations from temporaries by module, not by whether the backward pass needs them.
 """
 
 import re
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,8 +33,16 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 @dataclass
-class Entry:
-    """The life of a storage: bytes, the module and phase that made it, what it is, and the events of its birth and death."""
+class TrackedTensor:
+    """The life of the storage of a tensor.
+
+    Attributes:
+        bytes: of the storage.
+        module, phase: when and where in the model it was made.
+        label: its component and kind, "activations/mlp"; None until it is known.
+        born, died: numbers of the events of its allocation and its release.
+        is_input: is it a mask, or the state of the random generator?
+    """
 
     bytes: int
     module: str
@@ -41,24 +50,26 @@ class Entry:
     label: str | None
     born: int
     died: int | None = None
-    is_input: bool = False  # a mask, or the state of the random generator
+    is_input: bool = False
 
 
 class Tracker(TorchDispatchMode):
-    """Record the storages of everything that is made inside `with tracker:`.
+    """Record the storages of everything that is made inside `with tracker.watch():`.
 
     Args:
-        model: its modules give activations their kind, its parameters their gradients' label.
-        static: tensors that are there already, by component: {"weights/bf16": [...], …}.
-        count_generator: count the states of the random generator that checkpointing keeps; they are in host memory.
+        model: its modules give activations their kind.
+        static: tensors that exist already, by label: {"weights/others, bf16": [...], …}.
+        count_generator: count the states of the random generator that checkpointing keeps, in host memory.
     """
 
-    def __init__(self, model: nn.Module, static: dict[str, Iterable[Tensor]], count_generator: bool = True):
+    def __init__(
+        self, model: nn.Module, static: Mapping[str, Iterable[Tensor]], count_generator: bool = True
+    ):
         super().__init__()
         self.count_generator = count_generator
         self.model, self.phase = model, "forward"
-        self.entries: list[Entry] = []
-        self.alive: dict[int, Entry] = {}
+        self.tensors: list[TrackedTensor] = []
+        self.alive: dict[int, TrackedTensor] = {}  # by the address of the storage object
         self.events = 0
         self.starts: list[tuple[str, int]] = []
         self.modules = [""]
@@ -74,14 +85,14 @@ class Tracker(TorchDispatchMode):
         if n == 0 or key in self.alive:
             return
         self.events += 1
-        entry = Entry(
-            n, self.modules[-1], self.phase, label, self.events, is_input=tensor.dtype == torch.bool
-        )
-        self.alive[key] = entry
-        self.entries.append(entry)
+        is_input = tensor.dtype == torch.bool
+        tracked = TrackedTensor(n, self.modules[-1], self.phase, label, self.events, is_input=is_input)
+        self.alive[key] = tracked
+        self.tensors.append(tracked)
         weakref.finalize(storage, self.gone, key).atexit = False
 
     def gone(self, key: int) -> None:
+        """The storage has been released."""
         if self.done:
             return
         self.events += 1
@@ -95,7 +106,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def run(self, func, args, kwargs):
-        """Carry out an operation; a simulation does so without numbers."""
+        """Carry out an operation; a simulation answers some without numbers."""
         return func(*args, **kwargs)
 
     @contextmanager
@@ -133,59 +144,64 @@ class Tracker(TorchDispatchMode):
                 handle.remove()
 
     def is_gradient(self, parameter: nn.Parameter) -> None:
-        entry = self.alive.get(parameter.grad.untyped_storage()._cdata)
-        if entry is not None:
-            entry.label = "gradients/of all that trains"
+        """The gradient of a parameter is complete."""
+        tracked = self.alive.get(parameter.grad.untyped_storage()._cdata)
+        if tracked is not None:
+            tracked.label = "gradients/of all that trains"
 
     def start(self, phase: str) -> None:
         """Say which phase of the step begins."""
-        if phase == "backward":  # all that is left of the forward pass now is there for the backward pass
-            for entry in self.alive.values():
-                if entry.label is None:
-                    entry.label = f"activations/{kind_of(entry)}"
+        if phase == "backward":  # what the forward pass has left is there for the backward pass
+            for tracked in self.alive.values():
+                if tracked.label is None:
+                    tracked.label = f"activations/{kind_of(tracked)}"
         self.phase = phase
         self.modules = [""]
         self.starts.append((phase, self.events))
 
-    def finish(self) -> "Record":
-        """All that was seen; what goes after this is not."""
+    def finish(self) -> "TensorRecord":
+        """All that was seen; later releases are not."""
         self.done = True
-        for entry in self.entries:
-            entry.label = entry.label or "temporary/tensors"
-        return Record(list(self.entries), self.events, list(self.starts))
+        for tracked in self.tensors:
+            tracked.label = tracked.label or "temporary/tensors"
+        return TensorRecord(list(self.tensors), self.events, list(self.starts))
 
 
 @dataclass
-class Record:
-    """The storages of a step, each with its label."""
+class TensorRecord:
+    """The tensors of a step, each with its label.
 
-    entries: list[Entry]
+    Attributes:
+        tensors: in the order in which they were made.
+        events: how many births and deaths there were.
+        starts: (phase, the last event before it).
+    """
+
+    tensors: list[TrackedTensor]
     events: int
     starts: list[tuple[str, int]]
 
-    def series(self, name: Callable[[str], str] = lambda label: label) -> dict[str, list[int]]:
+    def series(self, name: Callable[[str], str] = lambda label: label) -> dict[str, np.ndarray]:
         """Live bytes after every event, for each label, or each `name(label)`."""
-        import numpy as np
-
         change: dict[str, np.ndarray] = {}
-        for entry in self.entries:
-            values = change.setdefault(name(entry.label), np.zeros(self.events + 2, dtype=np.int64))
-            values[entry.born] += entry.bytes
-            if entry.died is not None:
-                values[entry.died] -= entry.bytes
+        for tracked in self.tensors:
+            values = change.setdefault(name(tracked.label), np.zeros(self.events + 2, dtype=np.int64))
+            values[tracked.born] += tracked.bytes
+            if tracked.died is not None:
+                values[tracked.died] -= tracked.bytes
         return {label: values.cumsum() for label, values in change.items()}
 
     def at(self, event: int) -> dict[str, int]:
         """Live bytes of each label after an event."""
         live: dict[str, int] = {}
-        for entry in self.entries:
-            if entry.born <= event and (entry.died is None or entry.died > event):
-                live[entry.label] = live.get(entry.label, 0) + entry.bytes
+        for tracked in self.tensors:
+            if tracked.born <= event and (tracked.died is None or tracked.died > event):
+                live[tracked.label] = live.get(tracked.label, 0) + tracked.bytes
         return live
 
     def peak(self) -> tuple[int, int]:
         """(bytes, event) of the most live bytes."""
-        total = sum(self.series().values())
+        total = np.sum(list(self.series().values()), axis=0)
         event = int(total.argmax())
         return int(total[event]), event
 
@@ -203,11 +219,11 @@ class Record:
         return Timeline({name: values.tolist() for name, values in series.items()}, list(self.starts))
 
 
-def kind_of(entry: Entry) -> str:
+def kind_of(tracked: TrackedTensor) -> str:
     """Which kind of activation: where in the model it was made."""
-    path = entry.module
+    path = tracked.module
     last = path.rpartition(".")[2]
-    if entry.is_input or "rotary" in path or path == "model":
+    if tracked.is_input or "rotary" in path or path == "model":
         return "inputs"
     if re.search(r"(^|\.)(self_attn|attn|attention)(\.|$)", path):
         return "attention"

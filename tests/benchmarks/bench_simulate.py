@@ -1,6 +1,6 @@
 """Plan and simulate a QLoRA step of a large model: seconds, the most memory that it took here, and how well the two agree.
 
-python tests/benchmarks/bench_simulate.py [llama-3-70b] [--sequence 1024]
+python tests/benchmarks/bench_simulate.py [llama-3-70b] [--max-length 1024]
 """
 
 import argparse
@@ -15,9 +15,9 @@ from labkit.memory.simulation import simulate
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="llama-3-70b")
-    parser.add_argument("--sequence", type=int, default=1024)
+    parser.add_argument("--max-length", type=int, default=1024)
     arguments = parser.parse_args()
-    how = dict(checkpointing=True, sequence=arguments.sequence)
+    how = dict(checkpointing=True, max_length=arguments.max_length)
     ledgers = []
     for name, predict in (("plan", plan), ("simulate", simulate)):
         started, cpu = time.perf_counter(), time.process_time()
