@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labkit.hardware import set_fast
 from labkit.optim.adamw import MAPS, AdamW, AdamW8bit, quantize_moment
-from labkit.quant import kernels
 from labkit.quant.blockwise import quantize_blocks
 from labkit.quant.codebooks import midpoints
 
@@ -184,14 +184,14 @@ def test_a_moment_goes_to_the_nearest_level_fast_or_readable(n, exponent, signed
 def test_the_readable_path_and_the_kernels_train_to_the_same_bits():
     results = []
     for fast in (True, False):
-        kernels.set_fast(fast)
+        set_fast(fast)
         try:
             p = parameters([(70, 100)])[0]
             q = parameters([(70, 100)])[0]
             optimizers = AdamW8bit([p], lr=1e-2), AdamW8bit([q], lr=1e-2)
             train_alike([(p, q)], optimizers, 6)
         finally:
-            kernels.set_fast(True)
+            set_fast(True)
         results.append(p.detach())
     assert torch.equal(*results)
 

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from labkit.checks import check_whole
-from labkit.quant import kernels
 from labkit.quant.blockwise import dequantize_blocks, quantize_blocks
 from labkit.quant.codebooks import dynamic8
+from labkit.quant.kernels import dispatch, operations
 
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # numbers; a smaller tensor keeps its state in fp32, as in bitsandbytes
@@ -199,6 +199,6 @@ MAPS = {"exp_avg": dynamic8(), "exp_avg_sq": dynamic8(signed=False)}
 
 def quantize_moment(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) fp32 to codes of `levels`, (n,) uint8, and one absmax for each 256 of them."""
-    if kernels.quantizes_scales(values):
-        return kernels.quantize_scales(values, levels)
+    if dispatch.quantizes_scales(values):
+        return operations.quantize_scales(values, levels)
     return quantize_blocks(values, levels, BLOCKSIZE)

@@ -190,11 +190,13 @@ def codebook(name: str) -> Tensor:
     Raises:
         ValueError: the name is not known.
     """
-    if not isinstance(name, str) or name not in CODEBOOKS:
+    try:
+        return CODEBOOKS[name]
+    except (KeyError, TypeError):  # made on first use, or no name of a codebook at all
         family, _, blocksize = str(name).partition("-")
-        if family != "optimal" or not blocksize.isdecimal():
-            check_choice("codebook", name, {**CODEBOOKS, "optimal-64": None})
-        CODEBOOKS[name] = optimal(int(blocksize))
+    if family != "optimal" or not blocksize.isdecimal():
+        check_choice("codebook", name, {**CODEBOOKS, "optimal-64": None})
+    CODEBOOKS[name] = optimal(int(blocksize))
     return CODEBOOKS[name]
 
 

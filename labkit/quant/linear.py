@@ -4,23 +4,14 @@
     backward:  dL/dx = dL/dy W'        W' made again from the same packed bytes
 
 The weight is frozen, so there is no dL/dW; but dL/dx needs W'. Were W' an ordinary tensor of the graph, autograd would
-keep it from forward to backward, for every layer at once: the full model in 16 or 32 bits, and nothing saved. So
-the autograd function below saves the *packed* weight and dequantizes twice. That costs time, one extra pass over
-the weights, and never more memory than one layer.
+keep it from forward to backward, for every layer at once: the full model in 16 or 32 bits, and nothing saved. So the
+autograd function below saves the *packed* weight and dequantizes twice. That costs one extra pass over the weights,
+and never more memory than one layer (`labkit.quant.scratch`).
 
-Why W' is written to the same memory in every layer: new memory costs page faults, as much time as dequantizing itself,
-and what was just written is still in the processor's cache when the multiplication reads it.
+QLoRA's "storage" and "computation" data types: the product is taken in `compute_dtype`, to which x and W' are rounded
+first. bf16 pays where the processor has matrix units for it (`labkit.hardware.product_dtype` knows).
 
-**A few tokens without gradients** (text is generated one token at a time) take another path on a CPU in fp32: for one
-row of x, writing all of W' is most of the work, so a kernel adds up the products as it looks the weights up. They are
-the same products, added in another order: results differ from the other path in the last bits, as they do between any
-two matrix libraries. `FEW_ROWS = 0` turns this path off.
-
-**Two dtypes** (QLoRA's "storage" and "computation" data types): the weight is stored in 4 bits, and the product is taken
-in `compute_dtype`, to which x and W' are rounded first. None, the default, means that of x. bf16 pays where the processor
-has matrix units for it (`labkit.hardware.product_dtype` knows); the rest of the network may stay in fp32.
-
-This is what bitsandbytes' `MatMul4Bit` does. Source: QLoRA (Dettmers et al. 2023), section 3, equation 5.
+Source: QLoRA (Dettmers et al. 2023), section 3, equation 5. Agrees with: bitsandbytes' `MatMul4Bit`.
 """
 
 from dataclasses import replace
@@ -30,12 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from labkit.quant import kernels
 from labkit.quant.config import QuantConfig, check_compute_dtype
+from labkit.quant.direct import multiplies_directly, multiply_directly
 from labkit.quant.scratch import dequantize_to_scratch
 from labkit.quant.tensor import NestedScales, QuantizedTensor, quantize
-
-FEW_ROWS = 16  # rows of x up to which not writing W' was faster than a matrix multiplication with it
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -122,21 +111,9 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        if not self.multiplies_directly(x):
-            return _QuantizedLinear.apply(x, self.weight, self.bias, self.compute_dtype or x.dtype)
-        y = self.weight.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
-
-    def multiplies_directly(self, x: Tensor) -> bool:
-        """Are there so few rows, and no gradients to come, that W' need not be made at all?"""
-        return (
-            x.shape[-1:] == (self.in_features,)
-            and 0 < x.numel() <= FEW_ROWS * self.in_features
-            and self.compute_dtype in (None, x.dtype)
-            and not (torch.is_grad_enabled() and x.requires_grad)
-            and kernels.multiplies(x, self.in_features)
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+        if multiplies_directly(x, self.in_features, self.compute_dtype):
+            return multiply_directly(x, self.weight, self.bias)
+        return _QuantizedLinear.apply(x, self.weight, self.bias, self.compute_dtype or x.dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An `nn.Linear` with the dequantized weight, frozen: what this layer computes, in 16 or 32 bits."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from labkit.checks import check_choice
-from labkit.quant import kernels
 from labkit.quant.blockwise import (
     NESTED_BLOCKSIZE,
     dequantize_blocks,
@@ -24,6 +23,9 @@ from labkit.quant.blockwise import (
 from labkit.quant.codebooks import codebook as levels_of
 from labkit.quant.codebooks import codes_by_rank
 from labkit.quant.config import SCALE_ROUNDINGS, QuantConfig
+from labkit.quant.kernels import operations
+from labkit.quant.kernels.dispatch import fast_for, quantizes_scales
+from labkit.quant.kernels.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,17 @@ class QuantizedTensor:
         dtype, n = dtype or self.dtype, self.shape.numel()
         if not dtype.is_floating_point:
             raise TypeError(f"weights cannot be dequantized to {dtype}; choose float32, bfloat16 or float16")
-        if not kernels.fast_for(self.packed):
+        if not fast_for(self.packed):
             levels = levels_of(self.codebook)
             flat = dequantize_blocks(unpack(self.packed, n), self.absmax, levels, self.blocksize).to(dtype)
             return flat.view(self.shape) if out is None else out.copy_(flat.view(self.shape))
-        weight, nested = self.kernel_arguments()
-        values = kernels.dequantize_4bit(*weight, n, dtype, *nested, out)
+        values = operations.dequantize_4bit(self.for_kernels(), n, dtype, out)
         return values.view(self.shape) if out is None else out
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x @ dequantize().T` for few rows x, (rows, in) fp32, without making the dequantized weight.
 
-        Only where `kernels.multiplies` says that there is a kernel; see `kernels.multiply_4bit` for what differs.
+        Only where `dispatch.multiplies` says that there is a kernel; see `operations.multiply_4bit` for what differs.
 
         Raises:
             ValueError: x is of another width, dtype or device than the kernel reads.
@@ -129,15 +130,16 @@ class QuantizedTensor:
             raise ValueError(
                 f"x is {tuple(x.shape)} {x.dtype} on {x.device}; this weight needs (rows, {self.shape[-1]}) float32 on a CPU"
             )
-        weight, nested = self.kernel_arguments()
-        return kernels.multiply_4bit(x, *weight, self.shape[0], *nested)
+        return operations.multiply_4bit(x, self.for_kernels(), self.shape[0])
 
-    def kernel_arguments(self) -> tuple[tuple, tuple]:
-        """This weight as the kernels take it: (packed, scales, levels, blocksize) and (nested, offset)."""
-        scales, nested = self.scales, (None, None)
+    def for_kernels(self) -> PackedWeight:
+        """This weight as the kernels take it."""
+        scales, levels = self.scales, levels_of(self.codebook)
         if isinstance(scales, NestedScales):
-            scales, nested = scales.codes, (scales.absmax, scales.offset)
-        return (self.packed, scales, levels_of(self.codebook), self.blocksize), nested
+            return PackedWeight(
+                self.packed, scales.codes, levels, self.blocksize, scales.absmax, scales.offset
+            )
+        return PackedWeight(self.packed, scales, levels, self.blocksize)
 
     def error(self, weight: Tensor) -> dict[str, float]:
         """How far this is from `weight`: the errors of its values and, against their size, of the whole.
@@ -195,8 +197,8 @@ def quantize(
     check_quantizable(weight)
     levels, blocksize = levels_of(config.codebook), config.blocksize
     flat = weight.detach().reshape(-1)
-    if kernels.fast_for(flat):
-        packed, absmax = kernels.quantize_4bit(flat.float().contiguous(), levels, blocksize)
+    if fast_for(flat):
+        packed, absmax = operations.quantize_4bit(flat.float().contiguous(), levels, blocksize)
     else:
         codes, absmax = quantize_blocks(flat.float(), levels, blocksize)
         packed = pack(codes, pad=int(codes_by_rank(levels)[7]))
@@ -235,8 +237,8 @@ def quantize_scales(absmax: Tensor, rounding: str = "nearest") -> NestedScales:
     offset = absmax.mean()
     if rounding == "lookup":
         codes, nested = lookup_blocks(absmax - offset)
-    elif kernels.quantizes_scales(absmax):
-        codes, nested = kernels.quantize_scales(absmax - offset)
+    elif quantizes_scales(absmax):
+        codes, nested = operations.quantize_scales(absmax - offset)
     else:
         codes, nested = quantize_blocks(absmax - offset, levels_of("dynamic8"), NESTED_BLOCKSIZE)
     return NestedScales(codes, nested, offset)

@@ -1,4 +1,4 @@
-"""The four-bit kernels for a CPU: the compiled loops of `tasks.py`, called with tensors, on the threads of `threads.py`.
+"""The four-bit kernels for a CPU: compiled loops, called with tensors, on the threads of `threads.py`.
 
 Agrees, bit for bit, with: `labkit.quant.blockwise.quantize_blocks` and `dequantize_blocks`.
 """
@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from labkit.quant.codebooks import dynamic8, search_tables
-from labkit.quant.kernels import tasks, threads
+from labkit.quant.kernels import threads
+from labkit.quant.kernels.dequantizing import dequantize_task
+from labkit.quant.kernels.multiplying import multiply_task
+from labkit.quant.kernels.packed import PackedWeight
+from labkit.quant.kernels.quantizing import quantize_scales_task, quantize_task
 from labkit.quant.kernels.stores import ALIGNMENT
+from labkit.quant.kernels.tasks import STEP
 from labkit.quant.kernels.vectors import LANES
 
 HUGE_PAGES_FROM = 1 << 22  # bytes
@@ -19,84 +24,66 @@ STREAMED_FROM = 1 << 24  # bytes: a larger result is written past the caches
 
 def multiplies(width: int) -> bool:
     """Is there a kernel for this processor that multiplies rows of `width` numbers?"""
-    return LANES > 0 and width % tasks.STEP == 0
+    return LANES > 0 and width % STEP == 0
 
 
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """See `labkit.quant.kernels.quantize_4bit`."""
+    """See `labkit.quant.kernels.operations.quantize_4bit`."""
     n = flat.numel()
     n_blocks = -(-n // blocksize)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(n_blocks)
     tensors = flat, *search_tables(levels), absmax, packed
     addresses = [tensor.data_ptr() for tensor in tensors]
-    threads.run(tasks.quantize_task.address, n_blocks, n, n, n_blocks, blocksize, *addresses)
+    threads.run(quantize_task.address, n_blocks, n, n, n_blocks, blocksize, *addresses)
     return packed, absmax
 
 
 def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See `labkit.quant.kernels.quantize_scales`."""
+    """See `labkit.quant.kernels.operations.quantize_scales`."""
     n, n_blocks, levels = flat.numel(), -(-flat.numel() // 256), dynamic8() if levels is None else levels
     codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n_blocks)
     tensors = flat, *search_tables(levels), codes, absmax
     # a search takes about eight times as long as quantizing a weight
-    threads.run(
-        tasks.quantize_scales_task.address, n_blocks, 8 * n, n, n_blocks, *(t.data_ptr() for t in tensors)
-    )
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    threads.run(quantize_scales_task.address, n_blocks, 8 * n, n, n_blocks, *addresses)
     return codes, absmax
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    scales: Tensor,
-    levels: Tensor,
-    blocksize: int,
-    out: Tensor,
-    nested: Tensor | None = None,
-    offset: Tensor | None = None,
-    new: bool = False,
-) -> None:
-    """See `labkit.quant.kernels.dequantize_4bit`; writes to `out`, n values, contiguous.
+def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> None:
+    """See `labkit.quant.kernels.operations.dequantize_4bit`; writes to `out`, n values, contiguous.
 
-    `new`: nobody has written to `out` yet. The system then zeroes each page just before it is first written, and it is in the
-    caches: going past them would be slower.
+    `new`: nobody has written to `out` yet. The system then zeroes each page just before it is first written, so the
+    page is in the caches, and going past them would be slower.
     """
     if out.dtype not in WRITTEN:  # numba has no half precision on a CPU; float64 holds every float32
         whole = empty(out.numel(), torch.float32, out.device)
-        dequantize_4bit(packed, scales, levels, blocksize, whole, nested, offset, new=True)
+        dequantize_4bit(weight, whole, new=True)
         out.copy_(whole.view(out.shape))
         return
     n = out.numel()
-    weight = weight_arguments(packed, scales, levels, blocksize, n, nested, offset)
-    place = out.data_ptr()
-    aligned = blocksize % tasks.STEP == 0 and place % ALIGNMENT == 0
-    streamed = aligned and out.nbytes >= STREAMED_FROM and not new
-    threads.run(tasks.dequantize_task.address, weight[1], n, *weight, place, out.itemsize, streamed)
+    arguments = weight_arguments(weight, n)
+    place, itemsize = out.data_ptr(), out.itemsize
+    aligned = weight.blocksize % STEP == 0 and place % ALIGNMENT == 0
+    streamed = aligned and n * itemsize >= STREAMED_FROM and not new
+    threads.run(dequantize_task.address, arguments[1], n, *arguments, place, itemsize, streamed)
 
 
-def multiply_4bit(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    levels: Tensor,
-    blocksize: int,
-    y: Tensor,
-    nested: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> None:
-    """See `labkit.quant.kernels.multiply_4bit`; x is (tokens, width), and writes to `y`, (tokens, out), both contiguous."""
+def multiply_4bit(x: Tensor, weight: PackedWeight, y: Tensor) -> None:
+    """See `labkit.quant.kernels.operations.multiply_4bit`; writes to `y`, (tokens, height); x and y are contiguous."""
     (tokens, width), height = x.shape, y.shape[1]
     n = width * height
-    weight = weight_arguments(packed, scales, levels, blocksize, n, nested, offset)
-    threads.run(tasks.multiply_task.address, height, n, *weight, x.data_ptr(), width, y.data_ptr(), tokens)
+    arguments = weight_arguments(weight, n)
+    threads.run(multiply_task.address, height, n, *arguments, x.data_ptr(), width, y.data_ptr(), tokens)
 
 
-def weight_arguments(packed, scales, levels, blocksize, n, nested, offset) -> tuple[int, ...]:
-    """The arguments of a task that say what the weight is.
+def weight_arguments(weight: PackedWeight, n: int) -> tuple[int, ...]:
+    """The arguments of a task that say what the weight is, of `n` numbers.
 
     Raises:
-        ValueError: a tensor is not what a kernel could read without leaving its memory.
+        ValueError: a kernel could not read a tensor without leaving its memory.
     """
+    packed, scales, levels, blocksize, nested, offset = weight
     n_blocks = -(-n // blocksize)
     if (
         packed.numel() < (n + 1) // 2

@@ -1,7 +1,8 @@
 """Forget compiled kernels that are older than their sources.
 
-numba keeps what it compiled beside the package, and compiles again when the file that holds a kernel has changed. That the kernel
-calls functions of other files it does not know: after an update that touches only those, the old kernels would run on.
+numba keeps what it compiled beside the package, and compiles again when the file that holds a kernel has changed. It
+does not know that the kernel calls functions of other files: after an update of only those, the old kernels would
+still run.
 """
 
 from contextlib import suppress
@@ -9,7 +10,8 @@ from pathlib import Path
 
 
 def forget_outdated(folder: Path) -> None:
-    """Remove what numba keeps of the files in `folder`, if one of them has changed since; where that is not allowed, nothing."""
+    """Remove what numba has kept of the files in `folder`, if one of them has changed since; where that is not allowed,
+    nothing."""
     changed = max(source.stat().st_mtime for source in folder.glob("*.py"))
     with suppress(OSError):  # installed for all users, or another process was faster
         for kept in (folder / "__pycache__").glob("*.nb[ic]"):

@@ -1,12 +1,12 @@
 """Four-bit quantize and dequantize for CUDA, in Triton.
 
-Dequantizing, every program takes a run of packed bytes, looks up the two levels of each, multiplies by the scales of
+To dequantize, every program takes a run of packed bytes, looks up the two levels of each, multiplies by the scales of
 their blocks (made from 8-bit codes first, if they are double-quantized) and writes twice as many values, interleaved.
-Quantizing, every program takes one block: its largest magnitude, then fifteen compares per weight.
+To quantize, every program takes one block: its largest magnitude, then fifteen compares per weight.
 
 Three things that a GPU does by default would change bits. Division is approximate: `div_rn` rounds like the
-reference. A product and a sum fuse into one instruction with one rounding: `enable_fp_fusion=False`. And a floating
-maximum drops NaN: the maximum here is of integers, as in `cpu.py`.
+reference. A product and a sum fuse into one instruction with one rounding: `enable_fp_fusion=False`. And a
+floating-point maximum drops NaN: the maximum here is of integers, as on the CPU.
 
 Without a GPU, TRITON_INTERPRET=1 runs the same code on a CPU, slowly; the tests do.
 
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.quant.codebooks import dynamic8, search_tables
+from labkit.quant.kernels.packed import PackedWeight
 
 BYTES_PER_PROGRAM = 1024
 
@@ -37,9 +38,8 @@ def _quantize(flat, mids, by_rank, packed, absmax, n, smallest, BLOCKSIZE: tl.co
     left, right = start + 2 * pair, start + 2 * pair + 1  # (BLOCKSIZE / 2,) each: high and low half of a byte
     x = tl.load(flat + left, mask=left < n, other=0.0)
     y = tl.load(flat + right, mask=right < n, other=0.0)
-    magnitudes = tl.maximum(
-        x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    )
+    x_bits, y_bits = x.to(tl.int32, bitcast=True), y.to(tl.int32, bitcast=True)
+    magnitudes = tl.maximum(x_bits & 0x7FFFFFFF, y_bits & 0x7FFFFFFF)
     largest = tl.max(magnitudes, axis=0).to(tl.float32, bitcast=True)
     floor = tl.where(largest < smallest, smallest, largest)
     is_whole = start + BLOCKSIZE <= n
@@ -75,9 +75,8 @@ def _dequantize(
     block = 2 * index // blocksize  # a block is even, so that both weights of a byte share it
     if NESTED:
         code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(scale_levels + code) * tl.load(
-            nested + block // 256, mask=inside, other=0.0
-        ) + tl.load(offset)
+        factor = tl.load(nested + block // 256, mask=inside, other=0.0)
+        scale = tl.load(scale_levels + code) * factor + tl.load(offset)
     else:
         scale = tl.load(scales + block, mask=inside, other=0.0)
     high, low = tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale
@@ -86,7 +85,7 @@ def _dequantize(
 
 
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """See `labkit.quant.kernels.quantize_4bit`."""
+    """See `labkit.quant.kernels.operations.quantize_4bit`."""
     n, device = flat.numel(), flat.device
     n_blocks = triton.cdiv(n, blocksize)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device)
@@ -98,32 +97,15 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
     return packed, absmax
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    scales: Tensor,
-    levels: Tensor,
-    blocksize: int,
-    out: Tensor,
-    nested: Tensor | None = None,
-    offset: Tensor | None = None,
-    new: bool = False,
-) -> None:
-    """See `labkit.quant.kernels.dequantize_4bit`; writes to `out`, (n,) contiguous; whether that is `new` is all the same here."""
+def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> None:
+    """See `labkit.quant.kernels.operations.dequantize_4bit`; writes to `out`, (n,) contiguous, be it `new` or not."""
+    packed, scales, levels, blocksize, nested, offset = weight
     n, device = out.numel(), out.device
     is_nested = nested is not None
     extra = (nested, offset, dynamic8().to(device)) if is_nested else (scales, scales, scales)
-    _dequantize[(triton.cdiv((n + 1) // 2, BYTES_PER_PROGRAM),)](
-        packed,
-        scales,
-        levels.to(device),
-        out,
-        *extra,
-        n,
-        blocksize,
-        is_nested,
-        BYTES_PER_PROGRAM,
-        enable_fp_fusion=False,
-    )
+    grid = (triton.cdiv((n + 1) // 2, BYTES_PER_PROGRAM),)
+    arguments = packed, scales, levels.to(device), out, *extra, n, blocksize, is_nested, BYTES_PER_PROGRAM
+    _dequantize[grid](*arguments, enable_fp_fusion=False)
 
 
 def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

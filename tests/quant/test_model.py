@@ -1,41 +1,21 @@
-"""The 4-bit linear layer: it computes with the dequantized weight, keeps only the packed one, and lives like a module."""
+"""A whole model in four bits and back: which layers, what is left as it was, and how much memory it takes."""
 
 import copy
+import os
+import subprocess
+import sys
 
-import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model, quantize_model
-
-IDS = torch.arange(40).view(2, 20)
-
-
-def layer_and_dense(bias=True, double_quant=True):
-    torch.manual_seed(0)
-    linear = nn.Linear(96, 80, bias)
-    layer = QuantLinear.from_linear(linear, double_quant=double_quant)
-    return layer, layer.to_linear()
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_output_and_gradients_equal_a_dense_layer_with_the_dequantized_weight(bias, double_quant):
-    layer, dense = layer_and_dense(bias, double_quant)
-    x = torch.randn(3, 5, 96, requires_grad=True)
-    y = x.detach().clone().requires_grad_()
-    if bias:
-        dense.bias.requires_grad_()
-    out, reference = layer(x), dense(y)
-    torch.testing.assert_close(out, reference, rtol=1e-6, atol=1e-6)
-    weights = torch.randn_like(out)
-    (out * weights).sum().backward()
-    (reference * weights).sum().backward()
-    torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-6)
-    if bias:
-        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+from tests.conftest import make_small_llama
+from tests.quant.cases import (
+    IDS,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,79 +57,6 @@ def test_quantizing_a_model_takes_no_random_numbers(dtype):
     model, random = nn.Sequential(nn.Linear(64, 64)).to(dtype), torch.get_rng_state()
     quantize_model(model, progress=False)
     assert torch.equal(torch.get_rng_state(), random)
-
-
-@pytest.mark.parametrize("x", [torch.ones(2, 95), torch.ones(2, 96, dtype=torch.long), torch.ones(96)])
-def test_few_rows_of_another_width_or_dtype_are_refused(x):
-    weight = QuantLinear.from_linear(nn.Linear(96, 64)).weight
-    with pytest.raises(ValueError, match=r"this weight needs \(rows, 96\) float32 on a CPU"):
-        weight.multiply(x)
-
-
-def test_a_layer_made_double_computes_in_double():
-    layer, dense = layer_and_dense(bias=True, double_quant=True)
-    layer, dense, x = layer.double(), dense.double(), torch.randn(20, 96, dtype=torch.float64)
-    assert layer.weight.dtype == torch.float64
-    torch.testing.assert_close(layer(x), dense(x), rtol=1e-14, atol=1e-14)
-
-
-def test_output_equals_bitsandbytes_linear4bit():
-    torch.manual_seed(0)
-    linear = nn.Linear(128, 64, bias=False)
-    theirs = bnb.nn.Linear4bit(
-        128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=False
-    )
-    theirs.load_state_dict({"weight": linear.weight.data})
-    theirs = theirs.to("cpu")
-    x = torch.randn(7, 128)
-    ours = QuantLinear.from_linear(linear, double_quant=False)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_in_another_dtype_equal_bitsandbytes_compute_dtype(bias, dtype):
-    torch.manual_seed(0)
-    linear = nn.Linear(128, 64, bias)
-    theirs = bnb.nn.Linear4bit(128, 64, bias, compute_dtype=dtype, quant_type="nf4")
-    theirs.load_state_dict(linear.state_dict())
-    theirs = theirs.to("cpu")
-    ours = QuantLinear.from_linear(linear, compute_dtype=dtype, scale_rounding="lookup")
-    x = torch.randn(20, 128, requires_grad=True)
-    y = x.detach().clone().requires_grad_()
-    out, reference = ours(x), theirs(y)
-    weights = torch.randn_like(out)
-    (out * weights).sum().backward()
-    (reference * weights).sum().backward()
-    assert out.dtype == x.grad.dtype == torch.float32
-    assert torch.equal(out, reference) and torch.equal(x.grad, y.grad)
-    assert not torch.equal(out, QuantLinear.from_linear(linear)(x))  # it did round
-    assert torch.equal(copy.deepcopy(ours)(x), out) and "compute_dtype" in repr(ours)
-    with torch.no_grad():  # few rows too: what was asked for is what is computed
-        torch.testing.assert_close(ours(x[:1]), reference[:1], rtol=1e-2, atol=1e-2)
-        assert torch.equal(ours(x[:1]), ours(x[:1]).to(dtype).float())
-
-
-def test_autograd_keeps_no_dense_weight():
-    layer, _ = layer_and_dense()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        layer(torch.randn(2, 96, requires_grad=True))
-    assert not [t for t in saved if t.is_floating_point() and t.numel() >= 96 * 80]
-
-
-def test_state_dict_deepcopy_and_dtype_changes_keep_the_weight_exactly():
-    layer, _ = layer_and_dense()
-    other = QuantLinear.from_linear(nn.Linear(96, 80))
-    other.load_state_dict(layer.state_dict())
-    weight = layer.weight.dequantize()
-    assert torch.equal(other.weight.dequantize(), weight)
-    assert torch.equal(copy.deepcopy(layer).weight.dequantize(), weight)
-    assert torch.equal(layer.bfloat16().float().weight.dequantize(), weight), (
-        "the fp32 scales must not be rounded"
-    )
-    half = layer.to(torch.bfloat16)
-    assert half(torch.randn(2, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_model_is_quantized_but_for_output_and_embedding(small_llama):
@@ -208,3 +115,59 @@ def test_real_model_takes_4_13_bits_a_weight(smollm2):
     weights = report.before / 4
     assert weights == 106_168_320
     assert 8 * report.after / weights == pytest.approx(4.127, abs=0.005)
+
+
+def test_a_quantized_model_goes_through_safetensors(tmp_path, small_llama):
+    quantize_model(small_llama, progress=False)
+    other = make_small_llama(seed=1)
+    quantize_model(other, progress=False)
+    save_model(small_llama, str(tmp_path / "model.safetensors"))
+    load_model(other, str(tmp_path / "model.safetensors"))
+    assert torch.equal(other(IDS).logits, small_llama(IDS).logits)
+
+
+STREAMING = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+from labkit.quant.model import quantize_model
+
+def status(key):
+    return 1024 * int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+
+quantize_model(nn.Sequential(nn.Linear(64, 64)), progress=False)  # kernels are loaded
+model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(20)])  # 16 MiB each
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
+before = status("VmRSS")
+quantize_model(model, progress=False)
+print(status("VmHWM") - before, before - status("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's record of the peak")
+def test_quantizing_a_model_takes_at_most_one_layer_more_and_gives_the_rest_back():
+    done = subprocess.run([sys.executable, "-c", STREAMING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    above, freed = map(int, done.stdout.split())
+    layer = 2048 * 2048 * 4
+    assert above <= layer, f"{above / layer:.2f} layers above the model"
+    assert freed >= 0.8 * 20 * layer, f"only {freed / layer:.2f} of 20 layers were given back"
+
+
+MAPPED = """
+import gc
+from pathlib import Path
+from labkit import models
+from labkit.quant.model import quantize_model
+
+model, _ = models.load("smollm2-135m")
+quantize_model(model, progress=False)
+gc.collect()
+print(sum("model.safetensors" in line for line in Path("/proc/self/maps").read_text().splitlines()))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads Linux's list of mapped files")
+def test_a_quantized_model_does_not_hold_on_to_the_file_that_it_came_from(smollm2):
+    done = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "0", done.stderr

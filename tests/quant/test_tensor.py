@@ -6,68 +6,31 @@ Two facts about bitsandbytes 0.50 on a CPU stand in the way, each verified by a 
   when a row does not hold whole blocks. Its AVX2 path and its generic code agree with the format; for such shapes the
   generic code is the oracle here.
 - `compress_statistics` on a CPU rounds by look-up (`scale_rounding="lookup"`). The rounding of its CUDA kernel,
-  "nearest", is in its generic `quantize_blockwise`, reached below by its dispatch key.
+  "nearest", is in its generic `quantize_blockwise`, reached by its dispatch key.
 """
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labkit.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from labkit.quant import kernels
-from labkit.quant.blockwise import lookup_blocks, pack, unpack
+from labkit.hardware import set_fast
+from labkit.quant.blockwise import unpack
 from labkit.quant.codebooks import codebook as levels_of
 from labkit.quant.config import BLOCKSIZES
-from labkit.quant.tensor import NestedScales, quantize, quantize_scales
+from labkit.quant.tensor import quantize, quantize_scales
+from tests.quant.cases import (
+    DTYPES,
+    assert_same_bits,
+    bnb_dequantize,
+    bnb_generic_dequantize,
+    bnb_quantize,
+    generic_quantize_blockwise,
+)
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ODD_SHAPES = [(1,), (2,), (5,), (63,), (64,), (65,), (7, 80), (3, 33), (2, 3, 5, 7), (129, 64), (1000, 1001)]
 many = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=["fast", "reference"])
-def path(request):
-    kernels.set_fast(request.param == "fast")
-    yield request.param
-    kernels.set_fast(True)
-
-
-def bnb_quantize(weight, codebook="nf4", blocksize=64, double_quant=True):
-    return bnb.quantize_4bit(
-        weight, blocksize=blocksize, quant_type=codebook, compress_statistics=double_quant
-    )
-
-
-def bnb_generic_dequantize(packed, state):
-    """bitsandbytes' generic code, without compiling it."""
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    n = state.shape.numel()
-    compute = _dequantize_4bit_compute.__wrapped__
-    flat = compute(packed.view(-1), absmax, state.code, state.blocksize, torch.Size((n,)), state.dtype)
-    return flat.view(state.shape)
-
-
-def bnb_dequantize(packed, state):
-    """What bitsandbytes returns, except for shapes on which its AVX-512 path is wrong or it compiles code.
-
-    FP4 has two zeros, codes 0 and 8. Its table and its AVX-512 path say +0 for both; on other processors code 8 gives -0.
-    """
-    width = state.shape[-1]
-    if width % state.blocksize or state.blocksize >= 2048:
-        return bnb_generic_dequantize(packed, state)
-    values = bnb.dequantize_4bit(packed, state).view(state.shape)
-    return values + 0.0 if state.quant_type == "fp4" else values
-
-
-def assert_same_bits(ours, theirs):
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[ours.element_size()]
-    assert torch.equal(ours.contiguous().view(integer), theirs.contiguous().view(integer))
 
 
 def assert_equals_bitsandbytes(weight, codebook, blocksize, double_quant):
@@ -164,12 +127,12 @@ def test_any_weight_equals_bitsandbytes(path, weight, codebook, blocksize, doubl
 )
 def test_fast_and_reference_agree_for_any_codebook(weight, codebook, blocksize, double_quant):
     fast = quantize(weight, codebook, blocksize, double_quant)
-    kernels.set_fast(False)
+    set_fast(False)
     try:
         reference = quantize(weight, codebook, blocksize, double_quant)
         expected = [reference.dequantize(dtype) for dtype in DTYPES]
     finally:
-        kernels.set_fast(True)
+        set_fast(True)
     assert_same_bits(fast.packed, reference.packed)
     assert_same_bits(fast.absmax, reference.absmax)
     for dtype, value in zip(DTYPES, expected):
@@ -186,12 +149,6 @@ def test_codes_are_the_nearest_level_by_brute_force():
         distance = (scaled[..., None] - levels_of(codebook).double()).abs()  # (512, 64, 16)
         chosen = distance.gather(-1, unpack(q.packed, weight.numel()).view(512, 64, 1).long())[..., 0]
         assert (chosen - distance.amin(dim=-1)).max() < 1e-7  # a tie in fp32 may go either way in fp64
-
-
-def generic_quantize_blockwise(values, levels):
-    """bitsandbytes' generic 8-bit code, the rounding of its CUDA kernel, which its CPU kernel hides."""
-    key = torch._C.DispatchKey.CompositeExplicitAutograd
-    return torch.ops.bitsandbytes.quantize_blockwise.default._op_dk(key, values, levels, 256)
 
 
 @pytest.mark.parametrize("n_blocks", [1, 255, 256, 257, 5000])
@@ -219,24 +176,6 @@ def test_nearest_rounding_of_scales_is_nearest_by_brute_force_and_lookup_is_not(
 
     assert excess("nearest") < 1e-7
     assert excess("lookup") > 1e-7
-
-
-def test_lookup_rounding_equals_bitsandbytes_in_every_bin():
-    edges = torch.linspace(-1, 1, 255 * 4096).view(-1, 255)
-    values = torch.cat([edges, torch.ones(len(edges), 1)], dim=1).view(-1)  # absmax 1 in every block of 256
-    codes, _ = torch.ops.bitsandbytes.quantize_blockwise.default(values, levels_of("dynamic8"), 256)
-    assert_same_bits(lookup_blocks(values)[0], codes)
-
-
-@pytest.mark.parametrize(
-    "numbers", [(-2.4934e-39, 2.4933e-39), (-2.5e-39, 0, 2e-39), (3e-39, 1e-39, 0), (0, 0), (0, 1)]
-)
-def test_lookup_of_scales_whose_reciprocal_is_infinite_equals_bitsandbytes(numbers):
-    values = torch.tensor([float(number) for number in numbers])
-    codes, state = bnb.quantize_blockwise(values, code=bnb.create_dynamic_map(), blocksize=256)
-    ours = lookup_blocks(values)
-    assert_same_bits(ours[0], codes.view(-1))
-    assert_same_bits(ours[1], state.absmax)
 
 
 @pytest.mark.parametrize("shape", [(7, 80), (5, 48), (64, 96)])
@@ -317,97 +256,21 @@ def test_a_transposed_weight_is_quantized_in_its_own_order():
     assert_same_bits(quantize(weight).packed, quantize(weight.contiguous()).packed)
 
 
-def test_pack_and_unpack_are_inverse():
-    for n in (1, 2, 7, 64):
-        codes = torch.randint(0, 16, (n,), dtype=torch.uint8)
-        assert torch.equal(unpack(pack(codes), n), codes)
-
-
-# The format of bitsandbytes' checkpoints
-
-
-def bnb_linear(weight, codebook, double_quant):
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    layer = Linear4bit(weight.shape[1], weight.shape[0], bias=False, quant_type=codebook)
-    settings_4bit = {"quant_type": codebook, "compress_statistics": double_quant, "blocksize": 64}
-    layer.weight = Params4bit(weight, requires_grad=False, **settings_4bit)
-    return layer.to("cpu")  # quantizes
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_linear4bit_state_dict_is_written_byte_for_byte_and_read_back(codebook, double_quant, dtype):
-    torch.manual_seed(9)
-    weight = torch.randn(96, 128).to(dtype)
-    theirs = bnb_linear(weight, codebook, double_quant).state_dict()
-    q = quantize(weight, codebook, 64, double_quant, scale_rounding="lookup")
-    ours = to_bitsandbytes(q)
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        assert_same_bits(ours[key], theirs[key])
-    back = from_bitsandbytes({f"model.q_proj.{k}": v for k, v in theirs.items()}, "model.q_proj.weight")
-    assert (back.shape, back.dtype, back.codebook, back.blocksize) == (q.shape, q.dtype, codebook, 64)
-    assert isinstance(back.scales, NestedScales) == double_quant
-    assert_same_bits(back.dequantize(), q.dequantize())
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_bitsandbytes_reads_what_we_write(double_quant):
-    from bitsandbytes.nn import Params4bit
-
-    q = quantize(torch.randn(64, 128), double_quant=double_quant)
-    entries = to_bitsandbytes(q, "weight")
-    state = {key.removeprefix("weight."): value for key, value in entries.items() if key != "weight"}
-    parameter = Params4bit.from_prequantized(entries["weight"], state, device="cpu")
-    assert_same_bits(bnb.dequantize_4bit(parameter.data, parameter.quant_state), q.dequantize())
-
-
-def test_a_4bit_checkpoint_saved_by_transformers_is_read(tmp_path):
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=128
-    )
-    torch.manual_seed(10)
-    full = LlamaForCausalLM(config)
-    full.save_pretrained(tmp_path / "full")
-    settings_4bit = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    four_bit = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "full", quantization_config=settings_4bit, device_map="cpu", dtype=torch.float32
-    )
-    four_bit.save_pretrained(tmp_path / "four_bit")
-    saved = load_file(tmp_path / "four_bit" / "model.safetensors")
-    names = [key.partition(".quant_state.")[0] for key in saved if ".quant_state." in key]
-    assert len(names) == 7
-    for name in names:
-        expected = quantize(full.get_parameter(name), scale_rounding="lookup").dequantize()
-        assert_same_bits(from_bitsandbytes(saved, name).dequantize(torch.float32), expected)
-
-
-def test_what_cannot_be_written_or_read_is_refused():
-    with pytest.raises(ValueError, match="no codebook 'int4'"):
-        to_bitsandbytes(quantize(torch.randn(64, 64), "int4"))
-    entries = to_bitsandbytes(quantize(torch.randn(64, 64)), "a.weight")
-    with pytest.raises(KeyError, match=r"no 4-bit weight .b.weight. .* It holds: a.weight"):
-        from_bitsandbytes(entries, "b.weight")
-    entries["a.weight.quant_map"] = entries["a.weight.quant_map"].flip(0)
-    with pytest.raises(ValueError, match=r"a[.]weight: its nf4 codebook differs"):
-        from_bitsandbytes(entries, "a.weight")
-
-
-def test_a_checkpoint_that_lacks_a_part_is_refused_and_the_part_named():
-    entries = to_bitsandbytes(quantize(torch.randn(64, 64)), "a.weight")
-    for part in ("quant_map", "absmax", "nested_quant_map", "nested_absmax"):
-        rest = {key: value for key, value in entries.items() if key != f"a.weight.{part}"}
-        with pytest.raises(KeyError, match=rf"lacks a[.]weight[.]{part}, without"):
-            from_bitsandbytes(rest, "a.weight")
-    plain = to_bitsandbytes(quantize(torch.randn(64, 64), double_quant=False), "a.weight")
-    for absmax, other in ((entries, plain), (plain, entries)):
-        mixed = other | {"a.weight.absmax": absmax["a.weight.absmax"]}
-        with pytest.raises(ValueError, match="the two do not belong together"):
-            from_bitsandbytes(mixed, "a.weight")
+@pytest.mark.parametrize("fast", [True, False])
+def test_weights_are_dequantized_to_any_floating_dtype_and_to_no_other(fast):
+    q = quantize(torch.randn(33, 97))
+    exact = q.dequantize()
+    set_fast(fast)
+    try:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+            assert torch.equal(q.dequantize(dtype).double(), exact.to(dtype).double())
+            assert torch.equal(
+                q.dequantize(out=torch.empty(33, 97, dtype=dtype)).double(), exact.to(dtype).double()
+            )
+        for dtype in (torch.int8, torch.int32, torch.bool, torch.complex64):
+            with pytest.raises(TypeError, match="cannot be dequantized to"):
+                q.dequantize(dtype)
+            with pytest.raises(TypeError, match="cannot be dequantized to"):
+                q.dequantize(out=torch.empty(33, 97, dtype=dtype))
+    finally:
+        set_fast(True)
