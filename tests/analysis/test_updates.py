@@ -14,7 +14,7 @@ from labkit.quant.linears import dense_weight
 from labkit.quant.model import dequantize_model, quantize_model
 from tests.analysis.matrices import gaussian
 from tests.conftest import make_small_llama
-from tests.test_variants import make_gpt2
+from tests.lora.cases import make_gpt2
 
 
 def randomize_B(model, seed=1, std=0.1):

@@ -1,7 +1,10 @@
 """Settings of a run that do not go together are refused."""
 
+import json
+
 import pytest
 
+from labkit.paths import data_folder
 from labkit.sweeps.config import RunConfig
 
 
@@ -20,3 +23,15 @@ from labkit.sweeps.config import RunConfig
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(**settings)
+
+
+def test_runs_know_the_family_and_recorded_lines_keep_their_meaning():
+    for path in (data_folder() / "results").glob("*.jsonl"):
+        old = RunConfig.from_dict(json.loads(path.read_text().splitlines()[0])["config"])
+        assert old.lora_plus == 1 and old.train_config().lora_plus == 1
+    config = RunConfig(variant="dora", lora_plus=16)
+    assert config.train_config().lora_plus == 16 and config.lora_config().variant == "dora"
+    with pytest.raises(ValueError, match="method='full' has none"):
+        RunConfig(method="full", lora_plus=16)
+    with pytest.raises(ValueError, match="goes with method='qlora'"):
+        RunConfig(init="loftq")

@@ -14,16 +14,42 @@ from labkit.lora.merging import merge, unmerge
 from labkit.lora.targets import matching_layers
 from labkit.models.surgery import untie_embeddings
 from labkit.quant.model import quantize_model
-from tests.test_variants import IDS, make_gpt2, make_model, randomize
+from tests.lora.cases import (
+    IDS,
+    logits,
+    make_gpt2,
+    make_model,
+    randomize,
+)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", {"gate_proj", "up_proj", "down_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ("down_proj", {"down_proj"}),
+        (r".*layers\.[01]\.self_attn\.k_proj", {"k_proj"}),
+    ],
+)
+def test_targets_choose_layers_and_never_the_output(small_llama, targets, expected):
+    names = matching_layers(small_llama, targets)
+    assert {name.rpartition(".")[2] for name in names} == expected
+    assert len(names) == (2 if "layers" in targets else 3 * len(expected))
+
+
+def test_mistyped_target_suggests_the_nearest_and_changes_nothing(small_llama):
+    with pytest.raises(
+        ValueError, match=r"matches no linear layer of LlamaForCausalLM; did you mean 'q_proj'\?"
+    ):
+        add_lora(small_llama, LoRAConfig(targets=["q_porj"]))
+    assert all(p.requires_grad for p in small_llama.parameters())
 
 
 def untied(**changes):
     return make_model(tie_word_embeddings=False, **changes)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
 
 
 def test_ranks_and_alphas_per_module_are_those_of_peft():

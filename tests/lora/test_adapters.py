@@ -1,12 +1,9 @@
-"""Several adapters on one base: switching, turning off, combining, and what each of them must leave alone."""
+"""Several adapters on one base: switching, taking them out, and what each of them must leave alone."""
 
 import copy
 
 import pytest
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
-from torch import nn
 
 from labkit.lora.adapters import (
     active_adapter,
@@ -18,17 +15,15 @@ from labkit.lora.adapters import (
 )
 from labkit.lora.combining import combine
 from labkit.lora.config import LoRAConfig
-from labkit.lora.count import adapter_report, trainable
+from labkit.lora.count import trainable
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.merging import merge, unmerge
-from labkit.lora.qlora import add_qlora
 from labkit.quant.model import quantize_model
-from tests.test_variants import IDS, make_model, randomize
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
+from tests.lora.cases import (
+    logits,
+    make_model,
+    randomize,
+)
 
 
 def two_adapters(**second):
@@ -57,7 +52,7 @@ def test_the_base_alone_is_the_base_bit_for_bit():
     assert torch.equal(logits(model), base)
 
 
-def test_only_the_adapter_in_place_trains_and_the_base_is_held_once():
+def test_only_the_mounted_adapter_trains_and_the_base_is_held_once():
     model = two_adapters()
     assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
         "lora_A",
@@ -111,60 +106,6 @@ def test_a_module_that_trains_in_full_comes_and_goes_with_its_adapter():
     assert "model.norm" in trainable(model).per_module
 
 
-# -- combinations
-
-
-def peft_with(model):
-    """PEFT with the adapters of `model`."""
-    theirs = None
-    for name, config in adapter_configs(model).items():
-        use_adapter(model, name)
-        wanted = PeftConfig(
-            r=config.r,
-            lora_alpha=config.alpha,
-            target_modules=[n.rpartition(".")[2] for n in lora_layers(model)],
-        )
-        if theirs is None:
-            theirs = get_peft_model(make_model(), wanted, adapter_name=name)
-        else:
-            theirs.add_adapter(name, wanted)
-        modules = dict(theirs.get_base_model().named_modules())
-        for path, layer in lora_layers(model).items():
-            modules[path].lora_A[name].weight.data.copy_(layer.lora_A.data)
-            modules[path].lora_B[name].weight.data.copy_(layer.lora_B.data)
-    return theirs.eval()
-
-
-@pytest.mark.parametrize(("how", "rank"), [("cat", 2), ("linear", 4)])
-def test_combinations_equal_pefts(how, rank):
-    model = two_adapters(r=rank)
-    theirs = peft_with(model)
-    combine(model, {"poet": 0.7, "clerk": -0.4}, "both", how)
-    theirs.add_weighted_adapter(["poet", "clerk"], [0.7, -0.4], "both", combination_type=how)
-    theirs.set_adapter("both")
-    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
-
-
-def test_concatenation_is_exact_and_addition_is_not():
-    model = two_adapters(r=4)
-    deltas = {
-        name: {n: layer.delta() for n, layer in lora_layers(use_adapter(model, name)).items()}
-        for name in ("poet", "clerk")
-    }
-    path = "model.layers.0.self_attn.q_proj"
-    wanted = 0.7 * deltas["poet"][path] + 0.3 * deltas["clerk"][path]
-    combine(model, {"poet": 0.7, "clerk": 0.3}, "exact")
-    layer = lora_layers(model)[path]
-    torch.testing.assert_close(layer.delta(), wanted, rtol=1e-5, atol=1e-6)
-    assert layer.r == 8 and lora_layers(model)["model.layers.0.mlp.up_proj"].r == 4
-    combine(model, {"poet": 0.7, "clerk": 0.3}, "sum", "linear")
-    layer = lora_layers(model)[path]
-    assert layer.r == 4 and (layer.delta() - wanted).norm() > 0.1 * wanted.norm()
-
-
-# -- what cannot be
-
-
 def test_two_adapters_with_one_name_are_an_error():
     model = two_adapters()
     with pytest.raises(ValueError, match="named 'poet' already"):
@@ -205,39 +146,3 @@ def test_a_merged_adapter_cannot_be_switched_off():
         add_adapter(model, "baker", LoRAConfig(r=2))
     assert list(adapter_configs(model)) == ["poet", "clerk"]
     use_adapter(unmerge(model), "poet")
-
-
-def test_an_adapter_that_is_one_with_its_4_bit_base_stays():
-    model = add_qlora(make_model(), LoRAConfig(r=4, init="pissa"))
-    with pytest.raises(ValueError, match="were not kept"):
-        use_adapter(model, None)
-    with pytest.raises(ValueError, match="were not kept"):
-        add_adapter(model, "poet", LoRAConfig(r=2))
-
-
-# -- the report
-
-
-def test_the_report_counts_every_parameter_that_trains():
-    config = LoRAConfig(
-        r=4, targets=["q_proj", "down_proj"], rank_pattern={"down_proj": 8}, modules_to_save=["model.norm"]
-    )
-    model = add_lora(make_model(), config)
-    report = adapter_report(model)
-    rows = {row.name: row for row in report}
-    assert (
-        rows["model.layers.0.mlp.down_proj"].shape == (64, 192)
-        and rows["model.layers.0.mlp.down_proj"].r == 8
-    )
-    assert rows["model.layers.0.mlp.down_proj"].parameters == 8 * (64 + 192)
-    assert rows["model.norm"].r is None and rows["model.norm"].parameters == 64
-    assert sum(row.parameters for row in report) == trainable(model).trainable
-    lines = str(report).splitlines()
-    assert len(lines) == 7 and "100.0%" in lines[-1] and "64 x 192" in str(report) and "full" in str(report)
-    with pytest.raises(ValueError, match="no LoRA adapter"):
-        adapter_report(nn.Linear(2, 2))
-
-
-def test_the_report_of_dora_has_its_magnitudes():
-    model = add_lora(make_model(), LoRAConfig(r=4, variant="dora"))
-    assert sum(row.parameters for row in adapter_report(model)) == trainable(model).trainable
