@@ -58,6 +58,12 @@ def tokenizer(smollm2):
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    """(model, tokenizer) of tiny-llama in fp32; read only."""
+    return models.load("tiny-llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
 def records():
     """Sixteen chat records to train on."""
     from labkit.data.tickets import load_tickets, ticket_chat

@@ -1,4 +1,8 @@
-"""Data sets of the course, and the way from records to batches of token ids."""
+"""Data sets of the course, and the way from records to batches of token ids.
+
+Read `encoding` and `batches` first; every other module is one data set, with a datasheet in
+`data/NAME/README.md`.
+"""
 
 from labkit.data.batches import IGNORE, Batch, batch_order, collate, endless_batches
 from labkit.data.docstrings import load_docstrings

@@ -1,4 +1,4 @@
-"""Examples to batches: padding, targets, and an order that pads little and stays random."""
+"""From examples to batches: padding, targets, and an order that pads little and stays random."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ IGNORE = -100  # cross_entropy's name for "no loss here"
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids (batch, time), and the targets: the same ids where supervised, IGNORE elsewhere."""
+    """Right-padded token ids (batch, time), and targets: the same ids where supervised, else IGNORE."""
 
     ids: Tensor
     targets: Tensor
@@ -27,8 +27,11 @@ class Batch:
 
 
 def collate(examples: list[Encoded], pad_id: int) -> Batch:
-    """Pad examples on the right to the longest. Under a causal model no token sees a later one, so that the padding
-    needs no attention mask: what it computes is never read."""
+    """Pad examples on the right to the longest.
+
+    Under a causal model no token sees a later one, so the padding needs no attention mask: nothing reads what
+    is computed there.
+    """
     width = max(len(example) for example in examples)
     ids = torch.full((len(examples), width), pad_id)
     targets = torch.full((len(examples), width), IGNORE)
@@ -40,9 +43,10 @@ def collate(examples: list[Encoded], pad_id: int) -> Batch:
 
 
 def batch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of each batch of an epoch: shuffled, with neighbours of similar length together so as to pad little.
+    """The indices of each batch of an epoch: shuffled, with examples of similar length together so as to pad
+    little.
 
-    Only windows of eight batches are sorted, and the batches are shuffled again, so that the order stays random.
+    Only windows of eight batches are sorted, and then the batches are shuffled, so the order stays random.
     """
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -57,7 +61,7 @@ def batch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> l
 
 
 def endless_batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """The batches of epoch 0, then of epoch 1, and so on; the same for the same seed."""
+    """The batches of epoch 0, then of epoch 1, and so on; always the same for the same seed."""
     epoch = 0
     while True:
         yield from batch_order(lengths, batch_size, seed, epoch)

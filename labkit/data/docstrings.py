@@ -1,4 +1,4 @@
-"""A task with one right answer: which part of Python's library is this docstring from? See data/docstrings/README.md."""
+"""A task with one right answer: which part of the standard library does this docstring come from?"""
 
 from labkit.data.passages import DOCUMENT_START
 from labkit.data.splits import rows
@@ -16,16 +16,17 @@ PACKAGES = {  # label: part of Python's standard library
 
 
 def load_docstrings(split: str) -> list[dict]:
-    """Docstrings of Python's library and the part that each is from: `{"prompt", "completion", "module"}`.
+    """Docstrings of the standard library and where each comes from: `{"prompt", "completion", "module"}`.
 
-    The completion is a letter, a key of `PACKAGES`; see data/docstrings/README.md. No module is in two splits.
+    The completion is a letter, a key of `PACKAGES`; see data/docstrings/README.md. No module is in two
+    splits.
 
     Args:
-        split: "train", "validation" or "test"; as many of each class. The order is random and fixed.
+        split: "train", "validation" or "test"; each has equally many of each class, in a fixed random order.
 
     Raises:
-        ValueError: another split.
-        FileNotFoundError: the data folder is not there.
+        ValueError: unknown split.
+        FileNotFoundError: the data folder is missing.
     """
     return [
         {

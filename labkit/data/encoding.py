@@ -2,11 +2,12 @@
 
 A record is a dict, either a chat, whose last message is the assistant's answer to learn,
 
-    {"messages": [{"role": "system", "content": …}, {"role": "user", "content": …}, {"role": "assistant", "content": …}]}
+    {"messages": [{"role": "system", "content": …}, {"role": "user", "content": …},
+                  {"role": "assistant", "content": …}]}
 
-or plain text: `{"prompt": "…", "completion": "…"}`. Only the completion is *supervised*: the loss is taken on its
-tokens, and the prompt is context. A model trained on its prompts too spends most of its gradient on learning to
-write customers' messages, which nobody asked it to do.
+or plain text: `{"prompt": "…", "completion": "…"}`. Only the completion is *supervised*: the loss is taken on
+its tokens, and the prompt is context. A model that is trained on its prompts too spends most of its gradient
+on learning to write customers' messages, which nobody asked it to do.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Encoded:
-    """One record as token ids: the prompt, then the completion, which alone is supervised."""
+    """One record as token ids: the prompt, and the completion, which alone is supervised."""
 
     prompt: list[int]
     completion: list[int]
@@ -26,10 +27,10 @@ class Encoded:
 
 
 def encode(record: dict, tokenizer) -> Encoded:
-    """Token ids of a record. Prompt and completion are tokenized apart, as they will be when the model generates.
+    """Token ids of a record. Prompt and completion are tokenized separately, as when the model generates.
 
     Raises:
-        ValueError: the record has neither a chat that ends with the assistant nor prompt and completion.
+        ValueError: the record is neither a chat that ends with the assistant nor a prompt with a completion.
     """
     if "messages" in record:
         prompt, completion = split_chat(record["messages"], tokenizer)
@@ -37,8 +38,8 @@ def encode(record: dict, tokenizer) -> Encoded:
         missing = [field for field in ("prompt", "completion") if not isinstance(record.get(field), str)]
         if missing:
             raise ValueError(
-                f"a record needs 'messages', or the texts 'prompt' and 'completion'; {missing} is missing or no text. "
-                f"It has: {sorted(record)}"
+                f"a record needs 'messages', or the texts 'prompt' and 'completion'; {missing} is missing or "
+                f"not a text. It has: {sorted(record)}"
             )
         prompt, completion = record["prompt"], record["completion"] + (tokenizer.eos_token or "")
     if not completion:
@@ -51,7 +52,8 @@ def split_chat(messages: list[dict], tokenizer) -> tuple[str, str]:
     """The chat template's text up to the assistant's last answer, and that answer with its end mark."""
     if not messages or messages[-1].get("role") != "assistant":
         raise ValueError(
-            f"a chat record must end with the assistant's message; its roles are {[m.get('role') for m in messages]}"
+            "a chat record must end with the assistant's message; its roles are "
+            f"{[m.get('role') for m in messages]}"
         )
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -59,11 +61,11 @@ def split_chat(messages: list[dict], tokenizer) -> tuple[str, str]:
         raise ValueError(
             "the chat template does not write the prompt unchanged before the answer; use prompt/completion"
         )
-    return prompt, whole[len(prompt) :].rstrip()  # what follows the end mark is not worth a token of loss
+    return prompt, whole[len(prompt) :].rstrip()  # what follows the end mark is not worth learning
 
 
 def encode_all(records: list[dict], tokenizer, max_length: int) -> tuple[list[Encoded], list[int]]:
-    """Encode records; one longer than `max_length` tokens is left out, never cut.
+    """Encode records; one that is longer than `max_length` tokens is left out, never cut.
 
     Returns:
         the encoded records, and the indices of those left out.
@@ -91,6 +93,6 @@ def encode_all(records: list[dict], tokenizer, max_length: int) -> tuple[list[En
 
 
 def fingerprint(examples: list[Encoded]) -> str:
-    """A short hash of encoded data: a run resumes only on the data that it began with."""
+    """A short hash of encoded data: a run resumes only on the data that it started with."""
     text = json.dumps([[e.prompt, e.completion] for e in examples])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

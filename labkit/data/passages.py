@@ -1,13 +1,14 @@
-"""Prose in passages: what an adapter learns (Austen's novels), and what the model forgets meanwhile (held-out text).
+"""Prose in passages: what an adapter learns (Austen's novels), and what the model forgets meanwhile (held-out
+text).
 
-    load_austen     learning a new domain: loss on a novel that nobody trained on, before and after
+    load_austen     learning a new domain: loss on a novel that the model never saw, before and after
     load_held_out   forgetting the old ones: loss on the held-out text that came with tiny-llama
 
-A *passage* is consecutive text of at most `MAX_CHARACTERS` and at most `MAX_TOKENS` of tiny-llama's tokens, cut at the largest
-boundary that serves: between paragraphs, else lines, sentences, clauses, words. Nothing is left out and nothing is said
-twice. A passage is one record for `labkit.train`: the prompt is the token `<|endoftext|>`, with which tiny-llama expects every
-document to begin, and the passage is the completion, of which every token counts. Compare losses of passages with
-`labkit.training.evaluate.text_loss`.
+A *passage* is consecutive text of at most `MAX_CHARACTERS` and at most `MAX_TOKENS` of tiny-llama's tokens,
+cut at the largest boundary that makes it fit: between paragraphs, else lines, sentences, clauses, words.
+Nothing is left out or repeated. A passage is one record for `labkit.train`: the prompt is the token
+`<|endoftext|>`, with which tiny-llama expects every document to begin, and the passage is the completion, so
+each of its tokens counts. Compare losses on passages with `labkit.training.evaluate.text_loss`.
 """
 
 import random
@@ -16,17 +17,16 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from labkit.checks import check_choice
+from labkit.checks import check_choice, check_whole
 from labkit.data.splits import read_jsonl, rows
 from labkit.paths import data_folder
 
 DOCUMENT_START = "<|endoftext|>"  # id 0 of tiny-llama's tokenizer: before every document, and after it
 HELD_OUT_DOMAINS = ("kjv", "jargon", "pydocs", "docstrings", "sqlite", "devil")
 MAX_CHARACTERS = 600
-MAX_TOKENS = 190  # and one before and one after make 192
+MAX_TOKENS = 190  # one before and one after make 192
 
-
-BOUNDARIES = (  # from large to small; each cuts behind the text that it matches
+BOUNDARIES = (  # from large to small; a cut falls behind the match
     r"(?<=\n\n)",
     r"(?<=\n)",
     r"""(?:(?<=[.!?] )|(?<=[.!?]["'] ))(?<!Mr\. )(?<!Mrs\. )(?<!Dr\. )(?=["'(]?[A-Z])""",
@@ -40,12 +40,12 @@ def load_austen(split: str) -> list[dict]:
     """Passages of Jane Austen's novels: `{"prompt", "completion", "novel"}`; see data/austen/README.md.
 
     Args:
-        split: "train" (four novels), "validation" (a fifth) or "test" (a sixth). The order is random and fixed, so
-            that the first n passages are a sample of the split.
+        split: "train" (four novels), "validation" (a fifth) or "test" (a sixth). The order is random and
+            fixed, so the first n passages are a sample of the split.
 
     Raises:
-        ValueError: another split.
-        FileNotFoundError: the data folder is not there.
+        ValueError: unknown split.
+        FileNotFoundError: the data folder is missing.
     """
     return [
         {"prompt": DOCUMENT_START, "completion": row["text"], "novel": row["novel"]}
@@ -54,25 +54,24 @@ def load_austen(split: str) -> list[dict]:
 
 
 def load_held_out(domain: str, limit_bytes: int | None = None) -> list[dict]:
-    """Passages of the held-out text of tiny-llama: `{"prompt", "completion", "name"}`, `name` being the document.
+    """Passages of tiny-llama's held-out text: `{"prompt", "completion", "name"}`, `name` being the document.
 
-    The passages of all documents are in one random and fixed order. With `limit_bytes` you get the first of them, which
-    is a sample of the whole domain and not its first document: enough of them to hold at least that many bytes.
+    The passages of all documents are in one random and fixed order. With `limit_bytes` you get the first of
+    them, as many as hold at least that many bytes: a sample of the whole domain, not just of its first
+    document.
 
     Args:
         domain: "kjv", "jargon", "pydocs", "docstrings" or "sqlite", which tiny-llama was trained on (on other
             documents), or "devil", which it was not.
-        limit_bytes: of UTF-8 text; default: all of it (35 to 60 kB a domain).
+        limit_bytes: of UTF-8 text; default: all of it (35 to 60 kB per domain).
 
     Raises:
-        ValueError: another domain, or a limit below 1.
-        FileNotFoundError: the data folder is not there.
+        ValueError: unknown domain, or a limit below 1.
+        FileNotFoundError: the data folder is missing.
     """
     check_choice("domain", domain, HELD_OUT_DOMAINS)
-    if limit_bytes is not None and limit_bytes < 1:
-        raise ValueError(
-            f"limit_bytes={limit_bytes} must be at least 1, or None for all of the domain's text"
-        )
+    if limit_bytes is not None:
+        check_whole("limit_bytes", limit_bytes, usual="None is for all of the domain's text")
     documents = read_jsonl(data_folder() / "tiny-llama" / "heldout" / f"{domain}.jsonl")
     records = [
         {"prompt": DOCUMENT_START, "completion": passage, "name": document["name"]}
@@ -91,7 +90,7 @@ def load_held_out(domain: str, limit_bytes: int | None = None) -> list[dict]:
 
 
 def cut_passages(text: str) -> list[str]:
-    """Cut a text into passages that fit, as long as may be. Joined, they are the text but for space at the cuts."""
+    """Cut a text into passages as long as possible; joined, they are the text up to space at the cuts."""
     found: list[str] = []
     current = ""
     for piece in pieces(text, 0):
@@ -104,7 +103,7 @@ def cut_passages(text: str) -> list[str]:
 
 
 def pieces(text: str, level: int) -> list[str]:
-    """`text` cut at the boundaries of `level`; a piece that is still too long is cut at those of the next level."""
+    """`text` cut at the boundaries of `level`; a piece that is still too long, at those of the next level."""
     if fits(text):
         return [text]
     parts = [part for part in re.split(BOUNDARIES[level], text) if part]
@@ -112,7 +111,7 @@ def pieces(text: str, level: int) -> list[str]:
 
 
 def fits(text: str) -> bool:
-    """Is `text`, without the space around it, a passage by both measures?"""
+    """Is `text`, without the space around it, short enough by both measures?"""
     text = text.strip()
     return len(text) <= MAX_CHARACTERS and len(tiny_llama_tokens().encode(text).ids) <= MAX_TOKENS
 

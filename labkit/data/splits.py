@@ -1,4 +1,4 @@
-"""Reading the lines of a data set: one JSON object a line, in `data/NAME/SPLIT.jsonl`."""
+"""The lines of a data set: one JSON object per line, in `data/NAME/SPLIT.jsonl`."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,18 @@ def rows(name: str, split: str) -> list[dict]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
+    """The JSON objects in a file, one per line."""
+    return [json.loads(line) for line in read_text(path).split("\n") if line]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of the data folder.
+
+    Raises:
+        FileNotFoundError: it is missing; says how to point to the data folder.
+    """
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing; run from a checkout of the course, or set LABKIT_DATA to its data/"
         )
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return path.read_text(encoding="utf-8")

@@ -1,12 +1,14 @@
 """A question about a small database → the SQL query that answers it, judged by running it.
 
 A query is right when it *returns* what the reference query returns: "execution accuracy" (Zhong et al. 2017,
-arXiv:1709.00103; Yu et al. 2018, arXiv:1809.08887). Exact match of the text would call `WHERE a = 1 AND b = 2` wrong
-where the reference says `b = 2 AND a = 1`; execution calls a wrong query right when it returns the same by accident.
-The rows under data/sql were chosen to make such accidents rare, and data/sql/README.md says how rare.
+arXiv:1709.00103; Yu et al. 2018, arXiv:1809.08887). Exact match of the text would call `WHERE a = 1 AND b =
+2` wrong where the reference says `b = 2 AND a = 1`; execution calls a wrong query right when it returns the
+same by accident. The rows under data/sql were chosen to make such accidents rare, and data/sql/README.md says
+how rare.
 
-What a model writes is run as given, so it runs where it can do no harm: a database in memory, an authorizer that lets
-nothing pass but reading its tables and a dozen harmless functions, and bounds on steps, rows and the size of a value.
+What a model writes is run as given, so it runs where it can do no harm: in a database in memory, behind an
+authorizer that permits only reading its tables and a dozen harmless functions, and with bounds on steps, rows
+and the size of a value.
 """
 
 import json
@@ -20,61 +22,38 @@ from functools import lru_cache
 from pathlib import Path
 
 from labkit.checks import check_choice
-from labkit.data.splits import SPLITS
+from labkit.data.passages import DOCUMENT_START
+from labkit.data.splits import SPLITS, read_jsonl, read_text
 from labkit.paths import data_folder
 
 SQL_INSTRUCTION = "Question to SQL."
 MAX_STEPS = 1_000_000  # of SQLite's virtual machine, some 0.1 s; a reference query takes less than 2,000
 MAX_ROWS = 1_000
 MAX_BYTES = 100_000  # of one value, and of a query
-FUNCTIONS = frozenset(
-    [
-        "count",
-        "avg",
-        "sum",
-        "min",
-        "max",
-        "total",
-        "abs",
-        "round",
-        "length",
-        "lower",
-        "upper",
-        "trim",
-        "substr",
-        "substring",
-        "coalesce",
-        "ifnull",
-        "nullif",
-        "like",
-    ]
-)
+FUNCTIONS = frozenset([
+    "abs", "avg", "coalesce", "count", "ifnull", "length", "like", "lower", "max", "min", "nullif", "round", "substr",
+    "substring", "sum", "total", "trim", "upper",
+])  # fmt: skip
 SQL_SPLITS = (*SPLITS, "more")
 TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\w+(?:\.\w+)*|<=|>=|<>|!=|\S")
 
 
 def load_questions(split: str) -> list[dict]:
-    """Questions with the query to write: `{"db", "question", "query", "kind", "pattern"}`; see data/sql/README.md.
+    """Questions with the query to write: `{"db", "question", "query", "kind", "pattern"}`.
+
+    See data/sql/README.md.
 
     Args:
-        split: "train", "validation" or "test": no database and no phrasing is in two of them. Or "more": further
-            questions to train on, to databases of their own, in the phrasings of "train" and others.
+        split: "train", "validation" or "test": no database and no phrasing is in two of them. Or "more":
+            further questions to train on, about databases of their own, in the phrasings of "train" and
+            others.
 
     Raises:
-        ValueError: another split.
-        FileNotFoundError: the data folder is not there.
+        ValueError: unknown split.
+        FileNotFoundError: the data folder is missing.
     """
     check_choice("split", split, SQL_SPLITS)
-    return [json.loads(line) for line in read(f"{split}.jsonl").splitlines()]
-
-
-def read(name: str) -> str:
-    path = data_folder() / "sql" / name
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing; run from a checkout of the course, or set LABKIT_DATA to its data/"
-        )
-    return path.read_text(encoding="utf-8")
+    return read_jsonl(data_folder() / "sql" / f"{split}.jsonl")
 
 
 def tables(db: str) -> dict[str, dict]:
@@ -84,18 +63,21 @@ def tables(db: str) -> dict[str, dict]:
         ValueError: there is no such database.
     """
     known = parsed_databases(data_folder())
-    if db not in known:
-        raise ValueError(f"db={db!r} is not known; the databases are {', '.join(known)}")
+    check_choice("db", db, known)
     return known[db]
 
 
 @lru_cache(maxsize=2)
 def parsed_databases(folder: Path) -> dict[str, dict]:
-    return json.loads(read("databases.json"))
+    """The databases in a data folder, read once."""
+    return json.loads(read_text(folder / "sql" / "databases.json"))
 
 
 def schema_text(db: str) -> str:
-    """The schema as the prompt shows it, a table a line: `books(title, genre, pages)`. Types would cost tokens."""
+    """The schema as in the prompt, one line per table: `books(title, genre, pages)`.
+
+    Without types: they would cost tokens.
+    """
     return "\n".join(f"{name}({', '.join(table['columns'])})" for name, table in tables(db).items())
 
 
@@ -103,13 +85,14 @@ def sql_record(item: dict, form: str = "chat") -> dict:
     """A question as a record for `labkit.train`: schema and question, and the query as the answer.
 
     Args:
-        item: of `questions`.
-        form: "chat" for a model with a chat template; "plain" for one without, such as tiny-llama: it begins with
-            the end-of-text token, as every document of its pretraining did.
+        item: of `load_questions`.
+        form: "chat" for a model with a chat template; "plain" for one without, such as tiny-llama: it begins
+            with the end-of-text token, as every document of its pretraining did.
 
     Raises:
-        ValueError: another form.
+        ValueError: unknown form.
     """
+    check_choice("form", form, ("chat", "plain"))
     asked = f"{schema_text(item['db'])}\n{item['question']}"
     if form == "chat":
         return {
@@ -119,13 +102,11 @@ def sql_record(item: dict, form: str = "chat") -> dict:
                 {"role": "assistant", "content": item["query"]},
             ]
         }
-    if form == "plain":
-        return {"prompt": f"<|endoftext|>{asked}\n", "completion": item["query"]}
-    raise ValueError(f"form={form!r} is not known; choose 'chat' or 'plain'")
+    return {"prompt": f"{DOCUMENT_START}{asked}\n", "completion": item["query"]}
 
 
 def connect(content: dict[str, dict]) -> sqlite3.Connection:
-    """A database in memory with the given `tables`, filled and then locked: from here on it can only be read."""
+    """A database in memory with the given `tables`, filled and then locked: it can only be read."""
     connection = sqlite3.connect(":memory:")
     for name, table in content.items():
         columns = ", ".join(f"{column} {kind}" for column, kind in table["columns"].items())
@@ -149,7 +130,7 @@ def connect(content: dict[str, dict]) -> sqlite3.Connection:
 
 
 def database(db: str) -> sqlite3.Connection:
-    """A database of the data set, in memory and read only.
+    """A database of the data set, in memory and read-only.
 
     Raises:
         ValueError: there is no such database.
@@ -166,10 +147,11 @@ class Result:
 
 
 def execute(db: str | sqlite3.Connection, query: str) -> Result:
-    """Run a query that nobody has read. Whatever is wrong with it comes back as `Result.error`, never as an exception.
+    """Run a query that nobody has read. Whatever is wrong with it comes back as `Result.error`, never as an
+    exception.
 
     Args:
-        db: a name, or a connection of `database`, which saves filling it again.
+        db: a name, or a connection from `database`, which saves filling it again.
         query: one SELECT statement.
     """
     if not isinstance(query, str) or not re.match(r"\s*(select|with)\b", query, re.IGNORECASE):
@@ -194,7 +176,7 @@ def execute(db: str | sqlite3.Connection, query: str) -> Result:
 
 
 def same_rows(rows: Sequence[tuple], gold: Sequence[tuple], ordered: bool) -> bool:
-    """Are these the same rows? As multisets unless `ordered`; columns in their order; floats within a millionth."""
+    """Are these the same rows? As multisets unless `ordered`; columns in order; floats within a millionth."""
     if len(rows) != len(gold):
         return False
     if not ordered:
@@ -203,7 +185,7 @@ def same_rows(rows: Sequence[tuple], gold: Sequence[tuple], ordered: bool) -> bo
 
 
 def sort_key(row: tuple) -> list[tuple]:
-    """Numbers before texts before the rest; floats to six digits, so that a rounding error does not reorder rows."""
+    """Numbers before texts before the rest; floats to six digits, so rounding does not reorder rows."""
     return [
         (0, float(f"{v:.6g}"), "")
         if isinstance(v, int | float)
@@ -215,17 +197,19 @@ def sort_key(row: tuple) -> list[tuple]:
 
 
 def same_value(a: object, b: object) -> bool:
+    """Are these equal, floats within a millionth? An int equals its float; a text never equals a number."""
     if isinstance(a, int | float) and isinstance(b, int | float):
         return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
     return type(a) is type(b) and a == b
 
 
 def is_ordered(query: str) -> bool:
+    """Does the order of the rows matter for this query?"""
     return "order by" in normal_form(query)
 
 
 def normal_form(query: str) -> str:
-    """A query's text without differences of spacing, of case outside of quotes, and of a final semicolon."""
+    """A query's text without differences of spacing, of case outside quotes, and of a final semicolon."""
     parts = TOKEN.findall(query.strip().rstrip(";"))
     return " ".join(part if part[0] in "'\"" else part.lower() for part in parts)
 
@@ -261,8 +245,8 @@ def score_sql(answers: Sequence[str], items: Sequence[dict]) -> SQLScore:
     """Run answers and compare what they return with what the reference queries return.
 
     Args:
-        answers: a query for each item, as the model wrote it; nothing is mended.
-        items: of `questions`.
+        answers: a query for each item, as the model wrote it; nothing is repaired.
+        items: of `load_questions`.
 
     Raises:
         ValueError: no answers, not as many as items, or a reference query that does not run.

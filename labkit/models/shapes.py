@@ -1,10 +1,12 @@
-"""The shapes of a model without its weights: from a name, a config, or a model, built on PyTorch's meta device.
+"""The shapes of a model without its weights: from a name, a config, or a model, built on PyTorch's meta
+device.
 
-A tensor on the meta device has a shape and a dtype, and no memory. So a model of 70 B parameters is built in a second, with
-the very modules that transformers would load weights into, and counting its parameters is counting, not estimating.
+A tensor on the meta device has a shape and a dtype, and no memory. So a model of 70 B parameters is built in
+a second, with the very modules that transformers would load weights into, and counting its parameters is
+counting, not estimating.
 
-The configs under `data/configs` are those of the models' own `config.json`, cut down to what decides a shape. Their
-parameter totals were held against the published ones.
+The configs under `data/configs` are those of the models' own `config.json`, cut down to what decides a shape.
+Their parameter totals were held against the published ones.
 """
 
 import json
@@ -30,7 +32,8 @@ class DecoderShape:
         hidden_size: numbers per token between the blocks.
         intermediate_size: numbers per token inside an MLP; None where the config has no single one.
         num_attention_heads: heads of the queries.
-        num_key_value_heads: heads of keys and values; fewer than those of the queries where several share one.
+        num_key_value_heads: heads of keys and values; fewer than those of the queries where several share
+            one.
         head_dim: numbers per head.
         vocab_size: rows of the embedding.
         max_position_embeddings: tokens of the longest sequence; None where the config sets no limit.
@@ -103,11 +106,12 @@ def config_of(model):
     """The transformers config of a model.
 
     Args:
-        model: a name of `known_models()`, a folder with a `config.json` or that file, a config, a dict with `model_type`, or
-            a model.
+        model: a name of `known_models()`, a folder with a `config.json` or that file, a config, a dict with
+            `model_type`, or a model.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones. Or a dict without a usable `model_type`.
+        ValueError: an unknown name; the message lists the known ones. Or a dict without a usable
+            `model_type`.
     """
     from transformers import PretrainedConfig
 
@@ -156,7 +160,8 @@ def meta_model(config, attention: str = "sdpa", dtype: torch.dtype = torch.float
     """The causal language model of `config` on the meta device: every module and shape, no memory.
 
     Raises:
-        ValueError: `attention` is not one of `ATTENTION`, or transformers cannot build a causal model of this config.
+        ValueError: `attention` is not one of `ATTENTION`, or transformers cannot build a causal model of this
+            config.
     """
     import copy
 

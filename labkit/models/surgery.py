@@ -1,7 +1,9 @@
-"""Finding and replacing modules of a model: by the last parts of a name, the output layer, and weights that two layers share.
+"""Finding and replacing modules of a model: by the last parts of a name, the output layer, and weights that
+two layers share.
 
-In most small models the output layer's weight is the embedding's (**tied** embeddings): one tensor, held by two modules. What
-changes one then changes both, so code that replaces or adapts a layer asks `tied_partner` first.
+In most small models the output layer's weight is the embedding's (**tied** embeddings): one tensor, held by
+two modules. What changes one then changes both, so code that replaces or adapts a layer asks `tied_partner`
+first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +27,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def detach_from_file(model: nn.Module, leave: set[int]) -> None:
     """Copy the parameters and buffers of `model`, one after the other, but for those with an id in `leave`.
 
-    The weights of a model that was loaded from a file are views of the file, mapped into memory as a whole. One view
-    keeps all of it there: without this, the embedding would hold on to every weight that was quantized.
+    The weights of a model that was loaded from a file are views of the file, mapped into memory as a whole.
+    One view keeps all of it there: without this, the embedding would hold on to every weight that was
+    quantized.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in leave and tensor.device.type == "cpu":
@@ -34,7 +37,8 @@ def detach_from_file(model: nn.Module, leave: set[int]) -> None:
 
 
 def ends_with(name: str, part: str) -> bool:
-    """Is `part` the last parts of the module name? ("layers.0.q_proj", "q_proj") yes, ("my_q_proj", "q_proj") no."""
+    """Is `part` the last parts of the module name? ("layers.0.q_proj", "q_proj") yes, ("my_q_proj", "q_proj")
+    no."""
     return f".{name}".endswith(f".{part}")
 
 
@@ -45,7 +49,8 @@ def inside(name: str, parents: Sequence[str]) -> bool:
 
 
 def weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """The modules that hold each weight tensor, by the id of the tensor; more than one where weights are tied."""
+    """The modules that hold each weight tensor, by the id of the tensor; more than one where weights are
+    tied."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -69,7 +74,8 @@ def tied_partner(
 
 
 def untie_embeddings(model: nn.Module) -> nn.Module:
-    """Give the output layer a weight of its own, equal to the embedding's, in place; it then counts and is saved apart.
+    """Give the output layer a weight of its own, equal to the embedding's, in place; it then counts and is
+    saved apart.
 
     Returns:
         `model`; its output is what it was.

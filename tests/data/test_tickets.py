@@ -1,14 +1,12 @@
-"""The tickets: as many and as labelled as the datasheet says; train and test really apart. And the batching."""
+"""The tickets: as many and as labelled as the datasheet says; train and test really apart."""
 
 import collections
 import re
 
 import pytest
 
-from labkit.data.batches import batch_order
-from labkit.data.encoding import encode_all
 from labkit.data.splits import SPLITS
-from labkit.data.tickets import TICKET_FIELDS, load_tickets, ticket_chat
+from labkit.data.tickets import TICKET_FIELDS, load_tickets
 from labkit.paths import data_folder
 
 
@@ -79,24 +77,3 @@ def test_unknown_split_and_missing_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("LABKIT_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="set LABKIT_DATA"):
         load_tickets("train")
-
-
-def test_batches_cover_an_epoch_once_and_are_the_same_for_the_same_seed():
-    lengths = [(7 * i) % 50 + 1 for i in range(103)]
-    order = batch_order(lengths, 8, seed=1, epoch=0)
-    assert sorted(i for batch in order for i in batch) == list(range(103))
-    assert order == batch_order(lengths, 8, seed=1, epoch=0) != batch_order(lengths, 8, seed=1, epoch=1)
-
-
-def test_batching_by_length_pads_less_than_a_plain_shuffle(splits, tokenizer):
-    import torch
-
-    examples, _ = encode_all([ticket_chat(t) for t in splits["train"]], tokenizer, 512)
-    lengths = [len(e) for e in examples]
-
-    def padded(batches):
-        return sum(len(b) * max(lengths[i] for i in b) for b in batches) / sum(lengths)
-
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
-    shuffled = [order[i : i + 8] for i in range(0, len(order), 8)]
-    assert padded(batch_order(lengths, 8, 0, 0)) < 1.08 < padded(shuffled)

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from labkit.data.batches import IGNORE, Batch
-from labkit.lora.config import LoRAConfig
-from labkit.lora.inject import add_lora
+from labkit.hardware import set_fast
 from labkit.training import chunked_loss, loss
 from labkit.training.loss import supervised_loss
 from tests.conftest import make_small_llama
+from tests.training.small_runs import with_random_adapter
 
 
 def make_batch(supervised: int = 40) -> Batch:
@@ -19,15 +18,6 @@ def make_batch(supervised: int = 40) -> Batch:
     targets = ids.clone()
     targets[:, : 50 - supervised] = IGNORE
     return Batch(ids, targets)
-
-
-def adapted(model):
-    torch.manual_seed(0)
-    add_lora(model, LoRAConfig(r=4, alpha=8))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def loss_and_gradients(model, batch, logits):
@@ -51,7 +41,7 @@ def chunks(monkeypatch):
 def test_in_chunks_it_has_the_loss_and_gradients_of_all_logits(monkeypatch, rows):
     seen = chunks(monkeypatch)
     monkeypatch.setattr(chunked_loss, "ROWS", rows)
-    model, batch = adapted(make_small_llama()), make_batch()
+    model, batch = with_random_adapter(make_small_llama()), make_batch()
     ours, theirs = loss_and_gradients(model, batch, "supervised"), loss_and_gradients(model, batch, "all")
     assert seen == [160]
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
@@ -65,7 +55,7 @@ def test_capped_logits_are_noticed_and_taken_as_they_are(monkeypatch):
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16
     )
     config = Gemma2Config(vocab_size=1000, num_key_value_heads=1, final_logit_softcapping=0.5, **sizes)
-    model, batch = adapted(Gemma2ForCausalLM(config)), make_batch()
+    model, batch = with_random_adapter(Gemma2ForCausalLM(config)), make_batch()
     for _ in range(2):  # the first call looks, the second remembers
         ours, theirs = loss_and_gradients(model, batch, "supervised"), loss_and_gradients(model, batch, "all")
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
@@ -81,7 +71,7 @@ def test_a_trained_output_layer_gets_its_gradient(monkeypatch):
 
 
 def test_autograd_keeps_no_logits():
-    model, saved = adapted(make_small_llama()), []
+    model, saved = with_random_adapter(make_small_llama()), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         supervised_loss(model, make_batch())
         chunked = list(saved)
@@ -91,7 +81,7 @@ def test_autograd_keeps_no_logits():
 
 
 def test_without_gradients_and_without_supervised_tokens():
-    model = adapted(make_small_llama())
+    model = with_random_adapter(make_small_llama())
     with torch.no_grad():
         value = supervised_loss(model, make_batch())
         torch.testing.assert_close(value, supervised_loss(model, make_batch(), "all"), rtol=1e-6, atol=0)
@@ -103,8 +93,36 @@ def test_without_gradients_and_without_supervised_tokens():
 
 def test_under_autocast_the_loss_is_that_of_all_logits(monkeypatch):
     seen = chunks(monkeypatch)
-    model = adapted(make_small_llama())
+    model = with_random_adapter(make_small_llama())
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = (supervised_loss(model, make_batch(), logits) for logits in loss.LOGITS)
     assert seen == []
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+
+
+def test_with_fast_paths_off_nothing_is_chunked(monkeypatch):
+    seen, model = chunks(monkeypatch), with_random_adapter(make_small_llama())
+    set_fast(False)
+    try:
+        supervised_loss(model, make_batch())
+    finally:
+        set_fast(True)
+    assert seen == []
+    supervised_loss(model, make_batch())
+    assert seen == [160]
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_an_assumption_about_the_logits_ends_with_its_block(monkeypatch, looked):
+    seen, model, rows = chunks(monkeypatch), with_random_adapter(make_small_llama()), []
+    if looked:
+        supervised_loss(model, make_batch())
+    model.lm_head.register_forward_hook(lambda _, __, out: rows.append(out.shape[1]))
+    with chunked_loss.assume_unchanged(model.lm_head, True):
+        supervised_loss(model, make_batch())
+    with chunked_loss.assume_unchanged(model.lm_head, False):
+        supervised_loss(model, make_batch())
+    assert seen == (2 if looked else 1) * [160]
+    assert rows == [0, 160]  # in chunks, the output layer itself scores nothing; otherwise everything
+    supervised_loss(model, make_batch())
+    assert rows[2:] == ([0] if looked else [1, 1])  # one row to look, and the same row again to compare

@@ -1,16 +1,17 @@
-"""Measuring: held-out loss per token, greedy generation in batches, exact match."""
+"""Measuring: losses per token, and greedy generation in batches."""
 
 import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from labkit.alternatives.methods import base_only
 from labkit.alternatives.prefixes import PrefixConfig, add_prefix
 from labkit.alternatives.prompts import PromptConfig, add_prompt
+from labkit.data.passages import load_austen
 from labkit.data.tickets import load_tickets, ticket_chat
-from labkit.training.evaluate import chat_prompts, generate, held_out_loss
-from labkit.training.metrics import parse_json, score_json
+from labkit.training.evaluate import chat_prompts, generate, held_out_loss, text_loss
 from tests.conftest import make_small_llama
 
 
@@ -64,34 +65,6 @@ def test_virtual_tokens_take_their_part_of_the_context_and_are_said(add, config,
         generate(model, tokenizer, prompts, max_new_tokens=14, progress=False)
 
 
-def test_exact_match_is_strict():
-    gold = [{"a": "x", "b": True}] * 5
-    answers = [
-        '{"b": true, "a": "x"}',
-        '{"a": "x", "b": 1}',
-        '{"a": "x"}',
-        '{"a": "x", "b": true, "c": 1}',
-        "x",
-    ]
-    score = score_json(answers, gold)
-    assert (score.exact, score.valid_json, score.wrong) == (1, 4, [1, 2, 3, 4])
-    assert score.per_field == {"a": 0.8, "b": 0.6}
-    assert "1/5" in str(score)
-
-
-def test_nothing_is_mended():
-    assert (
-        parse_json("{'a': 1}") is None and parse_json('{"a": 1} extra') is None and parse_json("[1]") is None
-    )
-
-
-def test_missing_answers_are_an_error():
-    with pytest.raises(ValueError, match="1 answers for 2 gold objects"):
-        score_json(["{}"], [{}, {}])
-    with pytest.raises(ValueError, match="0 answers"):
-        score_json([], [])
-
-
 def test_prompts_end_where_the_assistant_begins(tokenizer):
     ticket = load_tickets("test")[0]
     prompt = chat_prompts([ticket_chat(ticket)], tokenizer)[0]
@@ -99,12 +72,15 @@ def test_prompts_end_where_the_assistant_begins(tokenizer):
     assert json.dumps(ticket["label"], ensure_ascii=False) not in prompt
 
 
-def test_a_prompt_and_its_completion_tokenize_the_same_apart_and_together(tokenizer, records):
-    from labkit.data.encoding import encode
-
+def test_text_loss_is_torchs_cross_entropy_of_the_text_without_its_end(tiny):
+    model, tokenizer = tiny
+    records = load_austen("test")[:5]
+    total, n = 0.0, 0
     for record in records:
-        one = encode(record, tokenizer)
-        whole = tokenizer.apply_chat_template(record["messages"], tokenize=False).rstrip()
-        assert one.prompt + one.completion == tokenizer(whole)["input_ids"]
-        assert one.completion[-1] == tokenizer.eos_token_id
-        assert torch.tensor(one.completion).ne(tokenizer.eos_token_id).sum() == len(one.completion) - 1
+        ids = torch.tensor([0, *tokenizer(record["completion"], add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        total += F.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
+        n += len(ids) - 1
+    loss, tokens = text_loss(model, tokenizer, records, batch_size=2)
+    assert tokens == n and loss == pytest.approx(total / n, rel=1e-4)

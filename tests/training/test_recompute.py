@@ -12,7 +12,7 @@ from labkit.lora.inject import add_lora
 from labkit.training import recompute
 from labkit.training.recompute import recompute_activations
 from tests.conftest import make_small_llama
-from tests.training.test_chunked_loss import adapted
+from tests.training.small_runs import with_random_adapter
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -64,13 +64,16 @@ def made_again(monkeypatch) -> list:
 @pytest.mark.parametrize("make", [make_small_llama, small_gemma])
 @pytest.mark.parametrize("full", [False, True])
 def test_loss_and_gradients_are_the_same_bits(monkeypatch, make, full):
-    shapes, model = made_again(monkeypatch), make().requires_grad_(True) if full else adapted(make())
+    shapes, model = (
+        made_again(monkeypatch),
+        make().requires_grad_(True) if full else with_random_adapter(make()),
+    )
     assert_same_bits_again(model)
     assert shapes == model.config.num_hidden_layers * [(2, 16, model.config.intermediate_size)]
 
 
 def test_the_output_is_gone_after_the_forward_pass_and_kept_without():
-    model, outputs = adapted(make_small_llama()), []
+    model, outputs = with_random_adapter(make_small_llama()), []
     for layer in model.model.layers:
         layer.mlp.act_fn.register_forward_hook(lambda _, __, y: outputs.append(weakref.ref(y)))
     plain = forward(model)
@@ -84,7 +87,7 @@ def test_the_output_is_gone_after_the_forward_pass_and_kept_without():
 
 def test_hooks_of_the_caller_see_all_that_is_kept():
     """A hook that counts sees everything but the outputs; one that moves (`save_on_cpu`) moves all, and the bits are the same."""
-    model, kept = adapted(make_small_llama()), []
+    model, kept = with_random_adapter(make_small_llama()), []
     expected = gradients(model, forward(model))
     wide = lambda: sum(t.shape == (2, 16, model.config.intermediate_size) for t in kept)  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -109,14 +112,14 @@ def test_where_no_gradient_flows_to_the_gate_nothing_is_made_again(monkeypatch):
 
 
 def test_under_checkpointing_the_blocks_are_as_without(monkeypatch):
-    shapes, model = made_again(monkeypatch), adapted(make_small_llama()).train()
+    shapes, model = made_again(monkeypatch), with_random_adapter(make_small_llama()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_bits_again(model)
     assert shapes == []
 
 
 def test_without_gradients_nothing_is_kept():
-    model = adapted(make_small_llama())
+    model = with_random_adapter(make_small_llama())
     with torch.no_grad(), recompute_activations(model):
         assert torch.equal(forward(model), forward(model))
 
@@ -138,7 +141,7 @@ def test_a_function_that_works_in_place_is_left_alone(monkeypatch):
 
 
 def test_after_the_block_the_model_is_as_before_also_after_an_error():
-    model = adapted(make_small_llama())
+    model = with_random_adapter(make_small_llama())
     with pytest.raises(RuntimeError, match="stop"), recompute_activations(model):
         raise RuntimeError("stop")
     assert not any(m._forward_hooks for m in model.modules())
