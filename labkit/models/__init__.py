@@ -1,7 +1,7 @@
-"""Base models by name, their shapes without weights, and how to change a module of one.
+"""Base models by name, their shapes without weights, and how to change a module of a model.
 
 Read `loading` first; `fetching` and `gguf` bring the named models here, `shapes` builds models without
-memory, `surgery` replaces layers.
+memory, and `surgery` finds and replaces modules.
 """
 
 from labkit.models.fetching import SOURCES, ModelUnavailable, Source, fetch

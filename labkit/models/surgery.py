@@ -1,8 +1,7 @@
-"""Finding and replacing modules of a model: by the last parts of a name, the output layer, and weights that
-two layers share.
+"""Finding and replacing modules of a model: by name, by role (the output layer), by the weights they share.
 
 In most small models the output layer's weight is the embedding's (**tied** embeddings): one tensor, held by
-two modules. What changes one then changes both, so code that replaces or adapts a layer asks `tied_partner`
+two modules. Changing one then changes both, so code that replaces or adapts a layer asks `tied_partner`
 first.
 """
 
@@ -25,10 +24,10 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def detach_from_file(model: nn.Module, leave: set[int]) -> None:
-    """Copy the parameters and buffers of `model`, one after the other, but for those with an id in `leave`.
+    """Copy the parameters and buffers of `model`, one after the other, except those with an id in `leave`.
 
-    The weights of a model that was loaded from a file are views of the file, mapped into memory as a whole.
-    One view keeps all of it there: without this, the embedding would hold on to every weight that was
+    The weights of a model that was loaded from a file are views of the file, mapped into memory as a whole,
+    and one view keeps all of it there: without this, the embedding would hold on to every weight that was
     quantized.
     """
     for tensor in (*model.parameters(), *model.buffers()):
@@ -37,20 +36,22 @@ def detach_from_file(model: nn.Module, leave: set[int]) -> None:
 
 
 def ends_with(name: str, part: str) -> bool:
-    """Is `part` the last parts of the module name? ("layers.0.q_proj", "q_proj") yes, ("my_q_proj", "q_proj")
-    no."""
+    """Do the last parts of a module's name equal `part`?
+
+    >>> ends_with("layers.0.q_proj", "q_proj"), ends_with("layers.0.my_q_proj", "q_proj")
+    (True, False)
+    """
     return f".{name}".endswith(f".{part}")
 
 
 def inside(name: str, parents: Sequence[str]) -> bool:
-    """Is the module one of `parents` (names or last parts of names), or in one?"""
+    """Is the module one of `parents` (names, or last parts of names), or inside one?"""
     parts = name.split(".")
     return any(ends_with(".".join(parts[:i]), p) for p in parents for i in range(1, len(parts) + 1))
 
 
 def weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """The modules that hold each weight tensor, by the id of the tensor; more than one where weights are
-    tied."""
+    """The modules that hold each weight tensor, by its id; more than one where weights are tied."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -62,10 +63,11 @@ def weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 def tied_partner(
     model: nn.Module, module: nn.Module, holders: Mapping[int, list] | None = None
 ) -> str | None:
-    """The name of another module with the very same weight tensor.
+    """The name of another module with the very same weight tensor, or None.
 
     Args:
-        model, module: a model, and a module of it.
+        model: a model.
+        module: a module of it.
         holders: `weight_holders(model)`, to look up many modules without walking the model for each.
     """
     weight = module._parameters.get("weight")
@@ -74,11 +76,12 @@ def tied_partner(
 
 
 def untie_embeddings(model: nn.Module) -> nn.Module:
-    """Give the output layer a weight of its own, equal to the embedding's, in place; it then counts and is
-    saved apart.
+    """Give the output layer a weight of its own, equal to the embedding's, in place.
+
+    From then on it counts and is saved by itself.
 
     Returns:
-        `model`; its output is what it was.
+        `model`; its output is unchanged.
 
     Raises:
         ValueError: the two are not tied.
