@@ -12,7 +12,7 @@ from labkit.memory.setup import OTHER_NAMES, Setup, dtype_name
     [
         ("llama2-7b", {}, "not a known config; did you mean 'llama-2-7b'"),
         ({"hidden_size": 3}, {}, "not the config of a model that transformers knows"),
-        (3, {}, "int is no model"),
+        (3, {}, "int is not a model"),
         ("tiny-llama", dict(method="dora"), "method='dora' is not known; choose one of"),
         ("tiny-llama", dict(max_length=513), "max_length=513 is above the 512 positions"),
         ("tiny-llama", dict(max_length=1), "nothing to predict"),
