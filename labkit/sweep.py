@@ -1,6 +1,8 @@
-"""Run or complete an experiment from the command line: a door to `labkit.sweeps`.
+"""The door to `labkit.sweeps` from the command line.
 
-python -m labkit.sweep experiments/rank.toml [--jobs 2]     # makes or completes data/results/rank.jsonl
+    python -m labkit.sweep experiments/rank.toml [--jobs 2]
+
+makes or completes data/results/rank.jsonl, and prints what it holds.
 """
 
 import argparse

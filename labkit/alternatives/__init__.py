@@ -6,8 +6,8 @@
     bottleneck adapters   an MLP after or beside each sub-layer   no        bottleneck
     (IA)^3                one factor per activation               yes       ia3
 
-All of them train with `labkit.train`, over a base in 32, 16 or 4 bits, and generate through transformers' `generate`.
-`methods` leaves them out again, `cost` counts.
+All of them train with `labkit.train`, over a base in 32, 16 or 4 bits, and generate through transformers'
+`generate`. `methods` leaves them out again, `cost` counts.
 
 Source: He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning".
 """

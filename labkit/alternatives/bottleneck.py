@@ -1,15 +1,14 @@
-"""Bottleneck adapters: a small MLP of two layers in every sub-layer, trained while the rest stays frozen.
+"""Bottleneck adapters: a small MLP of two layers in every sub-layer f, all else frozen.
 
-    serial (Houlsby)   y + s (W_up a(W_down y + b) + b'), y = f(x)      after the sub-layer f, before the residual sum
+    serial (Houlsby)   y + s (W_up a(W_down y + b) + b'), y = f(x)      after f, before the residual sum
     parallel (He)      f(x) + s (W_up a(W_down x + b) + b')             beside f, from the same input
 
-W_down: (size, width), W_up: (width, size). The parallel form around one linear layer, without the nonlinearity a and
-the biases, *is* LoRA. The nonlinearity decides inference: LoRA's correction is a matrix and can be added to the weight;
-this one never can, so each token pays for it in every layer. The serial form pays most, because its products must wait
-for f.
+W_down: (size, width), W_up: (width, size). The parallel form around one linear layer, without the
+nonlinearity and the biases, *is* LoRA. The nonlinearity decides inference: LoRA's correction is a matrix and
+can be added to the weight; this one cannot, so each token pays for it in every layer.
 
-With `init="zero"` W_up starts at zero, so the untrained model is exactly the base. Houlsby's start (N(0, 0.01^2), cut at
-two standard deviations) is only nearly so. Houlsby et al. train the layer norms too; here they stay frozen.
+With `init="zero"` W_up starts at zero, so the untrained model is exactly the base. Houlsby et al. train the
+layer norms too; here they stay frozen.
 
 Sources: Houlsby et al. 2019, section 2.1; He et al. 2021, table 1 and section 4.2 (parallel, scale s).
 """
@@ -41,7 +40,7 @@ class BottleneckConfig:
             MLP.
         activation: "relu", "gelu" or "silu".
         scale: factor of the correction; 1 for Houlsby, 4 is usual for the parallel form.
-        init: "zero" or "near-identity".
+        init: "zero", or "near-identity", Houlsby's: N(0, 0.01^2), cut at two deviations.
 
     Raises:
         ValueError: a value is out of its range.
@@ -68,7 +67,8 @@ class Bottleneck(nn.Module):
     """A sub-layer with an adapter after it, or beside it.
 
     Args:
-        base: attention or MLP of a block; maps (batch, time, width) to the same, or to a tuple that begins with it.
+        base: attention or MLP of a block; maps (batch, time, width) to the same, or to a tuple that begins
+            with it.
         width: of the model.
         config: see `BottleneckConfig`.
         device, dtype: of the adapter.
@@ -109,11 +109,11 @@ class Bottleneck(nn.Module):
 
 
 def add_bottleneck(model: nn.Module, config: BottleneckConfig) -> nn.Module:
-    """Freeze `model` and put an adapter in each sub-layer that `config.where` names; in place. Returns `model`.
+    """Freeze `model` and put an adapter in each sub-layer of `config.where`; in place. Returns `model`.
 
     Raises:
-        ValueError: the model has a method already, has no such sub-layers, or is not wider than the bottleneck.
-            Nothing is changed then.
+        ValueError: the model has a method already, has no such sub-layers, or is not wider than the
+            bottleneck. Nothing is changed then.
     """
     check_unadapted(model, "a bottleneck adapter")
     width, device = decoder_shape(model).hidden_size, model.get_input_embeddings().weight.device

@@ -1,9 +1,10 @@
 """What a method costs once it is trained: parameters, operations per token, cache, context.
 
-The counts are exact, and of the same kind as those of `torch.utils.flop_counter`: a product of matrices, (m, k) by
-(k, n), is 2 m k n operations, and attention multiplies every query by every key, including those that a mask hides (a
-kernel that skips them does half). Operations on single numbers are counted separately, because they cost memory traffic
-rather than arithmetic: one for each multiplication, addition, activation or entry of a softmax.
+The counts are exact, and of the same kind as those of `torch.utils.flop_counter`: a product of matrices of
+(m, k) by (k, n) is 2 m k n operations, and attention multiplies every query by every key, including those
+that a mask hides (a kernel that skips them does half). Operations on single numbers are counted separately,
+because they cost memory traffic rather than arithmetic: one for each multiplication, addition, activation or
+entry of a softmax.
 
 Source: LoRA (Hu et al. 2021), table 1, for why the cost at inference decides.
 """
@@ -108,10 +109,10 @@ def cost_of_bottlenecks(added: AddedMethod, trained: int) -> Cost:
 
 
 def prefill_flops(model: nn.Module, tokens: int) -> int:
-    """Extra operations in matrix products to read a text of `tokens` tokens, before the first one is written; one sequence.
+    """Extra operations in matrix products to read a text of `tokens` tokens before writing; for one sequence.
 
-    A soft prompt pays here for its own way through the network, once per sequence. (Its keys and values are the same for
-    every text: a server may keep them, and then pays what a prefix does.)
+    A soft prompt pays here for its own way through the network, once per sequence. (Its keys and values are
+    the same for every text, so a server may keep them, and then pays what a prefix does.)
     """
     added = require_method(model)
     if added.tokens is None or isinstance(added.tokens, Prefix):

@@ -1,14 +1,15 @@
 """(IA)^3: learn one factor per activation, and multiply.
 
-    k <- l_k * W_k x        v <- l_v * W_v x        mlp(x) = W_down (l_ff * h)        h: inner activations of the MLP
+    k <- l_k * W_k x        v <- l_v * W_v x        mlp(x) = W_down (l_ff * h), h the inner activations
 
-All factors start at one, so the untrained model is exactly the base. Multiplying the output of a layer by l is diag(l) W,
-multiplying its input is W diag(l): matrices again, so everything merges into the weights.
+Factors start at one, so the untrained model is exactly the base. Scaling a layer's output is diag(l) W,
+scaling its input is W diag(l): matrices again, so everything merges into the weights.
 
-*Over a 4-bit base.* diag(l) W scales rows. If a row is a whole number of quantization blocks, merging multiplies each
-block's absmax by its row's factor: the codes stay, and the result is exact. (Double-quantized scales become fp32 then.)
-W diag(l) scales *columns*, which cross the blocks. But a gated MLP has h = a(W_gate x) * (W_up x), so l_ff can equally
-multiply the output of W_up: `outputs=("k_proj", "v_proj", "up_proj"), inputs=()` is the same model, and merges exactly.
+*Over a 4-bit base.* diag(l) W scales rows. If a row is a whole number of quantization blocks, merging
+multiplies each block's absmax by its row's factor: the codes stay, and the result is exact. (Double-quantized
+scales become fp32.) W diag(l) scales *columns*, which cross the blocks. But if h = a(W_gate x) * (W_up x), as
+in a gated MLP, l_ff can equally scale W_up's output: `outputs=("k_proj", "v_proj", "up_proj"), inputs=()`
+merges exactly.
 
 Source: T-Few (Liu et al. 2022), section 3.3. Agrees with: PEFT `tuners/ia3/layer.py`.
 """
@@ -27,8 +28,8 @@ from labkit.quant.linears import is_conv1d, widths
 KNOWN_NAMES = (
     (("k_proj", "v_proj"), ("down_proj",)),  # Llama, Mistral, Qwen, Gemma
     (("k_proj", "v_proj"), ("fc2",)),  # OPT, Phi
-    # GPT-2 makes queries, keys and values in one layer, and PEFT multiplies all three. The factors on the queries are
-    # superfluous, since only their product with those on the keys counts; they are kept because PEFT's folders have them
+    # GPT-2 makes queries, keys and values in one layer, and PEFT multiplies all three. The factors on the
+    # queries are superfluous: only their product with those on the keys counts. But PEFT's folders have them
     (("c_attn",), ("mlp.c_proj",)),
     (("query_key_value",), ("dense_4h_to_h",)),  # GPT-NeoX, Falcon, Bloom
 )
@@ -39,8 +40,8 @@ class IA3Config:
     """What to multiply.
 
     Args:
-        outputs: names, or last parts of names, of layers whose output is multiplied. With None for both, the paper's
-            layers are found by the names that Llama-, OPT-, GPT-2- and NeoX-type models give them.
+        outputs: names, or last parts of names, of layers whose output is multiplied. With None for both, the
+            paper's layers are found by the names that Llama-, OPT-, GPT-2- and NeoX-type models give them.
         inputs: the same, of layers whose input is multiplied.
 
     Raises:
@@ -65,7 +66,7 @@ class IA3Config:
 
 
 class IA3Linear(nn.Module):
-    """A linear layer whose output, or whose input, is multiplied by a learned vector: `l * base(x)` or `base(l * x)`.
+    """A linear layer with a learned vector on its output, `l * base(x)`, or on its input, `base(l * x)`.
 
     Args:
         base: `nn.Linear`, `QuantLinear` or GPT-2's `Conv1D`.
@@ -183,8 +184,8 @@ def merge_ia3(model: nn.Module) -> nn.Module:
     The layers as they were are kept, for `unmerge_ia3`.
 
     Raises:
-        ValueError: there are no vectors, they are merged already, or a 4-bit layer cannot take them. Nothing is
-            changed then.
+        ValueError: there are no vectors, they are merged already, or a 4-bit layer cannot take them. Nothing
+            is changed then.
     """
     layers = ia3_layers(model)
     if not layers:

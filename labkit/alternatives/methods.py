@@ -1,10 +1,12 @@
 """What a method puts into a frozen model, and how to leave it out again.
 
-A method beside LoRA either swaps layers of the base for layers of its own, or stands before the text. `AddedMethod` is
-the one record of that, kept on the model as `model.added_method`. Leaving the method out for a while (`base_only`),
-taking it off for good (`remove`) and counting it (`labkit.alternatives.cost`) then work alike for all of them.
+A method beside LoRA either swaps layers of the base for layers of its own, or stands before the text.
+`AddedMethod` is the one record of that, kept on the model as `model.added_method`. Leaving the method out for
+a while (`base_only`), taking it off for good (`remove`) and counting it (`labkit.alternatives.cost`) then
+work alike for all of them.
 
-A model carries one method at a time: each freezes everything it finds, so a second one would silently freeze the first.
+A model carries one method at a time: each freezes everything it finds, so a second one would silently freeze
+the first.
 """
 
 from collections.abc import Iterator
@@ -26,10 +28,11 @@ class AddedMethod:
 
     Attributes:
         config: as given to `add_prompt` and its like.
-        layers: by full name, the layers that stand in place of the base's own; each holds that one as its `base`.
+        layers: by full name, the layers that stand in place of the base's own; each holds that one as its
+            `base`.
         tokens: what stands before the text; None for a method that changes layers.
-        base_before_merge: by full name, the base's own layers while (IA)^3 is merged. They are kept here because a
-            child of the merged layer would be counted and saved with it.
+        base_before_merge: by full name, the base's own layers while (IA)^3 is merged. They are kept here
+            because a child of the merged layer would be counted and saved with it.
         mounted: does the model compute with the method? False within `base_only`.
     """
 
@@ -66,7 +69,7 @@ def require_method(model: nn.Module) -> AddedMethod:
 
 
 def check_unadapted(model: nn.Module, method: str) -> None:
-    """Raise a `ValueError` if `model` carries LoRA adapters or one of the methods here already, so `method` cannot be added."""
+    """Raise a `ValueError` if `model` has LoRA or a method already, so `method` cannot be added."""
     present = method_of(model)
     if present is not None or any(".lora_" in name for name, _ in model.named_parameters()):
         carries = "LoRA adapters" if present is None else type(present.config).__name__

@@ -1,13 +1,14 @@
-"""Prefix tuning: leave every weight alone, and train n keys and values before those of the text, in every layer.
+"""Prefix tuning: leave every weight alone, and train n keys and values per layer, before those of the text.
 
     K_l = [P_l^K; K(text)],  V_l = [P_l^V; V(text)]           P: (n, layers, 2, kv_width)
 
 Each layer makes keys and values out of a soft prompt; a prefix *is* those keys and values. So it has
-`2 layers kv_width / width` times the parameters, and reaches combinations that no input could produce. It costs the same
-when text is written, and cannot be merged into weights.
+`2 layers kv_width / width` times the parameters, and reaches combinations that no input could produce. It
+costs the same when text is written, and cannot be merged into weights.
 
-*Reparametrization.* Li and Liang found the prefix unstable to train directly, and trained P = W2 tanh(W1 e + b1) + b2,
-with one MLP for all n. After training only P matters: `fold_prefix` computes it and drops the MLP.
+*Reparametrization.* Li and Liang found the prefix unstable to train directly, and trained
+P = W2 tanh(W1 e + b1) + b2, with one MLP for all n. After training only P matters: `fold_prefix` computes it
+and drops the MLP.
 
 Source: Li & Liang 2021, section 4. Agrees with: PEFT `tuners/prefix_tuning`.
 """
@@ -31,13 +32,13 @@ class PrefixConfig:
     Args:
         length: keys and values before the text, in each layer.
         projection: width of the MLP that makes the prefix in training; None to train the prefix itself.
-        init: "random", from N(0, 1), as PEFT does; "text", the keys and values that the model itself makes of `text`:
-            training then starts exactly at that prompt.
+        init: "random", from N(0, 1), as PEFT does; "text", the keys and values that the model itself makes of
+            `text`: training then starts exactly at that prompt.
         text: for init="text".
 
     Raises:
-        ValueError: a value is out of its range, or init="text" comes with a projection, which cannot be set to a given
-            prefix.
+        ValueError: a value is out of its range, or init="text" comes with a projection, which cannot be set
+            to a given prefix.
     """
 
     length: int = 20
@@ -60,7 +61,8 @@ class Prefix(VirtualTokens):
     """Prefix tuning: keys and values before those of the text, in every layer.
 
     Args:
-        prefix: (length, 2 * layers * kv_width), for each layer its keys and then its values; None if the MLP makes it.
+        prefix: (length, 2 * layers * kv_width), for each layer its keys and then its values; None if the MLP
+            makes it.
         shape: of the model.
         embedding, mlp: with prefix=None; (length, kv_width), and the MLP from there to the width of a prefix.
     """
@@ -102,7 +104,7 @@ class Prefix(VirtualTokens):
 
 
 def add_prefix(model: nn.Module, config: PrefixConfig, tokenizer=None) -> nn.Module:
-    """Freeze `model` and put trained keys and values before those of its text, in every layer; in place. Returns `model`.
+    """Freeze `model` and put trained keys and values before those of its text; in place. Returns `model`.
 
     Raises:
         ValueError: as for `add_prompt`.

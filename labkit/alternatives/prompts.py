@@ -2,12 +2,12 @@
 
     h_0 = [P; E(text)]           P: (n, width)
 
-A soft prompt passes through the network as tokens do, so each layer makes its keys and values from it. The text meets it
-only through attention: n more keys to attend to in each layer, n more entries in the key-value cache, n positions of the
-context. It cannot be merged into weights.
+A soft prompt passes through the network as tokens do, so each layer makes its keys and values from it. The
+text meets it only through attention: n more keys to attend to in each layer, n more entries in the key-value
+cache, n positions of the context. It cannot be merged into weights.
 
-Source: Lester et al. 2021, section 2. Agrees with: PEFT `tuners/prompt_tuning` and `peft_model.py`, except for positions
-under padding on the left; see `labkit.alternatives.virtual_tokens`.
+Source: Lester et al. 2021, section 2. Agrees with: PEFT `tuners/prompt_tuning` and `peft_model.py`, except
+for positions under padding on the left; see `labkit.alternatives.virtual_tokens`.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class PromptConfig:
 
     Args:
         length: soft tokens before the text.
-        init: "random", from N(0, 1), as PEFT does: vectors far longer than those of words; "vocab", the embeddings of
-            random tokens; "text", those of `text`, repeated or cut to `length`.
+        init: "random", from N(0, 1), as PEFT does: vectors far longer than those of words; "vocab", the
+            embeddings of random tokens; "text", those of `text`, repeated or cut to `length`.
         text: for init="text".
 
     Raises:
@@ -72,7 +72,8 @@ def add_prompt(model: nn.Module, config: PromptConfig, tokenizer=None) -> nn.Mod
     """Freeze `model` and put a trained soft prompt before everything it reads; in place. Returns `model`.
 
     Raises:
-        ValueError: the model has a method already, the prompt is as long as its context, or `text` has no tokenizer.
+        ValueError: the model has a method already, the prompt is as long as its context, or `text` has no
+            tokenizer.
     """
     check_unadapted(model, "prompt tuning")
     embeddings = model.get_input_embeddings().weight  # (vocab, width)

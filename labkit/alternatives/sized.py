@@ -1,4 +1,4 @@
-"""The methods whose size you choose, by name: what a sweep over sizes, or an explorer with a slider, goes through."""
+"""The methods whose size you choose, by name, for a sweep over sizes or an explorer with a slider."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Where a method may take hold of a frozen language model: its decoder, its layers and sub-layers by name.
 
-A decoder is a stack of blocks: h <- h + attention(norm(h)), then h <- h + mlp(norm(h)). The methods beside LoRA differ in
-*where* they enter: before the text (`decoder`), at a sub-layer (`sublayers_of`), or at one linear layer (`layers_named`).
+A decoder is a stack of blocks: h <- h + attention(norm(h)), then h <- h + mlp(norm(h)). The methods beside
+LoRA differ in *where* they enter: before the text (`decoder`), at a sub-layer (`sublayers_of`), or at one
+linear layer (`layers_named`).
 """
 
 import torch
@@ -20,12 +21,12 @@ def decoder(model: nn.Module) -> nn.Module:
 
 
 def train_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of what is added: at least fp32, because updates are smaller than bf16 can add to a parameter."""
+    """The dtype of what is added: at least fp32, because bf16 would round small updates away."""
     return torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
 
 
 def layers_named(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The linear layers (32-bit, 4-bit or Conv1D) whose full names end with one of `names`; never the output layer.
+    """The linear layers (32-bit, 4-bit, Conv1D) whose names end with one of `names`; never the output layer.
 
     Raises:
         ValueError: a name matches nothing; the message names the nearest one.
@@ -41,7 +42,8 @@ def sublayers_of(model: nn.Module, kind: str) -> dict[str, nn.Module]:
     """The "attention" or the "mlp" of each block, by full name.
 
     Raises:
-        ValueError: the blocks have no module of that kind. (In BERT, for one, the norm and the sum are inside it.)
+        ValueError: the blocks have no module of that kind. (In BERT, for one, the norm and the sum are inside
+            it.)
     """
     found = {
         name: module

@@ -1,12 +1,13 @@
 """Room for n tokens before the text: what a soft prompt and a prefix have in common.
 
-Why hooks on the decoder rather than a model around it: the base keeps its class and its names, so `model(...)`, the loss,
-`generate` and gradient checkpointing work as before. The hidden states of a soft prompt are cut off before the output
-layer, so logits line up with the tokens that were given and labels need no shift. (PEFT keeps them, so if the first token
-of the text is supervised, its loss counts that one too, predicted by the last vector of the prompt.)
+Why hooks on the decoder rather than a model around it: the base keeps its class and its names, so
+`model(...)`, the loss, `generate` and gradient checkpointing work as before. The hidden states of a soft
+prompt are cut off before the output layer, so logits line up with the tokens that were given and labels need
+no shift. (PEFT keeps them, so if the first token of the text is supervised, its loss counts that one too,
+predicted by the last vector of the prompt.)
 
-Positions count up over prompt and text: the text begins at n. Padding on the left lies between the two in memory, but
-takes no position. (In PEFT, the positions of a soft prompt depend on that padding.)
+Positions count up over prompt and text: the text begins at n. Padding on the left lies between the two in
+memory, but takes no position. (In PEFT, the positions of a soft prompt depend on that padding.)
 """
 
 import inspect
@@ -20,7 +21,7 @@ from labkit.checks import check_choice, check_whole
 
 
 def check_tokens(length: int, init: str, inits: tuple[str, ...], text: str | None) -> None:
-    """The checks that the configs of both share: a length, a known start, and a text exactly where one is needed."""
+    """The checks that both configs share: a length, a known start, and a text exactly if it needs one."""
     check_whole("length", length)
     check_choice("init", init, inits)
     if (init == "text") != bool(text):
@@ -50,7 +51,7 @@ class VirtualTokens(nn.Module):
         self.cut, self.own_cache = 0, False
 
     def attach(self, model: nn.Module) -> None:
-        """From now on, take part in every forward pass of `model`, whose child `virtual_tokens` this becomes."""
+        """Take part in every forward pass of `model` from now on, as its child `virtual_tokens`."""
         model.virtual_tokens = self
         self.names = tuple(inspect.signature(decoder(model).forward).parameters)
         enter = decoder(model).register_forward_pre_hook(self.enter, with_kwargs=True)
@@ -68,7 +69,7 @@ class VirtualTokens(nn.Module):
         raise NotImplementedError
 
     def enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Before the decoder runs: put the virtual tokens before the text, unless its cache holds them already."""
+        """Before the decoder: put the virtual tokens before the text, unless its cache holds them already."""
         inputs = dict(zip(self.names, args)) | kwargs
         ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
         batch, time = (ids if embedded is None else embedded).shape[:2]
@@ -101,7 +102,7 @@ class VirtualTokens(nn.Module):
         return (), inputs
 
     def leave(self, decoder: nn.Module, args: tuple, output):
-        """After the decoder has run: drop the hidden states before the text, and a cache that nobody asked for."""
+        """After the decoder: drop the hidden states before the text, and a cache that nobody asked for."""
         if isinstance(output, tuple):
             return (output[0][:, self.cut :], *output[1:]) if self.cut else output
         if self.cut:

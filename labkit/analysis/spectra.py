@@ -1,19 +1,19 @@
-"""What did training change, and in how many directions? Singular values of weight updates, with controls.
+"""In how many directions did training change the weights? Singular values of updates, with controls.
 
     dW = W_tuned - W_0 = U diag(s) V^T            U: (out, r)   s: (r,) falling   V^T: (r, in)
 
-Low rank means that few of the s carry most of dW. No single number says how few, and these differ by a factor of ten:
+Low rank means that few of the s carry most of dW. How few, no single number says:
 
-- `effective_rank`: exp of the entropy of s / sum(s). The tail counts, because s is not squared.
-- `stable_rank`: ||dW||_F^2 / ||dW||_2^2. Only the size of the largest counts.
+- `effective_rank`: exp of the entropy of s / sum(s). The tail counts.
+- `stable_rank`: ||dW||_F^2 / ||dW||_2^2. Only the largest counts.
 - `energy_rank`: singular values that make up 90 % of ||dW||_F^2.
 
-None means anything without a control: Gaussian noise of 256 x 256 needs 130 directions for 90 % of its energy, not 231.
-So compare with `gaussian_like` and `mp_edge`. And energy is not effect: `with_truncated_update` keeps the k largest
+None means anything without a control: Gaussian noise of 256 x 256 has 90 % of its energy in 130 directions,
+so compare with `gaussian_like`. And energy is not effect: `with_truncated_update` keeps the k largest
 directions in the model, so the loss can be measured.
 
-Sources: LoRA (Hu et al. 2021) section 7; Roy & Vetterli 2007; Shuttleworth et al. 2024, arXiv 2410.21228; Halko,
-Martinsson & Tropp 2011. Agrees with: numpy.linalg.svd.
+Sources: LoRA (Hu et al. 2021) section 7; Roy & Vetterli 2007; Shuttleworth et al. 2024, arXiv 2410.21228.
+Agrees with: numpy.linalg.svd.
 """
 
 import math
@@ -56,9 +56,9 @@ def checked(matrix: Tensor) -> Tensor:
 def svd(matrix: Matrix) -> SVD:
     """The singular value decomposition, exact: of a tensor, or of a `Factored` without multiplying it out.
 
-    With left = Q_l R_l and right^T = Q_r R_r, left right = Q_l (R_l R_r^T) Q_r^T, and the bracket is only (r, r). That is
-    why a LoRA update (scaling B) A is never multiplied out: at 1024 x 1024 and r = 16 this takes a thousandth of the time
-    of the SVD of the product.
+    With left = Q_l R_l and right^T = Q_r R_r, left right = Q_l (R_l R_r^T) Q_r^T, and the bracket is only
+    (r, r). That is why a LoRA update (scaling B) A is never multiplied out: at 1024 x 1024 and r = 16 this
+    takes a thousandth of the time of the SVD of the product.
 
     Raises:
         ValueError: see `checked`.
@@ -77,13 +77,13 @@ def randomized_svd(
 ) -> tuple[SVD, float]:
     """The k largest singular values and vectors, from products with k + oversample random directions.
 
-    Q spans (A A^T)^powers A Omega, and B = Q^T A is decomposed instead of A. It pays if k is far below both sides: 16
-    of 1024 x 1024 took a twentieth of the time of the exact one.
+    Q spans (A A^T)^powers A Omega, and B = Q^T A is decomposed instead of A. It pays if k is far below both
+    sides: 16 of 1024 x 1024 took a twentieth of the time of the exact one.
 
     Returns:
-        (svd, bound). With E = A - Q B, A^T A = B^T B + E^T E, so each true singular value lies between s_j and
-        sqrt(s_j^2 + ||E||^2). `bound` is ||E||_F, which is at least ||E||: look at it before you use s. For noise, which
-        has no low rank, it is nearly the norm of the matrix.
+        (svd, bound). With E = A - Q B, A^T A = B^T B + E^T E, so each true singular value lies between s_j
+        and sqrt(s_j^2 + ||E||^2). `bound` is ||E||_F, which is at least ||E||: look at it before you use s.
+        For noise, which has no low rank, it is nearly the norm of the matrix.
 
     Raises:
         ValueError: see `checked`, or k is below 1 or above the smaller side.
@@ -143,7 +143,7 @@ def stable_rank(s: Tensor) -> float:
 
 
 def energy_rank(s: Tensor, share: float = 0.9) -> int:
-    """The smallest number of singular values whose squares make up `share` of the sum of all squares. s: (r,).
+    """The smallest number of singular values whose squares make up `share` of all squares. s: (r,).
 
     Raises:
         ValueError: see `spectrum`, or a share out of range.
@@ -167,9 +167,9 @@ def truncate(matrix: Matrix, k: int) -> Tensor:
 
 
 def random_directions(matrix: Tensor, k: int, seed: int) -> Tensor:
-    """The control of `truncate`: `matrix` projected on k random directions of its smaller side, (m, n), of rank k.
+    """The control of `truncate`: `matrix`, (m, n), projected on k random directions of its smaller side.
 
-    It keeps k / min(m, n) of the energy on average.
+    It has rank k, and keeps k / min(m, n) of the energy on average.
     """
     matrix = checked(matrix)
     if matrix.shape[0] > matrix.shape[1]:
@@ -199,8 +199,8 @@ def mp_edge(m: int, n: int, std: float) -> float:
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
     """How much of the span of the first i columns of `first` lies in that of the first j columns of `second`.
 
-    phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j): 1 if one span contains the other, 0 if they are orthogonal (LoRA,
-    equation 4).
+    phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j): 1 if one span contains the other, 0 if they are orthogonal
+    (LoRA, equation 4).
 
     Args:
         first: (d, I), orthonormal columns, as `svd` gives them.
@@ -224,10 +224,10 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
 
 
 def amplification(update: Matrix, weight: Tensor, r: int) -> float:
-    """By how much training turned up what the weight already did in the r top singular directions of the update.
+    """By how much training turned up what the weight already did in the update's r top singular directions.
 
-    ||dW||_F / ||U^T W V||_F, with U and V these directions (LoRA, section 7.3). It grows with the size of dW: compare
-    updates of one norm.
+    ||dW||_F / ||U^T W V||_F, with U and V these directions (LoRA, section 7.3). It grows with the size of dW:
+    compare updates of one norm.
 
     Raises:
         ValueError: see `checked`, or r is below 1.
@@ -240,9 +240,10 @@ def amplification(update: Matrix, weight: Tensor, r: int) -> float:
 
 
 def intruder_dimensions(base: Matrix, tuned: Matrix, k: int = 10, epsilon: float = 0.5) -> list[int]:
-    """Which of the k top left singular vectors of the tuned weight are unlike all of the base's (arXiv 2410.21228).
+    """Which of the k top left singular vectors of the tuned weight are unlike all of the base's.
 
-    Those whose largest |cosine| to any of the base's is below `epsilon`, by number, from 0 up.
+    Those whose largest |cosine| to any of the base's is below `epsilon`, by number, from 0 up (arXiv
+    2410.21228).
 
     Raises:
         ValueError: see `checked`, different numbers of rows, or an epsilon that cannot be a cosine.

@@ -1,16 +1,17 @@
 """How many directions does a task need? Training in a random subspace of all weights at once.
 
-    theta = theta_0 + P z            theta: (D,)   z: (d,), the only thing that trains   P: (D, d), random, frozen
+    theta = theta_0 + P z            theta: (D,)   z: (d,), which alone trains   P: (D, d), random, frozen
 
-The smallest d that reaches 90 % of what full training reaches is the task's *intrinsic dimension*, d_90. LoRA looks for
-few directions inside each matrix, and finds the best ones; this looks for few directions in the whole model, and takes
-what chance gives. It is the harder test, and a control for "low rank works", because here nothing is chosen.
+The smallest d that reaches 90 % of what full training reaches is the task's *intrinsic dimension*, d_90. LoRA
+looks for few directions inside each matrix, and finds the best ones; this looks for few directions in the
+whole model, and takes what chance gives. It is the harder test, and a control for "low rank works", because
+here nothing is chosen.
 
 How P is made is said at `Offset`.
 
-Sources: Li et al. 2018, "Measuring the Intrinsic Dimension of Objective Landscapes", section 2; Aghajanyan et al. 2020,
-"Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning"; the sparse P is a count sketch
-(Charikar et al. 2002) with balanced buckets.
+Sources: Li et al. 2018, "Measuring the Intrinsic Dimension of Objective Landscapes", section 2; Aghajanyan et
+al. 2020, "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning"; the sparse P is
+a count sketch (Charikar et al. 2002) with balanced buckets.
 """
 
 import math
@@ -24,13 +25,14 @@ from labkit.models.surgery import is_output_layer
 
 
 class Offset(nn.Module):
-    """The parametrization of one weight: `weight + P z`, with its own rows of P and the z that all weights share.
+    """The parametrization of one weight: `weight + P z`, with its own rows of P and the z that all share.
 
-    Each weight follows one coordinate of z, with a random sign, and each coordinate moves D / d weights. The columns of P
-    are divided by sqrt(D / d), which makes them orthonormal: |P z| = |z|, and with d = D nothing is lost but the names of
-    the weights. A dense Gaussian P, as in the definition, has D d numbers, 12 GB at D = 3 million and d = 1000; this one
-    has 5 bytes per weight, whatever d is. The papers' Fastfood transform needs no memory for P, but several passes of
-    D log D in each step. All three keep d / D of a gradient's energy on average.
+    Each weight follows one coordinate of z, with a random sign, and each coordinate moves D / d weights. The
+    columns of P are divided by sqrt(D / d), which makes them orthonormal: |P z| = |z|, and with d = D nothing
+    is lost but the names of the weights. A dense Gaussian P, as in the definition, has D d numbers, 12 GB at
+    D = 3 million and d = 1000; this one has 5 bytes per weight, whatever d is. The papers' Fastfood transform
+    needs no memory for P, but several passes of D log D in each step. All three keep d / D of a gradient's
+    energy on average.
 
     Args:
         z: (d,) the coordinates.
@@ -56,9 +58,10 @@ class Offset(nn.Module):
 
 
 def add_subspace(model: nn.Module, d: int, seed: int) -> nn.Module:
-    """Freeze `model` and let it move only along d random directions of all its linear weights but the output layer's.
+    """Freeze `model` and let it move only along d random directions of its linear weights.
 
-    z starts at zero, so the model is still what it was. Biases, norms and embeddings stay frozen.
+    z starts at zero, so the model is still what it was. Biases, norms, embeddings and the output layer stay
+    frozen.
 
     Args:
         model: changed in place; its only trainable parameter is then z, (d,) fp32.
@@ -69,7 +72,8 @@ def add_subspace(model: nn.Module, d: int, seed: int) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: d is out of range, there is a subspace already, or no linear layer. Nothing is changed then.
+        ValueError: d is out of range, there is a subspace already, or no linear layer. Nothing is changed
+            then.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)]
     if not layers:
@@ -110,9 +114,9 @@ def remove_subspace(model: nn.Module) -> nn.Module:
 
 
 def matching_lr(model: nn.Module, lr: float) -> float:
-    """The rate of z at which a step of Adam moves each weight as far as `lr` does in full fine-tuning: lr sqrt(D / d).
+    """The rate of z at which Adam's step moves each weight as far as `lr` does in full fine-tuning.
 
-    A step of z by lr moves each weight by only lr / sqrt(D / d).
+    That is lr sqrt(D / d): a step of z by lr moves each weight by only lr / sqrt(D / d).
 
     Raises:
         ValueError: the model is in no subspace.

@@ -1,13 +1,14 @@
-"""The numbers of `labkit.analysis.spectra` for a whole run: one per quantity over all layers, beside its control.
+"""The numbers of `labkit.analysis.spectra` for a whole run: each over all layers, beside its control.
 
-A figure of one layer of one run is an anecdote. These are means (or medians, if one layer may be far off) over all linear
-layers, so a sweep can record them for several seeds:
+A figure of one layer of one run is an anecdote. These are means (or medians, if one layer may be far off)
+over all linear layers, so a sweep can record them for several seeds:
 
-    spectrum    effective, stable and 90 % energy rank as a share of full rank; the same for noise of equal shape and norm
-    agreement   phi(1, 1) and phi(8, 8) with a second run that differs only in its seed; the same for random directions
-    size        |dW| / |W|; amplification, and that of the same singular values in random directions
-    intruders   new ones among the top 10 directions of the tuned weights; the same for noise of the update's norm
-    effect      share of the improvement in loss kept by the k largest directions, by k random ones, and by half of dW
+                numbers                                                       control
+    spectrum    effective, stable and 90 % energy rank, as shares of full     noise of the same norm
+    agreement   phi(1, 1) and phi(8, 8) with a run from another seed          random directions
+    size        |dW| / |W|, and amplification                                 random directions
+    intruders   new ones among the top 10 directions of the tuned weights     noise of the same norm
+    effect      share of the gain kept by the k largest directions            k random ones; half of dW
 
 Sources: see `labkit.analysis.spectra`.
 """
@@ -37,7 +38,8 @@ def spectral_numbers(base: nn.Module, tuned: nn.Module, twin: nn.Module, seed: i
         seed: of the controls.
 
     Returns:
-        {name: number}, each over the layers that both runs changed. A name that ends in `_control` is the control.
+        {name: number}, each over the layers that both runs changed. A name that ends in `_control` is the
+        control.
 
     Raises:
         ValueError: see `labkit.analysis.updates.find_updates`, or nothing was trained.
@@ -79,8 +81,8 @@ def ranks(parts: Mapping[str, SVD], suffix: str) -> dict[str, float]:
 
 
 def agreement(first: Mapping[str, SVD], second: Mapping[str, SVD], suffix: str) -> dict[str, float]:
-    """phi(1, 1) and phi(8, 8), or phi(r, r) below rank 8, of the input and output directions of two runs; mean over
-    layers."""
+    """phi(1, 1) and phi(8, 8), or phi(r, r) below rank 8, of the input and output directions of two runs;
+    mean over layers."""
     found = {}
     for side, directions in (("in", lambda one: one.Vh.T), ("out", lambda one: one.U)):
         tables = [
@@ -95,7 +97,7 @@ def agreement(first: Mapping[str, SVD], second: Mapping[str, SVD], suffix: str) 
 def intruders(
     weights: Mapping[str, Tensor], dense: Mapping[str, Tensor], noise: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Intruders among the top directions of all tuned weights, and of the base plus noise of the same norm."""
+    """Intruders among the top directions of all tuned weights, and of the base plus noise of equal norm."""
     found: dict[str, float] = {"intruders": 0, "intruders_control": 0}
     for name in dense:
         before = spectra.svd(weights[name])
@@ -117,8 +119,8 @@ def effect_numbers(
         seed: of the random directions.
 
     Returns:
-        {name: share of the improvement}: `kept_k` by the k largest directions, `kept_k_control` by k random ones,
-        `kept_half` by the whole update at half its size.
+        {name: share of the improvement}: `kept_k` by the k largest directions, `kept_k_control` by k random
+        ones, `kept_half` by the whole update at half its size.
 
     Raises:
         ValueError: the updates do not lower the loss, so there is nothing to share.

@@ -1,13 +1,13 @@
-"""What training changed: the update of each linear layer, under one name for full fine-tuning, LoRA and QLoRA.
+"""What training changed: each linear layer's update, under one name for full fine-tuning, LoRA and QLoRA.
 
     full fine-tuning   dW = W - W_0
     LoRA               dW = scaling B A                           the base is frozen
     DoRA               dW = m/n (W_0 + scaling B A) - W_0         which has full rank
-    QLoRA              dW = scaling B A, and beside it dequantize(quantize(W_0)) - W_0, which training did not do
+    QLoRA              dW = scaling B A, beside dequantize(quantize(W_0)) - W_0, which training did not do
 
-The quantization error has full rank and is often larger than the update. A spectrum of "tuned minus original" of a QLoRA
-model shows that error rather than what was learned, so the parts have names here. `with_update` goes the other way: it
-puts a change into a model for as long as a loss is measured.
+The quantization error has full rank and is often larger than the update. A spectrum of "tuned minus original"
+of a QLoRA model shows that error rather than what was learned, so the parts have names here. `with_update`
+goes the other way: it puts a change into a model for as long as a loss is measured.
 
 Source: LoRA (Hu et al. 2021), section 4.1; QLoRA (Dettmers et al. 2023), equation 5.
 """
@@ -45,18 +45,20 @@ class Factored:
 def find_updates(
     base: nn.Module, tuned: nn.Module, part: str = "update", factored: bool = False
 ) -> dict[str, Tensor | Factored]:
-    """What training changed in each linear layer except the output layer, under the same names for every method.
+    """What training changed in each linear layer but the output layer, under one name for every method.
 
     Args:
         base: the model before training.
-        tuned: after it: all weights changed (full fine-tuning), or with LoRA, or with LoRA on a 4-bit base (QLoRA).
+        tuned: after it: all weights changed (full fine-tuning), or with LoRA, or with LoRA on a 4-bit base
+            (QLoRA).
         part: "update", what training did: W - W_0, or for an adapter what it adds to its frozen base;
             "error", what quantization did before training: dequantized base - W_0, zero without quantization;
             "total", both: what `tuned` computes with, minus W_0.
         factored: give updates of adapters as `Factored`; only for part "update", and not for DoRA.
 
     Returns:
-        {layer name: (out, in)} in at least fp32. For a model with adapters, "update" has only the layers that have one.
+        {layer name: (out, in)} in at least fp32. For a model with adapters, "update" has only the layers that
+        have one.
 
     Raises:
         ValueError: an unknown part, other layers or shapes, or an adapter on another base than `base`.
@@ -105,7 +107,7 @@ def base_of(layer: nn.Module) -> nn.Module:
 
 
 def frozen_weight(layer: nn.Module) -> Tensor:
-    """What the layer starts from, (out, in), in at least fp32: a base dequantized, a merged adapter taken out."""
+    """What the layer starts from, (out, in), in at least fp32: dequantized, and without a merged adapter."""
     if not isinstance(layer, LoRALinear) or not layer.is_merged:
         return at_least_fp32(dense_weight(base_of(layer)))
     kept = layer.base_before_merge
@@ -155,7 +157,8 @@ def with_update(model: nn.Module, changes: Mapping[str, Tensor]) -> Iterator[nn.
     After it the very weights from before are back, even after an error.
 
     Raises:
-        ValueError: a name that is not a linear layer with a plain weight, or another shape. Nothing is changed then.
+        ValueError: a name that is not a linear layer with a plain weight, or another shape. Nothing is
+            changed then.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, change in changes.items():

@@ -20,17 +20,17 @@ class RunConfig:
     Args:
         task: a name in `TASK_NAMES`.
         model: a name or folder for `labkit.models.load`.
-        method: "full" (every parameter trains), "lora", "qlora" (LoRA over NF4 with double quantization), "subspace"
-            (`d` random directions, see `labkit.analysis.subspace`), "prompt", "prefix", "bottleneck" or "ia3" (see
-            `labkit.alternatives`), or "none" (the base model, only measured).
+        method: "full" (every parameter trains), "lora", "qlora" (LoRA over NF4 with double quantization),
+            "subspace" (`d` random directions, see `labkit.analysis.subspace`), "prompt", "prefix",
+            "bottleneck" or "ia3" (see `labkit.alternatives`), or "none" (the base model, only measured).
         r, alpha, targets, variant, init, dropout: see `labkit.LoRAConfig`.
-        embeddings: train the embedding matrix, which these models share with the output layer; by default only with
-            "full".
+        embeddings: train the embedding matrix, which these models share with the output layer; by default
+            only with "full".
         d: dimension of the random subspace.
         size: tokens of a soft prompt or prefix, width of bottleneck adapters.
         examples: train on the first so many records; by default on all.
-        lr, steps, batch_size, schedule, warmup, clip, lora_plus: see `labkit.TrainConfig`; in a subspace `lr` is the
-            step of a weight, and z gets `labkit.analysis.subspace.matching_lr`.
+        lr, steps, batch_size, schedule, warmup, clip, lora_plus: see `labkit.TrainConfig`; in a subspace `lr`
+            is the step of a weight, and z gets `labkit.analysis.subspace.matching_lr`.
         seed: of the start of the adapter, the order of the data, the random subspace, and `facts`.
 
     Raises:

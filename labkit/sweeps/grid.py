@@ -1,9 +1,10 @@
 """Grids of runs times seeds, each recorded as one line of JSON, and never computed twice.
 
-A single run says little: another seed may change the order of two configurations. So every point of a sweep is run with
-several seeds, and is shown with all of them and with the 95 % interval of their mean.
+A single run says little: another seed may change the order of two configurations. So every point of a sweep
+is run with several seeds, and is shown with all of them and with the 95 % interval of their mean.
 
-An experiment is a TOML file: settings that are `fixed`, and one or more grids, each of which is the product of its lists.
+An experiment is a TOML file: settings that are `fixed`, and one or more grids, each of which is the product
+of its lists.
 
     seeds = [0, 1, 2]
     [fixed]
@@ -14,8 +15,8 @@ An experiment is a TOML file: settings that are `fixed`, and one or more grids, 
 
     python -m labkit.sweep experiments/rank.toml [--jobs 2]     # makes or completes data/results/rank.jsonl
 
-A killed sweep loses the runs under way and nothing else: start it again, and it does what is missing. A run that diverges
-or cannot run is a result too, and is recorded as such.
+A killed sweep loses the runs under way and nothing else: start it again, and it does what is missing. A run
+that diverges or cannot run is a result too, and is recorded as such.
 """
 
 import itertools
@@ -36,7 +37,8 @@ def read_experiment(path: str | Path) -> list[RunConfig]:
     """The runs of an experiment file, in its order, the seeds innermost.
 
     Raises:
-        ValueError: the file is missing or is not TOML, an unknown setting, an empty grid, or two runs that are the same.
+        ValueError: the file is missing or is not TOML, an unknown setting, an empty grid, or two runs that
+            are the same.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

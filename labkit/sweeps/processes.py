@@ -1,7 +1,7 @@
-"""Runs on separate processes, each with one thread; every run ends as a line to record, whatever became of it.
+"""Runs on separate processes, one thread each; every run becomes a line to record, however it ended.
 
-One thread per process is the fastest way to use the cores on small models, and the numbers of a run then do not depend on
-how many run beside it. Only the parent writes. If it is killed, its processes end too.
+One thread per process is the fastest way to use the cores on small models, and the numbers of a run then do
+not depend on how many run beside it. Only the parent writes. If it is killed, its processes end too.
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ MEMORY_PER_RUN = 4 * 2**30  # what a run on SmolLM2-135M may take, with room to 
 
 
 def default_jobs() -> int:
-    """One process per core, as many as the memory holds; one if there is a GPU, which they would have to share."""
+    """One process per core, as many as the memory holds; one on a GPU, which they would have to share."""
     if best_device().type != "cpu":
         return 1
     return max(1, min(os.cpu_count() or 1, int(memory_bytes() // MEMORY_PER_RUN)))
@@ -84,7 +84,7 @@ def record_run(config: RunConfig) -> dict:
 
 
 def hardware() -> dict[str, object]:
-    """What else the numbers depend on: the processor, a run's threads, and the dtype of a 4-bit layer's products."""
+    """What else the numbers depend on: processor, threads, and the dtype of a 4-bit layer's products."""
     device = best_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     cpuinfo = Path("/proc/cpuinfo")

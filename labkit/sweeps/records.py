@@ -1,10 +1,12 @@
 """Recorded runs: a file with one line of JSON each, which is only ever added to.
 
-Whatever is wrong with such a file is reported, and nothing is thrown away: a line that a kill cut off, a run recorded
-twice, a run on data that has changed since. Numbers from different data in one table would be worse than none.
+Whatever is wrong with such a file is reported, and nothing is thrown away: a line that a kill cut off, a run
+recorded twice, a run on data that has changed since. Numbers from different data in one table would be worse
+than none.
 
-With n seeds the mean of a metric is known to within t s / sqrt(n), where s is the standard deviation between seeds and t
-the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom. With three seeds t is 4.3, not 1.96.
+With n seeds the mean of a metric is known to within t s / sqrt(n), where s is the standard deviation between
+seeds and t the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom. With three seeds t is
+4.3, not 1.96.
 """
 
 import json
@@ -29,7 +31,7 @@ class SweepWarning(UserWarning):
 
 @dataclass
 class Results:
-    """Recorded runs: `records` that belong to the data as it is now, and `problems` found in the file, in words."""
+    """Recorded runs: `records` on the data as it is now, and `problems` found in the file, in words."""
 
     records: list[dict] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -39,8 +41,8 @@ class Results:
         return {RunConfig.from_dict(record["config"]): record for record in self.records}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per run: its settings, `status`, its metrics (missing if it diverged or failed), `seconds`, and
-        `diverged_at`."""
+        """One row per run: its settings, `status`, its metrics (missing if it diverged or failed), `seconds`,
+        and `diverged_at`."""
         rows = [
             {**r["config"], "status": r["status"], **r.get("metrics", {})}
             | {"seconds": r["seconds"], "diverged_at": r.get("step")}
@@ -101,7 +103,7 @@ def load_recorded(name: str) -> Results:
 
 
 def mend_last_line(path: Path) -> None:
-    """Put aside a last line that a kill cut off, into NAME.broken, so that the next line begins on its own."""
+    """Put aside a last line that a kill cut off, into NAME.broken; the next line then begins on its own."""
     text = path.read_bytes() if path.exists() else b""
     if not text or text.endswith(b"\n"):
         return
@@ -142,8 +144,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summarize(frame: pd.DataFrame, by: str | list[str], metric: str) -> pd.DataFrame:
-    """One row per value of `by`, over the runs that finished: the `mean` of `metric`, the `half`-width of its 95 %
-    interval, and `n`; `missing` counts the runs without the metric, which diverged or failed."""
+    """One row per value of `by`, over the runs that finished: the `mean` of `metric`, the `half`-width of its
+    95 % interval, and `n`; `missing` counts the runs without the metric, which diverged or failed."""
     groups = frame.groupby(by, sort=False)[metric]
     made = groups.agg(
         mean="mean",

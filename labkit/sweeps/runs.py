@@ -1,7 +1,7 @@
 """One run of an experiment: a config in, numbers out.
 
-A sweep is many of these. Everything that decides the numbers is in `RunConfig`, and nothing else is: a run with the same
-config, data and package versions gives the same numbers again.
+A sweep is many of these. Everything that decides the numbers is in `RunConfig`, and nothing else is: a run
+with the same config, data and package versions gives the same numbers again.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ def run(config: RunConfig) -> RunResult:
     """Train and measure.
 
     Returns:
-        A `RunResult`. Its metrics include `parameters` (how many trained), and if any did, `train_loss` (mean over the
-        last tenth of the steps, nats per token), `tokens` and `train_seconds`.
+        A `RunResult`. Its metrics include `parameters` (how many trained), and if any did, `train_loss` (mean
+        over the last tenth of the steps, nats per token), `tokens` and `train_seconds`.
 
     Raises:
         ValueError, labkit.models.ModelUnavailable: see `labkit.sweeps.fitting.prepare`.
@@ -70,7 +70,7 @@ def _data_hash(task: str, model: str, examples: int | None, seed: int) -> str:
 
 @cache
 def weights_hash(model: str) -> str:
-    """The sha256 of a base model's weights: of its source if it has a name, else of the files in its folder."""
+    """The sha256 of a base model's weights: of its source if known, else of the files in its folder."""
     if model in models.SOURCES:
         return models.SOURCES[model].sha256
     folder = models.shipped(model) if model in models.SHIPPED else Path(model)

@@ -1,12 +1,14 @@
-"""What a run may train on, each task with a real metric.
+"""What a run may train on: records, and a real metric for each task.
 
-austen      prose that tiny-llama never saw: test loss, and the loss on two old domains, in nats per token
-spectra     the same training, and what it did to the weights: ranks, directions, intruders, each beside its control
-sql         questions to SQL over schemas that training never showed: share of queries that execute to the right result
-sql_more    the same, with as many databases to train on again
-tickets     support messages to JSON: share that is right in every field
-facts       random numbers to remember: bits learned
-docstrings  which package a docstring is from: accuracy
+    austen      prose that tiny-llama never saw: test loss, and the loss on two old domains, in nats per token
+    spectra     the same training, and what it did to the weights, each number beside its control
+    sql         questions to SQL over schemas that training never showed: share of queries that execute right
+    sql_more    the same, with as many databases to train on again
+    tickets     support messages to JSON: share that is right in every field
+    facts       random numbers to remember: bits learned
+    docstrings  which package a docstring is from: accuracy
+
+A new one needs its name in `labkit.sweeps.config.TASK_NAMES` too.
 """
 
 import math

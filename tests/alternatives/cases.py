@@ -1,4 +1,4 @@
-"""Two small models, every method with a configuration for them, and what moves a method away from its start."""
+"""Two small models, every method with a configuration, and what moves a method away from its start."""
 
 import peft
 import torch

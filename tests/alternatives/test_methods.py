@@ -1,4 +1,4 @@
-"""Every method alike: PEFT computes the same, the base comes back bit for bit, and training moves nothing else."""
+"""Every method alike: PEFT computes the same, the base comes back, and training moves nothing else."""
 
 import copy
 
@@ -142,6 +142,18 @@ def test_the_base_is_alone_for_the_block_only_also_after_an_error(name):
         raise KeyboardInterrupt
     assert torch.equal(model(text()).logits, adapted)
     assert method_of(model).positions == (N if name.startswith("pr") else 0)
+
+
+@torch.no_grad()
+def test_the_base_under_lora_is_left_alone_too():
+    base, model = llama(), randomize(add_lora(llama(), LoRAConfig(r=2)))
+    adapted = model(text()).logits
+    assert not torch.allclose(adapted, base(text()).logits, atol=1e-3)
+    with base_only(model):
+        assert torch.equal(model(text()).logits, base(text()).logits)
+    assert torch.equal(model(text()).logits, adapted)
+    with pytest.raises(ValueError, match="none of the methods"), base_only(base):
+        pass
 
 
 @pytest.mark.parametrize("name", SIZED_METHODS)

@@ -1,4 +1,4 @@
-"""Singular values, ranks, subspaces and their controls: against numpy and closed forms, with planted answers."""
+"""Singular values, ranks, subspaces, controls: against numpy and closed forms, with planted answers."""
 
 import copy
 import math
