@@ -19,7 +19,7 @@ from labkit.alternatives.prefixes import Prefix
 from labkit.alternatives.sublayers import decoder
 from labkit.alternatives.virtual_tokens import VirtualTokens
 from labkit.models.shapes import decoder_shape
-from labkit.quant.linears import is_linear, widths
+from labkit.quant.layer_kinds import is_linear, widths
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from labkit.alternatives.methods import AddedMethod, check_unadapted, install, method_of
 from labkit.alternatives.sublayers import layers_named
+from labkit.quant.layer_kinds import is_conv1d, widths
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import is_conv1d, widths
 
 # (outputs, inputs): which layers make keys and values, and which reads the inner activations of the MLP
 KNOWN_NAMES = (

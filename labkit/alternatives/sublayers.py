@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from labkit.models.shapes import decoder_shape
-from labkit.models.surgery import ends_with, is_output_layer
-from labkit.quant.linears import is_linear, no_match_message
+from labkit.models.surgery import ends_with, is_output_layer, no_match_message
+from labkit.quant.layer_kinds import is_linear
 
 SUBLAYERS = {"attention": ("self_attn", "attn", "attention"), "mlp": ("mlp", "feed_forward")}
 

@@ -23,8 +23,8 @@ from labkit.checks import check_choice
 from labkit.lora.dora import DoRALinear
 from labkit.lora.layer import LoRALinear
 from labkit.models.surgery import is_output_layer
+from labkit.quant.layer_kinds import dense_weight, is_linear, is_transposed
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import dense_weight, is_linear, is_transposed
 from labkit.quant.tensor import QuantizedTensor
 
 PARTS = ("update", "error", "total")

@@ -37,7 +37,7 @@ from labkit.formats.peft_folder import (
 from labkit.formats.provenance import check_base, read_provenance, record
 from labkit.lora.fingerprint import fingerprint
 from labkit.models.shapes import decoder_shape
-from labkit.quant.linears import is_conv1d, is_linear, widths
+from labkit.quant.layer_kinds import is_conv1d, is_linear, widths
 
 PROMPT = "prompt_embeddings"
 KINDS = {"IA3": "(IA)^3", "PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning"}

@@ -18,7 +18,7 @@ from labkit.lora.config import LoRAConfig, pattern_matches
 from labkit.lora.mounting import Adapter
 from labkit.lora.plain import plain_config
 from labkit.models.surgery import ends_with
-from labkit.quant.linears import is_conv1d
+from labkit.quant.layer_kinds import is_conv1d
 
 PLAIN = {"bias": ("none",), "lora_bias": (False, None)}
 UNKNOWN_WHEN_SET = (

@@ -6,7 +6,7 @@ model.
     labkit.json                  ours, which PEFT ignores: see `labkit.formats.provenance`
 
 Loading never guesses: a tensor too many, one too few, or one of another shape is an error that names it. That
-is how other loaders come to act as the identity, with an adapter of which no key matched. """
+is how other loaders come to act as the identity, with an adapter of which no key matched."""
 
 import json
 import os

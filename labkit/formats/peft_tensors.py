@@ -22,7 +22,7 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.mounting import Adapter
 from labkit.lora.plain import plain_factors
 from labkit.lora.targets import saved_names
-from labkit.quant.linears import is_linear, widths
+from labkit.quant.layer_kinds import is_linear, widths
 
 # by the names of a layer's own parameters here
 NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}

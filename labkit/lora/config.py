@@ -2,14 +2,14 @@
 
 PEFT calls the same things r, lora_alpha, target_modules, use_rslora / use_dora and init_lora_weights;
 `labkit.formats.peft_config` translates. Values are checked when the config is made, so a typing error does
-not cost a training run. """
+not cost a training run."""
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from labkit.checks import check_choice, is_whole
+from labkit.checks import check_choice, is_number, is_whole, not_known
 
 VARIANTS = ("lora", "rslora", "dora", "rsdora")
 RANDOM_STARTS = ("default", "gaussian", "b_random", "b_random_small")  # they leave the base as it is
@@ -60,16 +60,16 @@ class LoRAConfig:
                     f"{name}={r!r}: the rank must be a whole number of at least 1; 8 or 16 is a usual start"
                 )
         for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            if not is_number(alpha) or not 0 < alpha < math.inf:
                 raise ValueError(
                     f"{name}={alpha!r}: alpha must be a positive number; r or 2r is a usual choice"
                 )
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: a probability from 0 up to, not including, 1")
         check_choice("variant", self.variant, VARIANTS)
         allowed = "|".join(name.replace("[number]", r"[1-9]\d*") for name in INITS)
         if not re.fullmatch(allowed, self.init):
-            raise ValueError(f"init={self.init!r} is not known; choose one of {INITS}")
+            raise not_known("init", self.init, INITS)
         if not self.targets:
             raise ValueError(
                 "targets is empty; give 'all-linear', 'attention', 'mlp', names, or a regular expression"

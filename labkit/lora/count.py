@@ -1,7 +1,7 @@
 """How many parameters train, and where: the count that every claim about "0.1 % of the weights" rests on.
 
 A 4-bit weight counts with the weights that it stands for. PyTorch sees one byte for two of them, and a count
-that asks it halves the model: a common mistake in reports about QLoRA. """
+that asks it halves the model: a common mistake in reports about QLoRA."""
 
 from dataclasses import dataclass
 

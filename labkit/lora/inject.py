@@ -1,7 +1,7 @@
 """Injecting LoRA: make a layer for each target, freeze the base, and mount the layers.
 
 `add_lora` is the whole of it in a few lines; `make_adapter` makes the layers without touching the model, so
-that an error changes nothing, and `labkit.lora.mounting` puts them where the base's stand. """
+that an error changes nothing, and `labkit.lora.mounting` puts them where the base's stand."""
 
 import copy
 
@@ -13,7 +13,7 @@ from labkit.lora.layer import LoRAEmbedding, LoRALinear
 from labkit.lora.mounting import Adapter, adapters_of, attach
 from labkit.lora.starts import olora, pissa
 from labkit.lora.targets import matching_layers, saved_names
-from labkit.quant.linears import is_four_bit, widths
+from labkit.quant.layer_kinds import is_four_bit, widths
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:

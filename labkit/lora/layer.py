@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from labkit.hardware import fast_paths
 from labkit.lora.config import LoRAConfig
 from labkit.lora.fast import sum_in_place
+from labkit.quant.layer_kinds import widths
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import widths
 from labkit.quant.tensor import QuantizedTensor
 
 
@@ -78,8 +78,7 @@ class LoRALinear(nn.Module):
 
     @property
     def has_own_base(self) -> bool:
-        """Did the start change the base, so that the adapter is not a correction of the model's own weight?
-        """
+        """Did the start change the base, so that the adapter is not a correction of the model's own weight?"""
         return self.start_A is not None
 
     def delta(self) -> Tensor:
@@ -115,7 +114,7 @@ class LoRAEmbedding(LoRALinear):
     multiplied.
 
     A (r, vocabulary) starts at zero and B (width, r) from N(0, 1), as in PEFT; there is no dropout of one-hot
-    rows. """
+    rows."""
 
     def __init__(self, base: nn.Embedding, config: LoRAConfig):
         super().__init__(base, config)

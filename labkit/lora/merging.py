@@ -1,7 +1,7 @@
 """Merging: add each correction to its base weight, `W + s B A`, and take it out again, exactly.
 
 Nothing merges on its own, as `.eval()` does in some libraries: `merge` and `unmerge` are calls that you
-write. `unmerged` is for a look at the weights from before. """
+write. `unmerged` is for a look at the weights from before."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from torch import nn
 from labkit.lora.dora import DoRALinear
 from labkit.lora.inject import lora_layers
 from labkit.lora.layer import LoRALinear
+from labkit.quant.layer_kinds import dense_weight, is_four_bit, is_transposed
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import dense_weight, is_four_bit, is_transposed
 from labkit.quant.tensor import QuantizedTensor, quantize
 
 

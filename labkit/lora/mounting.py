@@ -2,7 +2,7 @@
 
 A model's adapters are in one record, `ModelAdapters`, kept at one attribute of the model. An adapter is
 *mounted* while the model computes with it. Nothing is copied or computed to mount one: modules of the base
-are swapped for its own, and the base's are never changed. """
+are swapped for its own, and the base's are never changed."""
 
 from dataclasses import dataclass, field
 

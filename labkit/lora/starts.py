@@ -9,7 +9,7 @@ quantizes afterwards (QPiSSA quantizes the *residual* W - s B A, whose range is 
 a model in 4 bits.
 
 Sources: PiSSA (Meng et al. 2024), section 3; OLoRA (Büyükakyüz 2024), algorithm 1; LoftQ (Li et al. 2023),
-algorithm 1. Agrees with: PEFT `tuners/lora/layer.py` (`pissa_init`, `olora_init`). """
+algorithm 1. Agrees with: PEFT `tuners/lora/layer.py` (`pissa_init`, `olora_init`)."""
 
 import copy
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from labkit.lora.layer import LoRALinear
 from labkit.quant.config import QuantConfig
+from labkit.quant.layer_kinds import dense_weight, is_transposed
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import dense_weight, is_transposed
 from labkit.quant.tensor import quantize
 
 LOFTQ_ITERATIONS = 5

@@ -1,22 +1,29 @@
 """Which layers of a model get an adapter: names and patterns on one side, the layers that they mean on the
 other.
 
-Every kind of linear layer can have one: see `labkit.quant.linears`. Two layers are apart. The **output
+Every kind of linear layer can have one: see `labkit.quant.layer_kinds`. Two layers are apart. The **output
 layer** makes the logits; it is adapted only when it is named. And where its weight is the embedding's
 (**tied** embeddings, as in most small models), neither is: an adapter on one leaves the other as it is, and
 merging it would change both. `untie_embeddings` makes two weights of the one.
 
 Agrees with: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`, but a target that matches nothing is
-an error here. """
+an error here."""
 
 import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from labkit.models.surgery import ends_with, inside, is_output_layer, tied_partner, weight_holders
+from labkit.models.surgery import (
+    ends_with,
+    inside,
+    is_output_layer,
+    no_match_message,
+    tied_partner,
+    weight_holders,
+)
+from labkit.quant.layer_kinds import is_linear
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import is_linear, no_match_message
 
 PRESETS = {"all-linear": r".*", "attention": r".*(attn|attention).*", "mlp": r".*(mlp|ffn|feed_forward).*"}
 

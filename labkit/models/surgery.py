@@ -5,10 +5,12 @@ two modules. Changing one then changes both, so code that replaces or adapts a l
 first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+
+from labkit.checks import nearest
 
 
 def is_output_layer(model: nn.Module, module: nn.Module) -> bool:
@@ -96,3 +98,22 @@ def untie_embeddings(model: nn.Module) -> nn.Module:
         output.weight = nn.Parameter(output.weight.clone(), requires_grad=output.weight.requires_grad)
     model.config.tie_word_embeddings = False
     return model
+
+
+def no_match_message(
+    given: str, name: str, model: nn.Module, linears: Iterable[str], besides: Iterable[str] = ()
+) -> str:
+    """The message about a name that matches no linear layer, with the nearest name and all that there are.
+
+    Args:
+        given: the setting, as the message shows it.
+        name: the name in it.
+        model: the model that was searched.
+        linears: full names of its linear layers.
+        besides: other names that would have been understood.
+    """
+    last_parts = list(dict.fromkeys(full.rpartition(".")[2] for full in linears))
+    return (
+        f"{given} matches no linear layer of {type(model).__name__}{nearest(name, [*last_parts, *besides])} "
+        f"Its linear layers are named: {', '.join(last_parts) or 'none at all'}"
+    )

@@ -9,8 +9,8 @@ from labkit.analysis.updates import PARTS, find_updates, linear_layers, with_upd
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.merging import merge
+from labkit.quant.layer_kinds import dense_weight
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import dense_weight
 from labkit.quant.model import dequantize_model, quantize_model
 from tests.analysis.matrices import gaussian
 from tests.conftest import make_small_llama

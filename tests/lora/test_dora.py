@@ -10,8 +10,8 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.dora import DoRALinear
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.layer import LoRALinear
+from labkit.quant.layer_kinds import dense_weight
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import dense_weight
 from labkit.quant.model import quantize_model
 from tests.lora.cases import randomize
 

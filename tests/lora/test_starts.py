@@ -13,8 +13,8 @@ from labkit.lora.dora import DoRALinear
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.qlora import add_qlora
 from labkit.lora.starts import top_factors
+from labkit.quant.layer_kinds import dense_weight
 from labkit.quant.linear import QuantLinear
-from labkit.quant.linears import dense_weight
 from labkit.quant.model import quantize_model
 from labkit.quant.tensor import quantize
 from tests.lora.cases import (
