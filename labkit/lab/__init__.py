@@ -1,6 +1,7 @@
-"""The furniture of the lab: what a notebook needs around its subject, one call each. Nothing of the subject is here.
+"""The furniture of the lab: what a notebook needs around its subject, one call each; nothing of the subject.
 
-`profile` sizes for this machine · `predict` then reveal · `check` exercises · `plots` · `explore` widgets · `preflight` · `claim`
+`profile`: sizes for this machine · `predict`, then reveal · `check`: exercises · `plots` · `explore`: widgets
+· `preflight` · `claim`. In `check`, `explore` and `figures` one word names a lesson.
 """
 
 import logging
@@ -13,5 +14,5 @@ from labkit.lab.profiles import profile
 
 __all__ = ["check", "claim", "explore", "gflops", "plots", "predict", "preflight", "profile"]
 
-# PEFT imports bitsandbytes, which then reports that an optional kernel is missing: nothing a student can act on
+# PEFT imports bitsandbytes, which then reports a missing optional kernel: nothing that a student can act on
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

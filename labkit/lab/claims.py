@@ -1,7 +1,7 @@
 """What people say about LoRA and QLoRA, settled by a measurement and recorded where it was made.
 
-A verdict is an output of the cell that made the measurement. Besides the text that a reader sees, the output carries
-the verdict as data, so that the ledger of all of them can be gathered from the notebooks as they stand.
+A verdict is an output of the cell that made the measurement. Besides the text that a reader sees, the output
+carries the verdict as data, so `ledger` can gather all of them from the notebooks as they stand.
 """
 
 import json
@@ -20,9 +20,9 @@ def claim(number: str, statement: str, verdict: str, evidence: str) -> None:
 
     Args:
         number: its number in the course's list, such as "C28".
-        statement: what is said.
+        statement: what people say.
         verdict: one of `VERDICTS`.
-        evidence: the numbers just measured, and what the verdict depends on if it does.
+        evidence: the numbers just measured, and for "depends" what the verdict depends on.
 
     Raises:
         ValueError: an unknown verdict, or no evidence.
@@ -36,7 +36,7 @@ def claim(number: str, statement: str, verdict: str, evidence: str) -> None:
 
 
 def ledger(folder: str | Path = ".") -> list[dict]:
-    """All verdicts recorded in the notebooks of `folder`, sorted by number, each with the name of its notebook."""
+    """All verdicts recorded in the notebooks of `folder`, by number, each with the name of its notebook."""
     rows = []
     for path in sorted(Path(folder).glob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:

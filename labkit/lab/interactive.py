@@ -1,4 +1,4 @@
-"""Is somebody there to click? Notebooks also run headless: as tests, and to make the pages that people read on GitHub."""
+"""Is anybody there to click? Notebooks also run headless: as tests, and for the pages on GitHub."""
 
 import os
 import sys
@@ -7,8 +7,8 @@ import sys
 def is_interactive() -> bool:
     """True in JupyterLab, VS Code and Colab; False under nbval, nbconvert or plain Python.
 
-    A Jupyter server names the session in the environment of the kernels that it starts; a headless run starts its
-    kernel itself. LABKIT_STATIC=1 or =0 overrules.
+    A Jupyter server sets the name of the session in the environment of the kernels that it starts; a headless
+    run starts its kernel itself. LABKIT_STATIC=1 or =0 overrides this.
     """
     forced = os.environ.get("LABKIT_STATIC")
     if forced in ("0", "1"):

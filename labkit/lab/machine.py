@@ -1,10 +1,11 @@
-"""Will the course run here, and how fast? Each line is fine, a warning, or a problem with what to do about it."""
+"""Will the course run here, and how fast? Each line is fine, or says what to do about it."""
 
 import importlib.metadata
 import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from labkit.paths import cache_folder
 
 OK, WARNING, PROBLEM = "OK", "warning", "problem"
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numba", "ipywidgets", "matplotlib", "jupyterlab")
-# measured on two cores of a server CPU with matrix units, and scaled by the speed that is measured here
+# minutes on two cores of a server CPU with matrix units; `speed_line` scales them by the speed here
 REFERENCE_GFLOPS = 140.0
 COURSE_MINUTES = {
     "00_start_here": 0.7,
@@ -36,8 +37,8 @@ WITHOUT_MATRIX_UNITS = {"08_qlora_finetune": 6.6}  # on the same two cores, with
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the report."""
+class PreflightLine:
+    """One line of the report: what was looked at, its state, what was found, and what to do about it."""
 
     what: str
     state: str
@@ -50,7 +51,7 @@ class Line:
 
 
 def gflops(seconds: float = 0.5) -> float:
-    """fp32 matrix-multiply speed of the best device in GFLOP/s, at a shape from the course's training step."""
+    """fp32 matrix-multiply speed of the best device in GFLOP/s, at a shape from the course's training."""
     device = best_device()
     x, w = torch.randn(640, 576, device=device), torch.randn(1536, 576, device=device)
     done = timed(lambda: x @ w.T, seconds)
@@ -58,15 +59,15 @@ def gflops(seconds: float = 0.5) -> float:
 
 
 def gigabytes_per_second(seconds: float = 0.5) -> float:
-    """Memory bandwidth of the best device in GB/s: bytes read and written by a copy of 64 MB."""
+    """Memory bandwidth of the best device in GB/s: bytes read and written by a copy of 64 MiB."""
     device = best_device()
     source = torch.randn(1 << 24, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / timed(lambda: target.copy_(source), seconds) / 1e9
 
 
-def timed(work, seconds: float) -> float:
-    """Shortest time of one call of `work` in about `seconds` of trying."""
+def timed(work: Callable[[], object], seconds: float) -> float:
+    """The shortest time of one call of `work`, in seconds, in about `seconds` of trying."""
     work()  # the first call also pays for memory and threads
     shortest, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < seconds:
@@ -78,14 +79,16 @@ def timed(work, seconds: float) -> float:
     return shortest
 
 
-def python_line() -> Line:
+def python_line() -> PreflightLine:
     found = platform.python_version()
     if sys.version_info < (3, 11):
-        return Line("Python", PROBLEM, found, "install Python 3.11 or newer and run `make clean lab`")
-    return Line("Python", OK, found)
+        return PreflightLine(
+            "Python", PROBLEM, found, "install Python 3.11 or newer and run `make clean lab`"
+        )
+    return PreflightLine("Python", OK, found)
 
 
-def packages_line() -> Line:
+def packages_line() -> PreflightLine:
     versions, missing = [], []
     for name in PACKAGES:
         try:
@@ -93,65 +96,57 @@ def packages_line() -> Line:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        return Line(
-            "packages", PROBLEM, f"missing: {', '.join(missing)}", "run `make lab`, which installs them"
-        )
-    return Line("packages", OK, ", ".join(versions))
+        found = f"missing: {', '.join(missing)}"
+        return PreflightLine("packages", PROBLEM, found, "run `make lab`, which installs them")
+    return PreflightLine("packages", OK, ", ".join(versions))
 
 
-def model_line() -> Line:
+def model_line() -> PreflightLine:
     name, source = next(iter(SOURCES.items()))
     if is_complete(cache_folder() / name, source):
-        return Line("model", OK, f"{name} is cached and complete: works offline")
-    return Line(
-        "model",
-        WARNING,
-        f"{name} is not here yet",
-        "the first use downloads 93 MB; fetch it now: `make model`",
-    )
+        return PreflightLine("model", OK, f"{name} is cached and complete: works offline")
+    advice = "the first use downloads 93 MB; to fetch it now, run `make model`"
+    return PreflightLine("model", WARNING, f"{name} is not here yet", advice)
 
 
-def memory_line() -> Line:
+def memory_line() -> PreflightLine:
     device = best_device()
     total = memory_bytes(device)
     found = f"{total / 2**30:.1f} GiB on {device}"
     if device.type == "cpu" and total < 4 * 2**30:
-        return Line("memory", WARNING, found, "the training notebooks need about 3 GiB: close other programs")
-    return Line("memory", OK, found)
+        return PreflightLine(
+            "memory", WARNING, found, "the training notebooks need about 3 GiB; close other programs"
+        )
+    return PreflightLine("memory", OK, found)
 
 
-def disk_line() -> Line:
+def disk_line() -> PreflightLine:
     folder = cache_folder()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < 2e9:
-        return Line(
-            "disk",
-            WARNING,
-            f"{free / 1e9:.1f} GB free",
-            "free some space, or set LABKIT_CACHE to another disk",
-        )
-    return Line("disk", OK, f"{free / 1e9:.0f} GB free")
+        advice = "free some space, or point LABKIT_CACHE to another disk"
+        return PreflightLine("disk", WARNING, f"{free / 1e9:.1f} GB free", advice)
+    return PreflightLine("disk", OK, f"{free / 1e9:.0f} GB free")
 
 
-def speed_line() -> Line:
+def speed_line() -> PreflightLine:
     speed, bandwidth = gflops(), gigabytes_per_second()
-    base = (
-        COURSE_MINUTES
-        if product_dtype(best_device()) == torch.bfloat16
-        else COURSE_MINUTES | WITHOUT_MATRIX_UNITS
-    )
+    has_matrix_units = product_dtype(best_device()) == torch.bfloat16
+    base = COURSE_MINUTES if has_matrix_units else COURSE_MINUTES | WITHOUT_MATRIX_UNITS
     minutes = {name: m * max(0.3, REFERENCE_GFLOPS / speed) for name, m in base.items()}
     listed = ", ".join(f"{name} {m:.1f}" for name, m in minutes.items())
     found = f"{speed:.0f} GFLOP/s fp32, {bandwidth:.0f} GB/s; minutes to expect here: {listed}"
     if speed < 30:
-        return Line("speed", WARNING, found, "start 08_qlora_finetune early, and lower train_examples in it")
-    return Line("speed", OK, found)
+        return PreflightLine(
+            "speed", WARNING, found, "start 08_qlora_finetune early, and lower its train_examples"
+        )
+    return PreflightLine("speed", OK, found)
 
 
-def preflight() -> list[Line]:
-    """Look at Python, packages, model, memory, disk and speed; print a line for each and return them."""
+def preflight() -> list[PreflightLine]:
+    """Look at Python, packages, model, memory, disk and speed; print a line for each, and return them."""
     makers = (python_line, packages_line, model_line, memory_line, disk_line, speed_line)
     lines = []
     for make in makers:

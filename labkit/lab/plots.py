@@ -1,6 +1,7 @@
-"""Figures of the course, in one style: readable at half width and in grey, labelled directly, one colour a concept."""
+"""Plots in the style of the course: readable at half width and in grey, labelled directly."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -10,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from labkit.sweeps.records import mean_interval, summarize
 
-# one colour a concept through the whole course; they also differ in brightness, for greyscale
+# one colour per concept through the whole course; they also differ in brightness, for greyscale
 COLOURS = {
     "base": "#8a8a8a",
     "full": "#222222",
@@ -36,14 +37,14 @@ STYLE = {
 }
 
 
-def canvas(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Sequence[Axes] | Axes]:
-    """A figure and its axes in the style of the course; sizes in inches."""
+def canvas(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure in the style of the course, sizes in inches, and its `Axes`: an array for several columns."""
     plt.rcParams.update(STYLE)
     return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
 
 
 def finish(axes: Axes, title: str, x: str, y: str) -> None:
-    """Title and axis labels with units; the spines that carry nothing go."""
+    """Set the title and the axis labels with their units; hide the spines that carry nothing."""
     axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -56,7 +57,7 @@ def loss_curve(history, title: str, axes: Axes | None = None, colour: str = COLO
     Args:
         history: a `labkit.training.history.History`.
         title: what the figure shows.
-        axes: draw here; default: a new figure.
+        axes: where to draw; default: a new figure.
     """
     frame = history.to_frame()
     if axes is None:
@@ -64,14 +65,8 @@ def loss_curve(history, title: str, axes: Axes | None = None, colour: str = COLO
     axes.plot(frame["step"], frame["loss"], color=colour, alpha=0.3, linewidth=1)
     smooth = frame["loss"].rolling(15, min_periods=1, center=True).mean()
     axes.plot(frame["step"], smooth, color=colour, linewidth=2)
-    axes.text(
-        0.98,
-        0.92,
-        "training: each step, and running mean",
-        color=colour,
-        ha="right",
-        transform=axes.transAxes,
-    )
+    corner = {"ha": "right", "transform": axes.transAxes}
+    axes.text(0.98, 0.92, "training: each step, and running mean", color=colour, **corner)
     held = frame.dropna(subset="held_out")
     if len(held):
         axes.plot(held["step"], held["held_out"], "o", color=COLOURS["full"], markersize=6)
@@ -79,14 +74,14 @@ def loss_curve(history, title: str, axes: Axes | None = None, colour: str = COLO
             where = {"xytext": (0, -17), "textcoords": "offset points", "ha": "center", "fontsize": 10}
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
             axes.annotate(f"{loss:.2f}", (step, loss), bbox=box, **where)
-        axes.text(0.98, 0.83, "● held-out", color=COLOURS["full"], ha="right", transform=axes.transAxes)
+        axes.text(0.98, 0.83, "● held-out", color=COLOURS["full"], **corner)
     axes.set_yscale("log")
     finish(axes, title, "step", "loss (nats per supervised token)")
     return axes
 
 
 def memory_bars(rows: dict[str, dict[str, float]], title: str, axes: Axes | None = None) -> Axes:
-    """Stacked horizontal bars of megabytes: one bar per method, one segment per part, its size written on it.
+    """Stacked horizontal bars of megabytes: one bar per method, one segment per part with its size.
 
     Args:
         rows: {method: {part: bytes}}; a part keeps its colour if its name is in `COLOURS`.
@@ -100,22 +95,13 @@ def memory_bars(rows: dict[str, dict[str, float]], title: str, axes: Axes | None
     for n, part in enumerate(parts):
         left = [sum(v for p, v in row.items() if parts.index(p) < n) / 1e6 for row in rows.values()]
         size = [row.get(part, 0) / 1e6 for row in rows.values()]
-        colour = COLOURS.get(part, spare[n % len(spare)])
-        axes.barh(
-            list(rows),
-            size,
-            left=left,
-            color=colour,
-            edgecolor="white",
-            hatch=hatches[n % len(hatches)],
-            label=part,
-        )
+        look = {"color": COLOURS.get(part, spare[n % len(spare)]), "hatch": hatches[n % len(hatches)]}
+        axes.barh(list(rows), size, left=left, edgecolor="white", label=part, **look)
         for y, (start, width) in enumerate(zip(left, size)):
             if width > 0.07 * widest:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-                axes.text(
-                    start + width / 2, y, f"{width:.0f}", ha="center", va="center", fontsize=9, bbox=box
-                )
+                place = {"ha": "center", "va": "center", "fontsize": 9, "bbox": box}
+                axes.text(start + width / 2, y, f"{width:.0f}", **place)
     axes.invert_yaxis()
     axes.legend(ncols=3, fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28))
     finish(axes, title, "megabytes", "")
@@ -123,7 +109,7 @@ def memory_bars(rows: dict[str, dict[str, float]], title: str, axes: Axes | None
 
 
 def compare_bars(groups: dict[str, dict[str, float]], title: str, y: str, axes: Axes | None = None) -> Axes:
-    """Grouped bars with their values: {series: {category: value}}; a series keeps its colour if it has one."""
+    """Grouped bars with their values: {series: {category: value}}; a series in `COLOURS` keeps its colour."""
     if axes is None:
         _, axes = canvas()
     categories = list(next(iter(groups.values())))
@@ -144,10 +130,10 @@ def compare_bars(groups: dict[str, dict[str, float]], title: str, y: str, axes: 
 def seed_curve(
     frame: pd.DataFrame, x: str, y: str, axes: Axes, colour: str, label: str = "", base: float = 10
 ) -> pd.DataFrame:
-    """A sweep along `x` on a logarithmic axis: every seed as a dot, the means joined, the 95 % interval as a band.
+    """A sweep along `x` on a logarithmic axis: seeds as dots, means joined, the 95 % interval as a band.
 
     Args:
-        frame: a row a run (`labkit.sweeps.records.Results.to_frame`).
+        frame: one row per run (`labkit.sweeps.records.Results.to_frame`).
         x, y: its columns: the setting that varies, and the metric.
         label: written beside the last point.
         base: of the logarithm; 2 for ranks.
@@ -157,30 +143,18 @@ def seed_curve(
     """
     table = summarize(frame.sort_values(x), x, y)
     axes.set_xscale("log", base=base)
-    axes.fill_between(
-        table[x],
-        table["mean"] - table["half"],
-        table["mean"] + table["half"],
-        color=colour,
-        alpha=0.2,
-        linewidth=0,
-    )
+    low, high = table["mean"] - table["half"], table["mean"] + table["half"]
+    axes.fill_between(table[x], low, high, color=colour, alpha=0.2, linewidth=0)
     axes.plot(table[x], table["mean"], "-", color=colour, linewidth=1.5)
     axes.plot(frame[x], frame[y], "o", color=colour, markersize=3.5)
     if label:
         last = table.iloc[-1]
-        axes.annotate(
-            label,
-            (last[x], last["mean"]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-        )
+        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(label, (last[x], last["mean"]), color=colour, **beside)
     if base == 2:
         axes.set_xticks(table[x], [f"{v:g}" for v in table[x]])
         axes.minorticks_off()
-    else:  # 0.001, 0.003, 0.01: the default labels run into each other where the axis spans a single decade
+    else:  # 0.001, 0.003, 0.01: the default labels run into each other when the axis spans a single decade
         axes.xaxis.set_major_locator(LogLocator(base, subs=(1, 3)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -188,30 +162,30 @@ def seed_curve(
 
 
 def seed_dots(
-    groups: dict[str, Sequence[float]],
+    groups: Mapping[str, Sequence[float]],
     title: str,
     x: str,
     colours: dict[str, str] | None = None,
     marks: dict[str, float] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
-    """One row a group: every seed as a dot, their mean as a line, and the 95 % interval of the mean as a band.
+    """One row per group: seeds as dots, their mean as a line, the 95 % interval of the mean as a band.
 
     Args:
-        groups: {name: one value a seed}.
-        title, x: of the figure and of its axis, with the unit.
+        groups: {name: one value per seed}.
+        title, x: of the figure, and of its axis with the unit.
         colours: {name: colour}; default: that of LoRA.
-        marks: {name: a value to mark in its row}, for instance of a run made just now.
+        marks: {name: a value to mark in its row}, for instance from a run made just now.
+        axes: where to draw; default: a new figure.
     """
     if axes is None:
         _, axes = canvas(height=0.42 * len(groups) + 1.3)
     for row, (name, values) in enumerate(groups.items()):
         mean, half = mean_interval(values)
         colour = (colours or {}).get(name, COLOURS["lora"])
-        axes.fill_betweenx(
-            [row - 0.3, row + 0.3], mean - half, mean + half, color=colour, alpha=0.2, linewidth=0
-        )
-        axes.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, linewidth=2)
+        rows = [row - 0.3, row + 0.3]
+        axes.fill_betweenx(rows, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+        axes.plot([mean, mean], rows, color=colour, linewidth=2)
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=5)
         if marks and name in marks:
             axes.plot(marks[name], row, "D", color=COLOURS["full"], fillstyle="none", markersize=9)

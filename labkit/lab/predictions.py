@@ -1,4 +1,4 @@
-"""Predict, then run: whoever commits to a number first remembers why it was wrong."""
+"""Predict, then run: those who commit to an answer first remember why it was wrong."""
 
 from IPython.display import Markdown, display
 
@@ -6,7 +6,7 @@ from labkit.lab.interactive import is_interactive
 
 
 class Prediction:
-    """A question with choices; `reveal` shows the answer next to what the reader chose."""
+    """A question with choices; `reveal` shows the answer next to the reader's choice."""
 
     def __init__(self, question: str, choices: list[str]):
         if len(choices) < 2 or len(set(choices)) != len(choices):
@@ -31,10 +31,10 @@ class Prediction:
         """Show the answer and the reason.
 
         Raises:
-            ValueError: `answer` is none of the choices.
+            ValueError: `answer` is not one of the choices.
         """
         if answer not in self.choices:
-            raise ValueError(f"answer={answer!r} is none of the choices {self.choices}")
+            raise ValueError(f"answer={answer!r} is not one of the choices {self.choices}")
         if self.buttons is None:
             told = ""
         elif self.choice is None:
@@ -45,5 +45,5 @@ class Prediction:
 
 
 def predict(question: str, choices: list[str]) -> Prediction:
-    """Ask the reader to commit to one of `choices` before the next cell runs. Headless, it lists them and goes on."""
+    """Ask the reader to commit to one of `choices` before the next cell runs. Headless, only list them."""
     return Prediction(question, choices)

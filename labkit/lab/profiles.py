@@ -1,10 +1,11 @@
-"""Sizes for this machine: small on a laptop, large on a GPU, and said out loud."""
+"""Sizes for this machine, small on a laptop and large on a GPU, and why they were chosen."""
 
 import os
 from dataclasses import dataclass
 
 import torch
 
+from labkit.checks import check_choice
 from labkit.hardware import best_device, compute_dtype, memory_bytes, product_dtype
 
 LARGER_MODEL = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
@@ -16,10 +17,10 @@ class Profile:
 
     Attributes:
         name: "cpu" or "gpu".
-        model: the base model to load; device, dtype: where and in what.
-        product_dtype: of products with frozen 4-bit weights.
+        model: the base model to load; device, dtype: where, and in which format.
+        product_dtype: of the products with frozen 4-bit weights.
         train_examples, batch_size, epochs: of a training run.
-        eval_batch: prompts generated at a time.
+        eval_batch: how many prompts are answered at a time.
         why: one line that explains the choice.
     """
 
@@ -46,20 +47,19 @@ def profile(model: str | None = None, name: str | None = None) -> Profile:
     """Pick the sizes for this machine and print them.
 
     Args:
-        model: another base model than the default; LABKIT_MODEL does the same. On a GPU with 8 GB or more try
-            "HuggingFaceTB/SmolLM2-1.7B-Instruct".
-        name: "cpu" or "gpu" to overrule the choice; LABKIT_PROFILE does the same.
+        model: a base model other than the default; LABKIT_MODEL does the same. On a GPU with 8 GB or more,
+            try "HuggingFaceTB/SmolLM2-1.7B-Instruct".
+        name: "cpu" or "gpu" to override the choice; LABKIT_PROFILE does the same.
 
     Raises:
-        ValueError: another name, or "gpu" on a machine without one.
+        ValueError: an unknown name, or "gpu" on a machine without one.
     """
     device = best_device()
     name = name or os.environ.get("LABKIT_PROFILE") or ("cpu" if device.type == "cpu" else "gpu")
-    if name not in ("cpu", "gpu"):
-        raise ValueError(f"profile {name!r} is not known; choose 'cpu' or 'gpu'")
+    check_choice("profile", name, ("cpu", "gpu"))
     if name == "gpu" and device.type == "cpu":
         raise ValueError(
-            "profile 'gpu' was asked for, but PyTorch sees no GPU here; leave it out, or use 'cpu'"
+            "you asked for the profile 'gpu', but PyTorch sees no GPU; leave it out, or use 'cpu'"
         )
     model = model or os.environ.get("LABKIT_MODEL") or "smollm2-135m"
     if name == "cpu":
@@ -68,7 +68,8 @@ def profile(model: str | None = None, name: str | None = None) -> Profile:
         units = (
             "has matrix units for that" if products == torch.bfloat16 else "has no matrix units for bfloat16"
         )
-        why = f"{threads} threads, {memory_bytes() / 2**30:.0f} GiB; 4-bit layers multiply in {short(products)}: this processor {units}"
+        why = f"{threads} threads, {memory_bytes() / 2**30:.0f} GiB; "
+        why += f"4-bit layers multiply in {short(products)}: this processor {units}"
         chosen = Profile("cpu", model, torch.device("cpu"), torch.float32, products, None, 2, 1.0, 100, why)
     else:
         dtype = compute_dtype(device)

@@ -1,35 +1,39 @@
-"""Exercise checks: `check.<name>(your_function)` tries it on fresh inputs, and names the mistake that it looks like."""
+"""Exercise checks: `check.<name>(your_function)` tries it on fresh inputs and names the mistake."""
 
-from labkit.lab.check.beyond import (
+from labkit.lab.check.alternatives import (
     bottleneck_forward,
     bottleneck_parameters,
     ia3_merge,
     prefix_attention,
     prefix_cache_bytes,
 )
+from labkit.lab.check.bill import eight_bit_state, largest_batch, static_bytes, step_peak
+from labkit.lab.check.breakdown import (
+    checkpoint_bytes,
+    crossover_tokens,
+    linear_keeps,
+    peak_of_events,
+    step_flops,
+)
 from labkit.lab.check.compare import NotYet
 from labkit.lab.check.double_quantization import constant_bytes, double_quantize, dynamic_decade, pair_table
+from labkit.lab.check.forgetting import bits_per_parameter, forgetting_rise, gain_within, gap_share
 from labkit.lab.check.lora import (
     break_even_rank,
-    greedy_token,
     llama_lora_parameters,
     lora_forward,
     lora_gradients,
-    lora_parameters,
     merged_weight,
-    supervise,
-    training_flops,
 )
 from labkit.lab.check.paging import belady_victim, lru_faults, read_moment, state_bytes
 from labkit.lab.check.quantization import (
-    bits_per_weight,
     nearest_code,
     normal_float,
     outlier_victims,
     scale_blocks,
     unpack_nibbles,
-    weight_bytes,
 )
+from labkit.lab.check.ranks import best_rate, interval95, pareto_front, rank_for_budget, target_parameters
 from labkit.lab.check.spectra import (
     count_intruders,
     effective_rank,
@@ -37,6 +41,8 @@ from labkit.lab.check.spectra import (
     keep_largest,
     similarity,
 )
+from labkit.lab.check.start import greedy_token, training_flops, weight_bytes
+from labkit.lab.check.tickets import bits_per_weight, lora_parameters, supervise
 from labkit.lab.check.variants import (
     dora_forward,
     lora_plus_rates,
@@ -48,20 +54,31 @@ from labkit.lab.check.variants import (
 __all__ = [
     "NotYet",
     "belady_victim",
+    "best_rate",
+    "bits_per_parameter",
     "bits_per_weight",
     "bottleneck_forward",
     "bottleneck_parameters",
     "break_even_rank",
+    "checkpoint_bytes",
     "constant_bytes",
     "count_intruders",
+    "crossover_tokens",
     "dora_forward",
     "double_quantize",
     "dynamic_decade",
     "effective_rank",
+    "eight_bit_state",
     "factored_singular_values",
+    "forgetting_rise",
+    "gain_within",
+    "gap_share",
     "greedy_token",
     "ia3_merge",
+    "interval95",
     "keep_largest",
+    "largest_batch",
+    "linear_keeps",
     "llama_lora_parameters",
     "lora_forward",
     "lora_gradients",
@@ -73,16 +90,23 @@ __all__ = [
     "normal_float",
     "outlier_victims",
     "pair_table",
+    "pareto_front",
+    "peak_of_events",
     "pissa_split",
     "plain_factors",
     "prefix_attention",
     "prefix_cache_bytes",
+    "rank_for_budget",
     "read_moment",
     "rslora_scaling",
     "scale_blocks",
     "similarity",
     "state_bytes",
+    "static_bytes",
+    "step_flops",
+    "step_peak",
     "supervise",
+    "target_parameters",
     "training_flops",
     "unpack_nibbles",
     "weight_bytes",

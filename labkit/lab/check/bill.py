@@ -1,4 +1,4 @@
-"""Checks of the exercises on the bill of a training step."""
+"""Checks of the exercises on the memory bill of a training step."""
 
 import math
 import random
@@ -8,13 +8,14 @@ from labkit.lab.check.compare import compare
 
 
 def static_bytes(function: Callable) -> None:
-    """`function(parameters, weight, gradient, moment, master)`: bytes of weights, gradients and AdamW's state, given the bytes of
-    one weight, one gradient and one number of a moment; `master`: an fp32 copy of every weight besides."""
+    """`function(parameters, weight, gradient, moment, master)`: bytes of weights, gradients and AdamW's
+    state, given the bytes of one weight, one gradient and one number of a moment; `master`: an fp32 copy of
+    every weight as well."""
 
     turns = iter([True, False])  # with and without a master copy
 
     def inputs():
-        # widths so odd that no two mistakes give one number
+        # widths so odd that no two mistakes give the same number
         widths = random.choice([(1, 2, 8), (8, 2, 0.5), (0.5, 1, 8), (8, 1, 0.25)])
         return random.randint(1_000, 9_000), *widths, next(turns, random.random() < 0.5)
 
@@ -29,18 +30,18 @@ def static_bytes(function: Callable) -> None:
             "the gradients are missing": lambda n, w, g, m, copy: n * (w + 2 * m + 4 * copy),
             "the weights themselves are missing": lambda n, w, g, m, copy: n * (g + 2 * m + 4 * copy),
             "the moments are missing": lambda n, w, g, m, copy: n * (w + g + 4 * copy),
-            "the master copy is in fp32, 4 bytes a weight, whatever the weight takes": lambda n, w, g, m, copy: (
-                n * (w + g + 2 * m + w * copy)
+            "the master copy is in fp32, 4 bytes per weight, whatever the weight itself takes": (
+                lambda n, w, g, m, copy: n * (w + g + 2 * m + w * copy)
             ),
             "the master copy is missing": lambda n, w, g, m, copy: n * (w + g + 2 * m),
-            "the master copy counts only where `master` is true": lambda n, w, g, m, copy: (
-                n * (w + g + 2 * m + 4)
+            "the master copy counts only where `master` is true": (
+                lambda n, w, g, m, copy: n * (w + g + 2 * m + 4)
             ),
-            "that is for one parameter; multiply by their number": lambda n, w, g, m, copy: (
-                w + g + 2 * m + 4 * copy
+            "that is for one parameter; multiply by their number": (
+                lambda n, w, g, m, copy: w + g + 2 * m + 4 * copy
             ),
-            "those are bits; the arguments are bytes already": lambda n, w, g, m, copy: (
-                8 * n * (w + g + 2 * m + 4 * copy)
+            "those are bits; the arguments are already in bytes": (
+                lambda n, w, g, m, copy: 8 * n * (w + g + 2 * m + 4 * copy)
             ),
         },
         inputs,
@@ -48,11 +49,12 @@ def static_bytes(function: Callable) -> None:
 
 
 def eight_bit_state(function: Callable) -> None:
-    """`function(sizes)`: bytes of 8-bit AdamW's state for parameters of so many numbers each: two moments of 1 byte a number,
-    and for each an fp32 scale for every 256 numbers; a parameter of less than 4096 numbers keeps both in fp32."""
+    """`function(sizes)`: bytes of 8-bit AdamW's state for parameters of these sizes, in numbers: two moments
+    of 1 byte per number, each with an fp32 scale for every 256 numbers; a parameter of fewer than 4096 keeps
+    both in fp32."""
 
     def inputs():
-        # small enough that a single scale shows, and with tails that fit one block together
+        # small enough for a single scale to show, and with tails that would fit into one block together
         large = [256 * random.randint(17, 24) + random.randint(1, 100) for _ in range(2)]
         return ([*large, random.randint(500, 900), 4096],)
 
@@ -74,14 +76,14 @@ def eight_bit_state(function: Callable) -> None:
             ),
             "a scale is in fp32, 4 bytes; yours counts 1": lambda s: state(s, scale=1),
             "an incomplete block needs its scale too: round up": lambda s: state(s, up=math.floor),
-            "a parameter of less than 4096 numbers keeps fp32 moments": lambda s: state(s, small=0),
-            "4096 numbers are enough for 8 bits; only less than that stays in fp32": lambda s: state(
-                s, small=4097
+            "a parameter of fewer than 4096 numbers keeps fp32 moments": lambda s: state(s, small=0),
+            "4096 numbers are enough for 8 bits; only smaller parameters stay in fp32": (
+                lambda s: state(s, small=4097)
             ),
-            "the small ones keep fp32, 4 bytes a number; yours counts 2": lambda s: state(s, wide=2),
+            "the small ones keep fp32, 4 bytes per number; yours counts 2": lambda s: state(s, wide=2),
             "blocks do not run on from one parameter to the next: round up for each": pooled,
-            "each moment has scales of its own": lambda s: sum(
-                8 * n if n < 4096 else 2 * n + 4 * math.ceil(n / 256) for n in s
+            "each moment has scales of its own": (
+                lambda s: sum(8 * n if n < 4096 else 2 * n + 4 * math.ceil(n / 256) for n in s)
             ),
             "that is AdamW in fp32": lambda s: state(s, small=math.inf),
         },
@@ -90,8 +92,9 @@ def eight_bit_state(function: Callable) -> None:
 
 
 def step_peak(function: Callable) -> None:
-    """`function(static, gradients, activations, temporary)`: the most that is there at one time. The activations, and the
-    temporary scores, are there at the end of the forward pass; the gradients when the optimizer steps; `static` always."""
+    """`function(static, gradients, activations, temporary)`: the most bytes live at one time. The
+    activations, and the temporary scores, are live at the end of the forward pass, the gradients when the
+    optimizer steps, and `static` always."""
     turns = iter([True, False])  # does the optimizer's step hold more?
 
     def inputs():
@@ -103,25 +106,25 @@ def step_peak(function: Callable) -> None:
         function,
         lambda s, g, a, t: s + max(g, a + t),
         {
-            "that is the sum of all: gradients and activations are not there in full at the same time": (
+            "that is the sum of all: gradients and activations are never live in full at the same time": (
                 lambda s, g, a, t: s + g + a + t
             ),
-            "that is the end of the forward pass; when the optimizer steps there can be more": lambda s, g, a, t: (
-                s + a + t
+            "that is the end of the forward pass; when the optimizer steps, more can be live": (
+                lambda s, g, a, t: s + a + t
             ),
-            "that is the optimizer's step; at the end of the forward pass there can be more": lambda s, g, a, t: (
-                s + g
+            "that is the optimizer's step; at the end of the forward pass, more can be live": (
+                lambda s, g, a, t: s + g
             ),
-            "the temporary scores are there together with the activations: add them before you compare": (
+            "the temporary scores are live together with the activations: add them before you compare": (
                 lambda s, g, a, t: s + max(g, a, t)
             ),
-            "the temporary scores are gone when the gradients are complete": lambda s, g, a, t: (
-                s + max(g, a) + t
+            "the temporary scores are gone when the gradients are complete": (
+                lambda s, g, a, t: s + max(g, a) + t
             ),
             "the temporary scores are missing": lambda s, g, a, t: s + max(g, a),
-            "`static` is there at every moment: add it": lambda s, g, a, t: max(g, a + t),
-            "static bytes are not an alternative to the others; they are there all the time": lambda s, g, a, t: (
-                max(s, g, a + t)
+            "`static` is live at every moment: add it": lambda s, g, a, t: max(g, a + t),
+            "the static bytes are not an alternative to the others; they are live all the time": (
+                lambda s, g, a, t: max(s, g, a + t)
             ),
         },
         inputs,
@@ -129,16 +132,14 @@ def step_peak(function: Callable) -> None:
 
 
 def largest_batch(function: Callable) -> None:
-    """`function(card, reserve, static, gradients, per_example)`: the most examples a step may have; 0 if none fits. All bytes;
-    `per_example`: of activations; the peak is as in `step_peak`, without temporary scores."""
+    """`function(card, reserve, static, gradients, per_example)`: the most examples that a step may have; 0 if
+    none fits. All in bytes; `per_example`: of activations; the peak is as in `step_peak`, without temporary
+    scores."""
     turns = iter(["fits", "gradients do not", "static does not"])
 
     def inputs():
-        per_example, static, gradients = (
-            random.randint(7, 11),
-            random.randint(100, 150),
-            random.randint(12, 16),
-        )
+        per_example, static = random.randint(7, 11), random.randint(100, 150)
+        gradients = random.randint(12, 16)
         reserve = 2 * per_example + random.randint(1, 3)
         free = random.randint(3, 7) * per_example + random.randint(2, per_example - 1)
         kind = next(turns, "fits")
@@ -158,24 +159,24 @@ def largest_batch(function: Callable) -> None:
         most,
         {
             "the reserve is not yours to fill": lambda c, r, s, g, p: most(c, 0, s, g, p),
-            "static bytes are there first; only the rest is free": lambda c, r, s, g, p: most(c, r, 0, g, p),
+            "the static bytes come first; only the rest is free": lambda c, r, s, g, p: most(c, r, 0, g, p),
             "the gradients have to fit as well, when the optimizer steps; if they do not, no batch does": (
                 lambda c, r, s, g, p: most(c, r, s, 0, p)
             ),
             "gradients and activations take turns: the gradients do not shrink the room for a batch": (
                 lambda c, r, s, g, p: max(0, (c - r - s - g) // p)
             ),
-            "half an example cannot be trained on: round down": lambda c, r, s, g, p: (
-                max(0, -(-(c - r - s) // p)) if c - r - s >= g else 0
+            "you cannot train on half an example: round down": (
+                lambda c, r, s, g, p: max(0, -(-(c - r - s) // p)) if c - r - s >= g else 0
             ),
-            "a batch is a whole number of examples": lambda c, r, s, g, p: (
-                max(0, (c - r - s) / p) if c - r - s >= g else 0
+            "a batch is a whole number of examples": (
+                lambda c, r, s, g, p: max(0, (c - r - s) / p) if c - r - s >= g else 0
             ),
-            "a batch cannot be negative: 0 if nothing fits": lambda c, r, s, g, p: (
-                (c - r - s) // p if c - r - s >= g or c - r - s < 0 else 0
+            "a batch cannot be negative: 0 if nothing fits": (
+                lambda c, r, s, g, p: (c - r - s) // p if c - r - s >= g or c - r - s < 0 else 0
             ),
-            "a batch of 1 that does not fit is no answer: 0 if nothing fits": lambda c, r, s, g, p: max(
-                1, most(c, r, s, g, p)
+            "a batch of 1 that does not fit is not an answer: 0 if nothing fits": (
+                lambda c, r, s, g, p: max(1, most(c, r, s, g, p))
             ),
         },
         inputs,

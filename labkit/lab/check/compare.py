@@ -1,7 +1,7 @@
-"""Exercise checks: fresh inputs, and when the result is wrong, which mistake it looks like.
+"""Try a student's function on fresh inputs; when its result is wrong, say which mistake it looks like.
 
-Each check knows the right answer and the wrong ones that people really give. A result that equals none of them is
-shown next to what was expected.
+A check knows the right answer and the wrong ones that people really give. A result that matches none of these
+is shown next to the expected one.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ class NotYet(AssertionError):
 def compare(
     name: str, theirs: Callable, right: Callable, mistakes: dict[str, Callable], inputs: Callable[[], tuple]
 ) -> None:
-    """Call `theirs` on fresh inputs and compare with `right`; name a difference after the mistake that explains most.
+    """Call `theirs` and `right` on fresh inputs; if they differ, name the mistake that explains the most.
 
-    One input is not enough to tell mistakes apart: two of them may agree on it by chance.
+    Several inputs are tried, because two different mistakes may agree on one of them by chance.
 
     Raises:
-        NotYet: what the differences look like.
+        NotYet: says what the differences look like.
     """
     wrong = []  # (arguments, got, expected)
     for _ in range(TRIES):
@@ -51,12 +51,13 @@ def compare(
 
 
 def same(a, b) -> bool:
-    """Equal up to rounding, for numbers, lists and tensors."""
+    """Equal up to rounding, NaN where the other has NaN; for numbers, tensors, and lists or tuples."""
     try:
-        a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        left, right = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):  # not one array: compare part by part
+        parts = isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b)
+        return parts and all(same(one, other) for one, other in zip(a, b))
+    return left.shape == right.shape and torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def describe(value) -> str:

@@ -1,4 +1,4 @@
-"""Checks of the exercises on four bits."""
+"""Checks of the exercises on four bits: blocks, packed codes, the nearest level, and NormalFloat itself."""
 
 import random
 from collections.abc import Callable
@@ -9,52 +9,10 @@ import torch
 from labkit.lab.check.compare import compare
 
 
-def bits_per_weight(function: Callable) -> None:
-    """`function(blocksize, nested_blocksize)`: bits a weight with 4-bit codes, 8-bit scales and fp32 scales of scales."""
-
-    def inputs():
-        return random.choice([32, 64, 128, 256]), random.choice([128, 256, 512])
-
-    compare(
-        "bits_per_weight",
-        function,
-        lambda b, n: 4 + 8 / b + 32 / (b * n),
-        {
-            "that is without double quantization: the scales are 8 bits now, not 32": lambda b, n: 4 + 32 / b,
-            "the fp32 scales of the scales are missing: one for each nested block of blocksize * nested_blocksize weights": (
-                lambda b, n: 4 + 8 / b
-            ),
-            "the second level serves nested_blocksize *scales*, that is blocksize * nested_blocksize weights": (
-                lambda b, n: 4 + 8 / b + 32 / n
-            ),
-            "these are the bits of the scales alone; the 4-bit code of the weight itself is missing": lambda b, n: (
-                8 / b + 32 / (b * n)
-            ),
-            "that is in bytes; the question asks for bits": lambda b, n: (4 + 8 / b + 32 / (b * n)) / 8,
-        },
-        inputs,
-    )
-
-
-def weight_bytes(function: Callable) -> None:
-    """`function(parameters, bits)`: bytes that the weights take."""
-    compare(
-        "weight_bytes",
-        function,
-        lambda parameters, bits: parameters * bits / 8,
-        {
-            "that is bits; there are eight of them to a byte": lambda p, b: p * b,
-            "that divides by 1024 or 10^6 somewhere; give plain bytes": lambda p, b: p * b / 8 / 1e6,
-            "bits are divided by 4; a byte has eight": lambda p, b: p * b / 4,
-        },
-        lambda: (random.randint(10**6, 10**9), random.choice([4, 8, 16, 32])),
-    )
-
-
 def outlier_victims(function: Callable) -> None:
-    """`function(position, n, blocksize)`: first and one past the last of the weights that share position's scale."""
+    """`function(position, n, blocksize)`: first, and one past last, of the weights that share its scale."""
 
-    in_last_block = cycle([False, True])  # by turns and not by chance: each kind must be tried
+    in_last_block = cycle([False, True])  # alternately, not by chance: each kind must be tried
 
     def inputs():
         blocksize = random.choice([32, 64, 128])
@@ -68,26 +26,21 @@ def outlier_victims(function: Callable) -> None:
         function,
         lambda position, n, b: (position // b * b, min(position // b * b + b, n)),
         {
-            "the last block may be shorter: it ends where the weights end": lambda p, n, b: (
-                p // b * b,
-                p // b * b + b,
+            "the last block may be shorter: it ends where the weights end": (
+                lambda p, n, b: (p // b * b, p // b * b + b)
             ),
-            "blocks do not move with the outlier: they start at multiples of the block size": lambda p, n, b: (
-                p - b // 2,
-                p + b // 2,
+            "blocks do not move with the outlier: they start at multiples of the block size": (
+                lambda p, n, b: (p - b // 2, p + b // 2)
             ),
-            "that is the block *after* the position's; divide before you multiply": lambda p, n, b: (
-                p // b * b + b,
-                min(p // b * b + 2 * b, n),
+            "that is the block *after* the one that holds `position`; divide before you multiply": (
+                lambda p, n, b: (p // b * b + b, min(p // b * b + 2 * b, n))
             ),
             "that is every weight, as with one scale for the whole tensor": lambda p, n, b: (0, n),
-            "that is the number of the block; its weights are blocksize times further on": lambda p, n, b: (
-                p // b,
-                p // b + 1,
+            "that is the number of the block; multiply by blocksize to get to its weights": (
+                lambda p, n, b: (p // b, p // b + 1)
             ),
-            "give one past the last weight, as Python's slices do": lambda p, n, b: (
-                p // b * b,
-                min(p // b * b + b, n) - 1,
+            "give one past the last weight, as Python's slices do": (
+                lambda p, n, b: (p // b * b, min(p // b * b + b, n) - 1)
             ),
         },
         inputs,
@@ -95,7 +48,7 @@ def outlier_victims(function: Callable) -> None:
 
 
 def unpack_nibbles(function: Callable) -> None:
-    """`function(packed, n)`: packed (ceil(n / 2), 1) uint8 to the n codes in it, the first in the high four bits."""
+    """`function(packed, n)`: packed (ceil(n / 2), 1) uint8 to its n codes, the first in the high bits."""
 
     def inputs():
         n = 2 * random.randint(3, 20) + 1
@@ -115,34 +68,33 @@ def unpack_nibbles(function: Callable) -> None:
         function,
         lambda packed, n: both(packed, high, low)[:n],
         {
-            "nibbles are swapped: the first weight is in the high four bits": lambda p, n: both(p, low, high)[
-                :n
-            ],
+            "the nibbles are swapped: the first weight is in the high four bits": (
+                lambda p, n: both(p, low, high)[:n]
+            ),
             "n is odd: the last low nibble is padding and must go": lambda p, n: both(p, high, low),
-            "the nibbles are swapped, and the padding of the odd tail is still there": lambda p, n: both(
-                p, low, high
+            "the nibbles are swapped, and the padding of the odd tail is still there": (
+                lambda p, n: both(p, low, high)
             ),
-            "all high nibbles come first and then all low ones; the two of one byte are neighbours": lambda p, n: (
-                torch.cat([high(p), low(p)]).view(-1)[:n]
+            "all high nibbles come first, then all low ones; the two of one byte should be neighbours": (
+                lambda p, n: torch.cat([high(p), low(p)]).view(-1)[:n]
             ),
-            "the low nibble still has the high one above it: mask it with `& 15`": lambda p, n: both(
-                p, high, lambda q: q
-            )[:n],
-            "the high nibble has not been shifted down: use `>> 4`": lambda p, n: both(
-                p, lambda q: q & 240, low
-            )[:n],
+            "the low nibble still has the high one above it: mask it with `& 15`": (
+                lambda p, n: both(p, high, lambda q: q)[:n]
+            ),
+            "the high nibble has not been shifted down: use `>> 4`": (
+                lambda p, n: both(p, lambda q: q & 240, low)[:n]
+            ),
         },
         inputs,
     )
 
 
 def nearest_code(function: Callable) -> None:
-    """`function(x, levels)`: index of the level nearest to each x; a tie goes to the lower level."""
+    """`function(x, levels)`: the index of the level nearest to each x; a tie goes to the lower level."""
 
     def inputs():
-        levels = (
-            torch.randperm(127)[:16].sort().values - 63
-        ) / 64  # (16,) rising; midpoints are exact in fp32
+        # (16,) rising; midpoints are exact in fp32
+        levels = (torch.randperm(127)[:16].sort().values - 63) / 64
         ties = (levels[1:] + levels[:-1]) / 2
         x = torch.cat([ties, torch.rand(20) * 2 - 1])
         return x[torch.randperm(len(x))], levels
@@ -155,29 +107,31 @@ def nearest_code(function: Callable) -> None:
         function,
         lambda x, levels: torch.bucketize(x, middles(levels)),
         {
-            "ties go to the lower level: count the thresholds *below* x, not those at x": lambda x, levels: (
-                torch.bucketize(x, middles(levels), right=True)
+            "ties go to the lower level: count the thresholds *below* x, not those at x": (
+                lambda x, levels: torch.bucketize(x, middles(levels), right=True)
             ),
-            "x is compared with the levels; the decision is taken at the midpoints between them": lambda x, levels: (
-                torch.bucketize(x, levels)
+            "x is compared with the levels; the decision is made at the midpoints between them": (
+                lambda x, levels: torch.bucketize(x, levels)
             ),
-            "that rounds down to the level below; the nearest may be the one above": lambda x, levels: (
-                torch.bucketize(x, levels, right=True) - 1
-            ).clamp(min=0),
-            "that is the nearest level itself; what is stored is its index": lambda x, levels: levels[
-                torch.bucketize(x, middles(levels))
-            ],
-            "the distance needs its absolute value: the most negative difference is not the nearest": (
+            "that rounds down to the level below; the nearest may be the one above": (
+                lambda x, levels: (torch.bucketize(x, levels, right=True) - 1).clamp(min=0)
+            ),
+            "that is the nearest level itself; what is stored is its index": (
+                lambda x, levels: levels[torch.bucketize(x, middles(levels))]
+            ),
+            "the distance needs an absolute value: the most negative difference is not the nearest": (
                 lambda x, levels: (x[:, None] - levels).argmin(dim=1)
             ),
-            "that takes the levels for evenly spaced": lambda x, levels: ((x + 1) * 7.5).round().long(),
+            "that assumes that the levels are evenly spaced": lambda x, levels: (
+                ((x + 1) * 7.5).round().long()
+            ),
         },
         inputs,
     )
 
 
 def scale_blocks(function: Callable) -> None:
-    """`function(flat, blocksize)`: (n,) weights, each over the largest magnitude of its block; zeros stay zeros."""
+    """`function(flat, blocksize)`: (n,) weights, each over its block's largest magnitude; zeros stay."""
 
     def inputs():
         blocksize = random.choice([8, 16])
@@ -195,46 +149,34 @@ def scale_blocks(function: Callable) -> None:
 
     compare(
         "scale_blocks",
-        nan_made_visible(function),
+        function,
         lambda flat, b: in_blocks(flat, b, absmax),
         {
-            "a block of zeros became NaN: 0 / 0. Keep its scale away from zero (clamp at 1e-38)": nan_made_visible(
+            "a block of zeros became NaN: 0 / 0. Keep its scale away from zero (clamp at 1e-38)": (
                 lambda flat, b: in_blocks(flat, b, lambda block: block.abs().max())
             ),
             "the scale is the largest *magnitude*; yours is the largest value, which misses a negative outlier": (
-                nan_made_visible(
-                    lambda flat, b: in_blocks(flat, b, lambda block: block.max().clamp(min=1e-38))
-                )
+                lambda flat, b: in_blocks(flat, b, lambda block: block.max().clamp(min=1e-38))
             ),
-            "that is one scale for the whole tensor; each block has its own": lambda flat, b: (
-                flat / flat.abs().max()
+            "that is one scale for the whole tensor; each block has its own": (
+                lambda flat, b: flat / flat.abs().max()
             ),
-            "the incomplete last block is missing; it has a scale too": lambda flat, b: in_blocks(
-                flat[: len(flat) // b * b], b, absmax
+            "the incomplete last block is missing; it has a scale too": (
+                lambda flat, b: in_blocks(flat[: len(flat) // b * b], b, absmax)
             ),
-            "that divides by the standard deviation; then values leave [-1, 1]": nan_made_visible(
+            "that divides by the standard deviation, so some values leave [-1, 1]": (
                 lambda flat, b: in_blocks(flat, b, torch.std)
             ),
-            "the weights are multiplied by their scale; to get into [-1, 1], divide": lambda flat, b: (
-                torch.cat([block * absmax(block) for block in flat.split(b)])
+            "the weights are multiplied by their scale; to get into [-1, 1], divide": (
+                lambda flat, b: torch.cat([block * absmax(block) for block in flat.split(b)])
             ),
         },
         inputs,
     )
 
 
-def nan_made_visible(function: Callable) -> Callable:
-    """The same function with 1e9 for NaN, so that a result with NaN equals another with NaN in the same places."""
-
-    def visible(*arguments):
-        result = function(*arguments)
-        return result.nan_to_num(nan=1e9) if isinstance(result, torch.Tensor) else result
-
-    return visible
-
-
 def normal_float(function: Callable) -> None:
-    """`function(bits, offset)`: the 2^bits rising levels of NormalFloat, from -1 to 1, with an exact zero."""
+    """`function(bits, offset)`: the 2^bits levels of NormalFloat, rising from -1 to 1, with an exact zero."""
 
     offsets = cycle([0.9677083, 0.95, 0.98])
 
@@ -248,6 +190,10 @@ def normal_float(function: Callable) -> None:
         parts = [-quantiles(n_below, offset), torch.zeros(zeros).double(), quantiles(n_above, offset)]
         return torch.cat(parts).sort().values
 
+    def probabilities(n_below, n_above, offset):
+        below, above = (torch.linspace(offset, 0.5, n + 1)[:-1] - 0.5 for n in (n_below, n_above))
+        return torch.cat([-below, torch.zeros(1), above]).sort().values
+
     def half(bits):
         return 2 ** (bits - 1)
 
@@ -256,41 +202,31 @@ def normal_float(function: Callable) -> None:
 
     compare(
         "normal_float",
-        nan_made_visible(function),
+        function,
         lambda bits, offset: over_max(levels(half(bits) - 1, half(bits), offset)),
         {
-            "the levels are not divided by the largest: they must reach from -1 to 1": lambda bits, offset: (
-                levels(half(bits) - 1, half(bits), offset)
+            "the levels are not divided by the largest: they must reach from -1 to 1": (
+                lambda bits, offset: levels(half(bits) - 1, half(bits), offset)
             ),
-            "as many steps below zero as above leave no code for zero itself": lambda bits, offset: over_max(
-                levels(half(bits), half(bits), offset, zeros=0)
+            "as many steps below zero as above leave no code for zero itself": (
+                lambda bits, offset: over_max(levels(half(bits), half(bits), offset, zeros=0))
             ),
-            "that is one level too many: zero takes a code, so one side has a step fewer": lambda bits, offset: (
-                over_max(levels(half(bits), half(bits), offset))
+            "that is one level too many: zero takes a code, so one side has a step fewer": (
+                lambda bits, offset: over_max(levels(half(bits), half(bits), offset))
             ),
-            "the longer side is the positive one; yours is the negative": lambda bits, offset: over_max(
-                levels(half(bits), half(bits) - 1, offset)
+            "the longer side should be the positive one; yours is the negative": (
+                lambda bits, offset: over_max(levels(half(bits), half(bits) - 1, offset))
             ),
-            "these are probabilities; a level is the quantile there (torch.special.ndtri)": lambda bits, offset: (
-                over_max(
-                    torch.cat(
-                        [
-                            0.5 - torch.linspace(offset, 0.5, half(bits))[:-1],
-                            torch.zeros(1),
-                            torch.linspace(offset, 0.5, half(bits) + 1)[:-1] - 0.5,
-                        ]
-                    )
-                    .sort()
-                    .values
-                )
+            "these are probabilities; a level is the quantile there (torch.special.ndtri)": (
+                lambda bits, offset: over_max(probabilities(half(bits) - 1, half(bits), offset))
             ),
-            "the outermost level is infinite: the quantile of probability 1. Start at `offset`": nan_made_visible(
+            "the outermost level is infinite: the quantile of probability 1. Start at `offset`": (
                 lambda bits, offset: over_max(levels(half(bits) - 1, half(bits), 1.0))
             ),
-            "`offset` is an argument; yours is fixed at 0.9677083": lambda bits, offset: over_max(
-                levels(half(bits) - 1, half(bits), 0.9677083)
+            "`offset` is an argument; yours is fixed at 0.9677083": (
+                lambda bits, offset: over_max(levels(half(bits) - 1, half(bits), 0.9677083))
             ),
-            "one range of quantiles from 1 - offset to offset has no exact zero; take the two sides apart": (
+            "one range of quantiles from 1 - offset to offset has no exact zero; build the two sides separately": (
                 lambda bits, offset: over_max(
                     torch.special.ndtri(torch.linspace(1 - offset, offset, 2**bits).double())
                 )

@@ -1,9 +1,10 @@
-"""Checks of the exercises on sweeps: counting parameters, intervals, the best learning rate, and what is worth its price."""
+"""Checks of the exercises on rank and targets: parameters, intervals, the best rate, the Pareto front."""
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
+from operator import itemgetter
 
 from scipy import stats
 
@@ -11,7 +12,7 @@ from labkit.lab.check.compare import compare
 
 
 def target_parameters(function: Callable) -> None:
-    """`function(shapes, targets, layers, r)`: trained parameters of LoRA on the named matrices of every block.
+    """`function(shapes, targets, layers, r)`: parameters of LoRA on the named matrices of every block.
 
     `shapes` is {name: (out, in)} of one block; `targets` are some of its names.
     """
@@ -23,26 +24,26 @@ def target_parameters(function: Callable) -> None:
     compare(
         "target_parameters",
         function,
-        lambda shapes, targets, layers, r: layers * r * sides(shapes, targets),
+        lambda shapes, targets, layers, r: layers * r * total(shapes, targets),
         {
             "that is every matrix of the block; only the named ones get an adapter": (
-                lambda shapes, targets, layers, r: layers * r * sides(shapes, shapes)
+                lambda shapes, targets, layers, r: layers * r * total(shapes, shapes)
             ),
-            "that is one block; the model has `layers` of them": lambda shapes, targets, layers, r: (
-                r * sides(shapes, targets)
+            "that is one block; the model has `layers` of them": (
+                lambda shapes, targets, layers, r: r * total(shapes, targets)
             ),
-            "the rank is missing": lambda shapes, targets, layers, r: layers * sides(shapes, targets),
-            "twice too many: A has r * in and B has out * r, which makes r * (in + out)": (
-                lambda shapes, targets, layers, r: 2 * layers * r * sides(shapes, targets)
+            "the rank is missing": lambda shapes, targets, layers, r: layers * total(shapes, targets),
+            "twice the number: A has r * in and B has out * r, which makes r * (in + out)": (
+                lambda shapes, targets, layers, r: 2 * layers * r * total(shapes, targets)
             ),
             "that is the number of weights in the matrices themselves, which LoRA freezes": (
-                lambda shapes, targets, layers, r: layers * sum(math.prod(shapes[name]) for name in targets)
+                lambda shapes, targets, layers, r: layers * total(shapes, targets, math.prod)
             ),
-            "A alone is counted; B has out * r": lambda shapes, targets, layers, r: (
-                layers * r * sum(shapes[name][1] for name in targets)
+            "A alone is counted; B has out * r": (
+                lambda shapes, targets, layers, r: layers * r * total(shapes, targets, itemgetter(1))
             ),
-            "B alone is counted; A has r * in": lambda shapes, targets, layers, r: (
-                layers * r * sum(shapes[name][0] for name in targets)
+            "B alone is counted; A has r * in": (
+                lambda shapes, targets, layers, r: layers * r * total(shapes, targets, itemgetter(0))
             ),
         },
         inputs,
@@ -50,42 +51,40 @@ def target_parameters(function: Callable) -> None:
 
 
 def rank_for_budget(function: Callable) -> None:
-    """`function(shapes, targets, layers, budget)`: the largest rank at which no more than `budget` parameters train."""
+    """`function(shapes, targets, layers, budget)`: the largest rank within `budget` parameters."""
 
     def inputs():
         shapes, targets = block()
         layers = random.randint(3, 6)
-        per_rank = layers * sides(shapes, targets)
+        per_rank = layers * total(shapes, targets)
         rank, rest = random.randint(60, 200), random.uniform(0.6, 0.9)  # nearer to the next rank
         return shapes, targets, layers, int(per_rank * (rank + rest))
 
     def whole(shapes, targets, layers, budget):
-        return budget // (layers * sides(shapes, targets))
+        return budget // (layers * total(shapes, targets))
 
     compare(
         "rank_for_budget",
         function,
         whole,
         {
-            "that is one rank more: rounded to the nearest or up, it is above the budget": (
+            "that is one rank too many: rounded to the nearest or up, it exceeds the budget": (
                 lambda *given: whole(*given) + 1
             ),
-            "a rank is a whole number: round down": lambda shapes, targets, layers, budget: (
-                budget / (layers * sides(shapes, targets))
+            "a rank is a whole number: round down": (
+                lambda shapes, targets, layers, budget: budget / (layers * total(shapes, targets))
             ),
             "that spends the budget on one block; it is for all `layers`": (
-                lambda shapes, targets, layers, budget: budget // sides(shapes, targets)
+                lambda shapes, targets, layers, budget: budget // total(shapes, targets)
             ),
             "that counts every matrix of the block; only the named ones get an adapter": (
-                lambda shapes, targets, layers, budget: budget // (layers * sides(shapes, shapes))
+                lambda shapes, targets, layers, budget: budget // (layers * total(shapes, shapes))
             ),
-            "half of it: a matrix costs r * (in + out), without another 2": (
-                lambda shapes, targets, layers, budget: budget // (2 * layers * sides(shapes, targets))
+            "that is half of it: a matrix costs r * (in + out), without another factor of 2": (
+                lambda shapes, targets, layers, budget: budget // (2 * layers * total(shapes, targets))
             ),
-            "that divides by the weights of the matrices; an adapter costs in + out a rank, not in * out": (
-                lambda shapes, targets, layers, budget: (
-                    budget // (layers * sum(math.prod(shapes[name]) for name in targets))
-                )
+            "that divides by the weights of the matrices; an adapter costs in + out per rank, not in * out": (
+                lambda shapes, targets, layers, budget: budget // (layers * total(shapes, targets, math.prod))
             ),
         },
         inputs,
@@ -101,18 +100,16 @@ def block() -> tuple[dict[str, tuple[int, int]], list[str]]:
         "k_proj": (kv, hidden),
         "v_proj": (kv, hidden),
         "o_proj": (hidden, hidden),
-        "gate_proj": (mlp, hidden),
-        "up_proj": (mlp, hidden),
-        "down_proj": (hidden, mlp),
     }
-    # outputs and inputs of these differ in sum, so that A alone and B alone can be told apart
-    return shapes, random.choice(
-        [["q_proj", "v_proj"], ["k_proj", "v_proj"], ["gate_proj", "up_proj"], ["v_proj"]]
-    )
+    shapes |= {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
+    # their outputs and inputs differ in sum, so A alone and B alone give different answers
+    targets = [["q_proj", "v_proj"], ["k_proj", "v_proj"], ["gate_proj", "up_proj"], ["v_proj"]]
+    return shapes, random.choice(targets)
 
 
-def sides(shapes: dict[str, tuple[int, int]], names) -> int:
-    return sum(sum(shapes[name]) for name in names)
+def total(shapes: dict[str, tuple[int, int]], names: Iterable[str], of: Callable = sum) -> int:
+    """Over the named matrices: the sum of `of` (out, in), by default of out + in."""
+    return sum(of(shapes[name]) for name in names)
 
 
 def interval95(function: Callable) -> None:
@@ -134,24 +131,24 @@ def interval95(function: Callable) -> None:
         function,
         answer,
         {
-            "1.96 is for many values; with n of them use Student's t with n - 1 degrees of freedom": lambda v: (
-                answer(v, normal=True)
+            "1.96 is for many values; with n of them use Student's t with n - 1 degrees of freedom": (
+                lambda v: answer(v, normal=True)
             ),
-            "√n is missing: that is how far single seeds scatter, not how well their mean is known": lambda v: (
-                answer(v, root=False)
+            "√n is missing: that is how far single seeds scatter, not how well their mean is known": (
+                lambda v: answer(v, root=False)
             ),
-            "divide the squares by n - 1: the mean was taken from the same values": lambda v: answer(
-                v, ddof=0
+            "divide the sum of squares by n - 1: the mean was estimated from the same values": (
+                lambda v: answer(v, ddof=0)
             ),
-            "use Student's t instead of 1.96, and divide the squares by n - 1": lambda v: answer(
-                v, ddof=0, normal=True
+            "use Student's t instead of 1.96, and divide the sum of squares by n - 1": (
+                lambda v: answer(v, ddof=0, normal=True)
             ),
             "Student's t has n - 1 degrees of freedom, not n": lambda v: (
                 answer(v)[0],
                 answer(v)[1] * float(stats.t.ppf(0.975, len(v)) / stats.t.ppf(0.975, len(v) - 1)),
             ),
-            "2.5 % are left out on either side: take the quantile 0.975, not 0.95": lambda v: answer(
-                v, quantile=0.95
+            "2.5 % are left out on each side: take the quantile 0.975, not 0.95": (
+                lambda v: answer(v, quantile=0.95)
             ),
             "that is the whole width; give half of it": lambda v: answer(v, whole=2),
             "that is the standard deviation; multiply by Student's t and divide by √n": lambda v: (
@@ -162,7 +159,7 @@ def interval95(function: Callable) -> None:
                 answer(v)[0],
                 answer(v)[1] / float(stats.t.ppf(0.975, len(v) - 1)),
             ),
-            "those are the ends of the interval; give its middle and half its width": lambda v: (
+            "those are the ends of the interval; give its centre and half its width": lambda v: (
                 answer(v)[0] - answer(v)[1],
                 answer(v)[0] + answer(v)[1],
             ),
@@ -172,9 +169,9 @@ def interval95(function: Callable) -> None:
 
 
 def best_rate(function: Callable) -> None:
-    """`function(rates, losses)`: the learning rate at the bottom of the parabola in log(rate) through three points."""
+    """`function(rates, losses)`: the rate at the bottom of the parabola in log(rate) through three points."""
 
-    bottoms = cycle([-0.4, 0.4])  # of the middle point, by turns: the bottom is on either side
+    bottoms = cycle([-0.4, 0.4])  # alternately on either side of the middle point
 
     def inputs():
         middle, step = 10 ** random.uniform(-3, -2), random.choice([2.5, 3])
@@ -186,33 +183,37 @@ def best_rate(function: Callable) -> None:
     compare(
         "best_rate",
         function,
-        lambda rates, losses: math.exp(vertex([math.log(r) for r in rates], losses)),
+        lambda rates, losses: math.exp(vertex(logs(rates), losses)),
         {
-            "that is the best of the three tried; the bottom of the parabola lies between them": (
+            "that is the best of the three that were tried; the bottom of the parabola lies between them": (
                 lambda rates, losses: rates[losses.index(min(losses))]
             ),
-            "the parabola is in the rate itself; learning rates act by factors, so take log(rate)": vertex,
-            "that is the logarithm of the rate; take exp of it": lambda rates, losses: vertex(
-                [math.log(r) for r in rates], losses
+            "your parabola is in the rate itself; learning rates act by factors, so take log(rate)": vertex,
+            "that is the logarithm of the rate; take exp of it": (
+                lambda rates, losses: vertex(logs(rates), losses)
             ),
-            "that is log10 of the rate; take 10 to that power": lambda rates, losses: vertex(
-                [math.log10(r) for r in rates], losses
+            "that is log10 of the rate; take 10 to that power": (
+                lambda rates, losses: vertex([math.log10(r) for r in rates], losses)
             ),
-            "the logarithm was to base 10, and exp is to base e: use 10 ** x": lambda rates, losses: math.exp(
-                vertex([math.log10(r) for r in rates], losses)
+            "your logarithm is to base 10, but exp is to base e: use 10 ** x": (
+                lambda rates, losses: math.exp(vertex([math.log10(r) for r in rates], losses))
             ),
-            "the bottom of ax² + bx + c is at -b / (2a); yours is at +b / (2a)": lambda rates, losses: (
-                math.exp(-vertex([math.log(r) for r in rates], losses))
+            "the bottom of ax² + bx + c is at -b / (2a); yours is at +b / (2a)": (
+                lambda rates, losses: math.exp(-vertex(logs(rates), losses))
             ),
-            "the bottom of ax² + bx + c is at -b / (2a); yours is at -b / a": lambda rates, losses: math.exp(
-                2 * vertex([math.log(r) for r in rates], losses)
+            "the bottom of ax² + bx + c is at -b / (2a); yours is at -b / a": (
+                lambda rates, losses: math.exp(2 * vertex(logs(rates), losses))
             ),
-            "that is the loss at the bottom; the question asks for the rate": lambda rates, losses: height_at(
-                [math.log(r) for r in rates], losses
+            "that is the loss at the bottom; the question asks for the rate": (
+                lambda rates, losses: height_at(logs(rates), losses)
             ),
         },
         inputs,
     )
+
+
+def logs(rates: Sequence[float]) -> list[float]:
+    return [math.log(rate) for rate in rates]
 
 
 def parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -235,7 +236,7 @@ def height_at(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def pareto_front(function: Callable) -> None:
-    """`function(points)`: the points (cost, loss) that no other beats, by rising cost.
+    """`function(points)`: the points (cost, loss) that no other one beats, in order of rising cost.
 
     A point is beaten if another is no worse in both and better in one.
     """
@@ -246,13 +247,13 @@ def pareto_front(function: Callable) -> None:
         best_cost, best_loss = min(points, key=lambda point: point[1])
         low_cost, low_loss = min(points)
         points += [
-            (best_cost + 1, best_loss + 0.5),  # dearer and worse
-            (best_cost + 2, best_loss),  # dearer and the same
-            (low_cost, low_loss + 0.1),  # the same price, and worse
+            (best_cost + 1, best_loss + 0.5),  # costs more and is worse
+            (best_cost + 2, best_loss),  # costs more and is as good
+            (low_cost, low_loss + 0.1),  # costs the same and is worse
         ]
         random.shuffle(points)
         if [p for p in points if p in front(points)] == front(points):
-            points.reverse()  # never in order by luck
+            points.reverse()  # never in order by chance
         return (points,)
 
     def beaten(point, points, worse):
@@ -262,8 +263,8 @@ def pareto_front(function: Callable) -> None:
         return sorted(p for p in points if not beaten(p, points, worse))
 
     def running_best(points):
-        """By rising cost, a point is kept if it is not worse than the last one kept."""
-        kept = []
+        """Going up in cost, a point is kept if it is no worse than the last one kept."""
+        kept: list[tuple[float, float]] = []
         for point in sorted(points):
             if not kept or point[1] <= kept[-1][1]:
                 kept.append(point)
@@ -271,36 +272,28 @@ def pareto_front(function: Callable) -> None:
 
     compare(
         "pareto_front",
-        lambda points: as_lists(function(list(points))),
-        lambda points: as_lists(front(points)),
+        lambda points: function(list(points)),
+        front,
         {
-            "a point that is equal in one and worse in the other is beaten too: compare with <= and leave out the point itself": (
-                lambda points: as_lists(front(points, lambda p, o: o[0] < p[0] and o[1] < p[1]))
+            "a point that is equal in one and worse in the other is beaten too: compare with <=, and leave out the "
+            "point itself": lambda points: front(points, lambda p, o: o[0] < p[0] and o[1] < p[1]),
+            "a point of the same loss at a higher cost is beaten: keep a point only if its loss is lower": running_best,
+            "nothing is left: a point does not beat itself, nor one that is better in either of the two": (
+                lambda points: []
             ),
-            "a point of the same loss at a higher cost is beaten: keep one only if its loss is lower": (
-                lambda points: as_lists(running_best(points))
+            "those are the points that are beaten": (
+                lambda points: sorted(p for p in points if p not in front(points))
             ),
-            "nothing is left: a point does not beat itself, and one that is better in only one of the two beats nobody": lambda points: [],
-            "those are the points that are beaten": lambda points: as_lists(
-                sorted(p for p in points if p not in front(points))
+            "in order of *rising* cost: yours falls": lambda points: front(points)[::-1],
+            "the points are right; sort them by rising cost": (
+                lambda points: [p for p in points if p in front(points)]
             ),
-            "by *rising* cost: yours falls": lambda points: as_lists(front(points)[::-1]),
-            "by rising cost, please: sort them": lambda points: as_lists(
-                [p for p in points if p in front(points)]
+            "that is only the point of lowest loss; a cheaper one with a higher loss may be on the front too": (
+                lambda points: [min(points, key=lambda p: (p[1], p[0]))]
             ),
-            "that is only the point of lowest loss; a cheaper one that is worse may be on the front too": (
-                lambda points: as_lists([min(points, key=lambda p: (p[1], p[0]))])
-            ),
-            "a higher loss is worse, not better": lambda points: as_lists(
-                front(points, lambda p, o: o[0] <= p[0] and o[1] >= p[1])
+            "a higher loss is worse, not better": (
+                lambda points: front(points, lambda p, o: o[0] <= p[0] and o[1] >= p[1])
             ),
         },
         inputs,
     )
-
-
-def as_lists(points):
-    """Points as lists, so that tuples and lists are alike; anything else stays as it is."""
-    if isinstance(points, (list, tuple)) and all(isinstance(p, (list, tuple)) for p in points):
-        return [list(p) for p in points]
-    return points

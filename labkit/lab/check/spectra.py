@@ -1,4 +1,4 @@
-"""Checks of the exercises on the rank of updates."""
+"""Checks of the exercises on the rank of updates: spectra, truncation, similarity of subspaces, intruders."""
 
 import math
 import random
@@ -23,49 +23,36 @@ def effective_rank(function: Callable) -> None:
 
     compare(
         "effective_rank",
-        nan_made_visible(function),
+        function,
         lambda s: entropy(s).exp(),
         {
-            "the entropy is of the singular values, not of their squares: squares make the energy, and a smaller rank": (
-                lambda s: entropy(s**2).exp()
-            ),
+            "the entropy is that of the singular values, not of their squares: squares are energy, and give a smaller "
+            "rank": lambda s: entropy(s**2).exp(),
             "that is the entropy itself; the rank is exp of it": entropy,
-            "the entropy in bits (log2) goes with 2 to its power, not with exp": lambda s: (
-                entropy(s) / math.log(2)
-            ).exp(),
-            "that is the stable rank, sum of squares over the largest square": lambda s: (
-                (s**2).sum() / s[0] ** 2
+            "an entropy in bits (log2) goes with a power of 2, not with exp": (
+                lambda s: (entropy(s) / math.log(2)).exp()
             ),
-            "a singular value of zero became NaN: 0 log 0 counts as 0 (torch.special.entr knows)": nan_made_visible(
+            "that is the stable rank, the sum of squares over the largest square": (
+                lambda s: (s**2).sum() / s[0] ** 2
+            ),
+            "a singular value of zero became NaN: 0 log 0 counts as 0 (torch.special.entr does that)": (
                 lambda s: (-(s / s.sum()) * (s / s.sum()).log()).sum().exp()
             ),
-            "divide by the sum of the singular values, so that they add up to 1; yours are over the largest": lambda s: (
-                torch.special.entr(s / s[0]).sum().exp()
+            "divide by the sum of the singular values, so they add up to 1; yours are divided by the largest": (
+                lambda s: torch.special.entr(s / s[0]).sum().exp()
             ),
-            "divide by their sum first: an entropy needs shares that add up to 1": lambda s: (
-                torch.special.entr(s).sum().exp()
+            "divide by their sum first: an entropy needs shares that add up to 1": (
+                lambda s: torch.special.entr(s).sum().exp()
             ),
-            "the sign: entropy is minus the sum of p log p": lambda s: (-entropy(s)).exp(),
-            "that counts how many are not zero; the sizes matter": lambda s: (s > 0).sum(),
+            "check the sign: entropy is minus the sum of p log p": lambda s: (-entropy(s)).exp(),
+            "that counts how many are not zero; their sizes matter": lambda s: (s > 0).sum(),
         },
         inputs,
     )
 
 
-def nan_made_visible(function: Callable) -> Callable:
-    """The same function with 1e9 for NaN, so that a NaN equals a NaN."""
-
-    def visible(*arguments):
-        result = function(*arguments)
-        if isinstance(result, float) and math.isnan(result):
-            return 1e9
-        return result.nan_to_num(nan=1e9) if isinstance(result, torch.Tensor) else result
-
-    return visible
-
-
 def random_matrix() -> torch.Tensor:
-    """(m, n), never square, with singular values that are well apart."""
+    """(m, n), never square, with well-separated singular values."""
     m, n = random.choice([(7, 5), (5, 7), (9, 7), (7, 9)])
     left, right = (torch.linalg.qr(torch.randn(size, min(m, n))).Q for size in (m, n))
     s = torch.arange(min(m, n), 0, -1) * (1 + 0.2 * torch.rand(min(m, n)))
@@ -89,14 +76,14 @@ def keep_largest(function: Callable) -> None:
         function,
         lambda m, k: cut(m, slice(0, k)),
         {
-            "that keeps the k *smallest*: singular values come falling, the largest first": lambda m, k: cut(
-                m, slice(-k, None)
+            "that keeps the k *smallest*: singular values come in falling order, the largest first": (
+                lambda m, k: cut(m, slice(-k, None))
             ),
             "that removes the k largest and keeps the rest": lambda m, k: cut(m, slice(k, None)),
             "that keeps k + 1 directions": lambda m, k: cut(m, slice(0, k + 1)),
             "that keeps one direction too few": lambda m, k: cut(m, slice(0, k - 1)),
-            "the singular values are missing: U times Vh alone makes every direction equally large": lambda m, k: (
-                cut(m, slice(0, k), 0)
+            "the singular values are missing: U times Vh alone makes every direction equally large": (
+                lambda m, k: cut(m, slice(0, k), 0)
             ),
             "the singular values were multiplied in twice": lambda m, k: cut(m, slice(0, k), 2),
             "those are the first k columns of the matrix; its directions are in U and Vh": without_columns,
@@ -107,7 +94,7 @@ def keep_largest(function: Callable) -> None:
 
 
 def similarity(function: Callable) -> None:
-    """`function(first, second)`: phi of the span of all columns of `first` (d, i) and of `second` (d, j)."""
+    """`function(first, second)`: phi of the spans of all columns of `first` (d, i) and of `second` (d, j)."""
 
     def inputs():
         i, j = random.choice([(2, 5), (5, 2), (3, 6), (6, 3)])
@@ -124,16 +111,16 @@ def similarity(function: Callable) -> None:
         function,
         lambda a, b: overlap(a, b) / min(sides(a, b)),
         {
-            "divide by min(i, j), not max: a span inside a larger one has similarity 1": lambda a, b: (
-                overlap(a, b) / max(sides(a, b))
+            "divide by min(i, j), not max: a span inside a larger one has similarity 1": (
+                lambda a, b: overlap(a, b) / max(sides(a, b))
             ),
             "the result must lie between 0 and 1: divide by min(i, j)": overlap,
-            "the Frobenius norm is to be squared": lambda a, b: overlap(a, b).sqrt() / min(sides(a, b)),
-            "divide by min(i, j), not by its root, once the norm is squared": lambda a, b: (
-                overlap(a, b) / math.sqrt(min(sides(a, b)))
+            "the Frobenius norm should be squared": lambda a, b: overlap(a, b).sqrt() / min(sides(a, b)),
+            "divide by min(i, j), not by its root, once the norm is squared": (
+                lambda a, b: overlap(a, b) / math.sqrt(min(sides(a, b)))
             ),
-            "divide by min(i, j), not by i j: that would be the mean of the squared cosines": lambda a, b: (
-                overlap(a, b) / math.prod(sides(a, b))
+            "divide by min(i, j), not by i j: that would be the mean of the squared cosines": (
+                lambda a, b: overlap(a, b) / math.prod(sides(a, b))
             ),
             "divide by min(i, j), not by the length d of the directions": lambda a, b: overlap(a, b) / len(a),
             "that is the largest cosine alone; all pairs count": lambda a, b: (a.T @ b).abs().max(),
@@ -143,7 +130,7 @@ def similarity(function: Callable) -> None:
 
 
 def factored_singular_values(function: Callable) -> None:
-    """`function(B, A, scaling)`: the r singular values, falling, of scaling B A; B (out, r), A (r, in)."""
+    """`function(B, A, scaling)`: the r singular values of scaling B A, falling; B (out, r), A (r, in)."""
 
     def inputs():
         r = random.randint(2, 4)
@@ -157,36 +144,34 @@ def factored_singular_values(function: Callable) -> None:
         function,
         lambda B, A, scaling: scaling * values(B @ A)[: len(A)],
         {
-            "the scaling is missing: the update is scaling B A": lambda B, A, scaling: values(B @ A)[
-                : len(A)
-            ],
-            "those are all of them, with zeros behind: decompose the r x r matrix, not the product": lambda B, A, c: (
-                c * values(B @ A).where(torch.arange(9) < len(A), torch.zeros(()))
+            "the scaling is missing: the update is scaling B A": lambda B, A, c: values(B @ A)[: len(A)],
+            "those are all of them, with zeros at the end: decompose the r x r matrix, not the product": (
+                lambda B, A, c: c * values(B @ A).where(torch.arange(9) < len(A), torch.zeros(()))
             ),
-            "singular values of a product are not the products of singular values": lambda B, A, c: (
-                c * values(B) * values(A)
+            "singular values of a product are not the products of singular values": (
+                lambda B, A, c: c * values(B) * values(A)
             ),
-            "R of A's side must be transposed: A^T = Q R, so A = R^T Q^T": lambda B, A, c: (
-                c * values(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R)
+            "the R on A's side must be transposed: A^T = Q R, so A = R^T Q^T": (
+                lambda B, A, c: c * values(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R)
             ),
             "those are the squares; take the root": lambda B, A, c: (c * values(B @ A)[: len(A)]) ** 2,
-            "the scaling counts once: singular values grow as the matrix does, only energy as its square": lambda B, A, c: (
-                c**2 * values(B @ A)[: len(A)]
+            "the scaling counts once: singular values grow with the matrix, only energy with its square": (
+                lambda B, A, c: c**2 * values(B @ A)[: len(A)]
             ),
             "they must fall, the largest first": lambda B, A, c: (c * values(B @ A)[: len(A)]).flip(0),
-            "that is B alone; A takes part": lambda B, A, c: c * values(B),
+            "those are the singular values of B alone; A matters too": lambda B, A, c: c * values(B),
         },
         inputs,
     )
 
 
 def count_intruders(function: Callable) -> None:
-    """`function(before, after, epsilon)`: how many columns of `after` (d, k) have |cosine| below epsilon with every
-    column of `before` (d, n)."""
+    """`function(before, after, epsilon)`: how many columns of `after` (d, k) have a |cosine| below epsilon
+    with every column of `before` (d, n)."""
 
     def inputs():
         before = torch.linalg.qr(torch.randn(16, 16)).Q
-        known = -before[:, [0, 1, 9]]  # with the other sign, and the third at another place
+        known = -before[:, [0, 1, 9]]  # with the sign flipped, and the third in another place
         known[:, 0] = 0.8 * known[:, 0] + 0.6 * before[:, 7]  # turned, but not far enough
         evenly = (before @ hadamard(16))[:, : random.choice([4, 5, 6])]  # cosine 1/4 with every direction
         return before, torch.cat([known, evenly], dim=1), 0.5
@@ -202,17 +187,17 @@ def count_intruders(function: Callable) -> None:
             "a direction and its negative are the same singular vector: take the absolute value of the cosine": (
                 lambda b, a, e: ((b.T @ a).amax(dim=0) < e).sum()
             ),
-            "compare with *all* directions of the base, not with the one of the same number": lambda b, a, e: (
-                ((b[:, : a.shape[1]] * a).sum(0).abs() < e).sum()
+            "compare with *all* directions of the base, not only with the one of the same number": (
+                lambda b, a, e: ((b[:, : a.shape[1]] * a).sum(0).abs() < e).sum()
             ),
             "an intruder is unlike *every* direction: its largest cosine is small. Yours looks at the smallest": (
                 lambda b, a, e: (cosines(b, a).amin(dim=0) < e).sum()
             ),
-            "that counts the directions that are *not* intruders": lambda b, a, e: (
-                cosines(b, a).amax(dim=0) >= e
-            ).sum(),
-            "that counts directions of the base that were lost; ask for each column of `after`": lambda b, a, e: (
-                (cosines(b, a).amax(dim=1) < e).sum()
+            "that counts the directions that are *not* intruders": (
+                lambda b, a, e: (cosines(b, a).amax(dim=0) >= e).sum()
+            ),
+            "that counts directions of the base that were lost; look at each column of `after`": (
+                lambda b, a, e: (cosines(b, a).amax(dim=1) < e).sum()
             ),
             "that counts pairs; a column of `after` counts once": lambda b, a, e: (cosines(b, a) < e).sum(),
             "that is a mask or a list; how many are there?": lambda b, a, e: cosines(b, a).amax(dim=0) < e,
@@ -222,7 +207,7 @@ def count_intruders(function: Callable) -> None:
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """(size, size) orthogonal, every element ±1/sqrt(size); size a power of 2. Its columns lie evenly between the axes."""
+    """Orthogonal (size, size), every element ±1/sqrt(size); its columns lie evenly between the axes."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)

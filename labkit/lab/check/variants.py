@@ -1,4 +1,4 @@
-"""Checks of the exercises on the family of LoRA."""
+"""Checks of the exercises on the variants of LoRA: rsLoRA, DoRA, PiSSA and LoRA+."""
 
 import math
 import random
@@ -6,14 +6,19 @@ from collections.abc import Callable
 from itertools import cycle
 
 import torch
-from torch import Tensor
 
 from labkit.lab.check.compare import compare
 
 
+def is_matrices(answer, number: int) -> bool:
+    """Is `answer` a tuple or list of that many matrices?"""
+    sequence = isinstance(answer, (tuple, list)) and len(answer) == number
+    return sequence and all(torch.is_tensor(part) and part.dim() == 2 for part in answer)
+
+
 def rslora_scaling(function: Callable) -> None:
-    """`function(alpha, r, stabilized)`: the factor of the correction of LoRA, or of rsLoRA."""
-    kinds = cycle([True, False])  # both come up, whatever the luck
+    """`function(alpha, r, stabilized)`: the factor that LoRA's correction is multiplied by, or rsLoRA's."""
+    kinds = cycle([True, False])  # both are tried, whatever the luck
 
     def right(alpha: float, r: int, stabilized: bool) -> float:
         return alpha / (math.sqrt(r) if stabilized else r)
@@ -27,7 +32,7 @@ def rslora_scaling(function: Callable) -> None:
             "that is alpha / sqrt(r) in both cases; LoRA divides by r": lambda a, r, s: a / math.sqrt(r),
             "the two are swapped: rsLoRA has the square root": lambda a, r, s: right(a, r, not s),
             "the root is of r alone, not of alpha / r": lambda a, r, s: math.sqrt(a / r) if s else a / r,
-            "rsLoRA divides by sqrt(r), and yours multiplies by it": (
+            "rsLoRA divides by sqrt(r); yours multiplies by it": (
                 lambda a, r, s: a * math.sqrt(r) if s else a / r
             ),
             "alpha is missing": lambda a, r, s: right(1, r, s),
@@ -37,11 +42,11 @@ def rslora_scaling(function: Callable) -> None:
 
 
 def dora_forward(function: Callable) -> None:
-    """`function(x, W, A, B, m, s)`: x (n, in), W (out, in), A (r, in), B (out, r), m (out,), s to (n, out)."""
+    """`function(x, W, A, B, m, s)`: x (n, in), W (out, in), A (r, in), B (out, r), m (out,) to (n, out)."""
 
     def inputs():
         d, r = random.randint(5, 9), random.randint(2, 3)
-        # square, so that norms of the wrong side fit and must be told apart by their values
+        # square, so norms along the wrong side have the right shape too, and only their values give them away
         x, W, A, B = torch.randn(4, d), torch.randn(d, d), torch.randn(r, d), torch.randn(d, r)
         return x, W, A, B, torch.rand(d) + 0.5, random.choice([0.5, 2.0, 3.0])
 
@@ -54,31 +59,31 @@ def dora_forward(function: Callable) -> None:
         function,
         right,
         {
-            "the norms are those of W + s B A, now; yours are those of W alone, as at the start": (
+            "the norms should be those of W + s B A, as it is now; yours are those of W alone, as at the start": (
                 lambda x, W, A, B, m, s: x @ (W + s * B @ A).T * (m / W.norm(dim=1))
             ),
-            "m/n stretches the correction too; yours stretches the base alone": lambda x, W, A, B, m, s: (
-                x @ W.T * (m / (W + s * B @ A).norm(dim=1)) + s * x @ A.T @ B.T
+            "m/n stretches the correction too; yours stretches the base alone": (
+                lambda x, W, A, B, m, s: x @ W.T * (m / (W + s * B @ A).norm(dim=1)) + s * x @ A.T @ B.T
             ),
-            "m/n stretches the base too; yours stretches the correction alone": lambda x, W, A, B, m, s: (
-                x @ W.T + s * x @ A.T @ B.T * (m / (W + s * B @ A).norm(dim=1))
+            "m/n stretches the base too; yours stretches the correction alone": (
+                lambda x, W, A, B, m, s: x @ W.T + s * x @ A.T @ B.T * (m / (W + s * B @ A).norm(dim=1))
             ),
             "those are norms of columns; m has one number for each *row* of (out, in): norm(dim=1)": (
                 lambda x, W, A, B, m, s: x @ (W + s * B @ A).T * (m / (W + s * B @ A).norm(dim=0))
             ),
-            "one norm for the whole matrix; each row has its own": lambda x, W, A, B, m, s: (
-                x @ (W + s * B @ A).T * (m / (W + s * B @ A).norm())
+            "that is one norm for the whole matrix; each row has its own": (
+                lambda x, W, A, B, m, s: x @ (W + s * B @ A).T * (m / (W + s * B @ A).norm())
             ),
-            "m multiplies a *direction*: divide each row by its norm first": lambda x, W, A, B, m, s: (
-                x @ (W + s * B @ A).T * m
+            "m multiplies a *direction*: divide each row by its norm first": (
+                lambda x, W, A, B, m, s: x @ (W + s * B @ A).T * m
             ),
-            "that divides by the norms and forgets m": lambda x, W, A, B, m, s: (
-                x @ (W + s * B @ A).T / (W + s * B @ A).norm(dim=1)
+            "that divides by the norms but forgets m": (
+                lambda x, W, A, B, m, s: x @ (W + s * B @ A).T / (W + s * B @ A).norm(dim=1)
             ),
             "that is LoRA's forward; m is not in it": lambda x, W, A, B, m, s: x @ (W + s * B @ A).T,
             "the scaling s is missing": lambda x, W, A, B, m, s: right(x, W, A, B, m, 1.0),
-            "m and n are the wrong way round: m/n": lambda x, W, A, B, m, s: (
-                x @ (W + s * B @ A).T * ((W + s * B @ A).norm(dim=1) / m)
+            "m and n are the wrong way round: it is m/n": (
+                lambda x, W, A, B, m, s: x @ (W + s * B @ A).T * ((W + s * B @ A).norm(dim=1) / m)
             ),
         },
         inputs,
@@ -91,7 +96,7 @@ def pissa_split(function: Callable) -> None:
     def inputs():
         out, width = random.sample(range(6, 11), 2)
         U, S, Vh = torch.linalg.svd(torch.randn(out, width), full_matrices=False)
-        W = (U * torch.linspace(3, 0.5, len(S))) @ Vh  # no two alike: their vectors would be anybody's choice
+        W = (U * torch.linspace(3, 0.5, len(S))) @ Vh  # no two are equal: their vectors would not be unique
         return W, random.randint(2, 3), random.choice([0.5, 2.0, 3.0])
 
     def factors(W, r, s, first=0):
@@ -110,19 +115,13 @@ def pissa_split(function: Callable) -> None:
         return with_rest(W, s, S[:r, None] / s * Vh[:r], U[:, :r])
 
     def flat(answer):
-        """Shapes, and what does not depend on sign or order of singular vectors; what is no triple stays as it is."""
-        if not (
-            isinstance(answer, (tuple, list))
-            and len(answer) == 3
-            and all(map(torch.is_tensor, answer))
-            and all(part.dim() == 2 for part in answer)
-        ):
+        """What no sign or order of singular vectors changes; anything but three matrices stays as it is."""
+        if not is_matrices(answer, 3):
             return answer
         A, B, rest = (part.detach().double() for part in answer)
-        shapes = torch.tensor([side for part in (A, B, rest) for side in part.shape]).double()
         product = B @ A if B.shape[1] == len(A) else torch.zeros(0)
         sizes = [t.sort().values for t in (A.square().sum(1), B.square().sum(0))]
-        return torch.cat([shapes, product.flatten(), rest.flatten(), *sizes])
+        return tuple(A.shape), tuple(B.shape), product, rest, *sizes
 
     compare(
         "pissa_split",
@@ -132,23 +131,23 @@ def pissa_split(function: Callable) -> None:
             "the layer multiplies B A by s: divide the singular values by s, or the start is s times too large": (
                 lambda W, r, s: flat(with_rest(W, s, *factors(W, r, 1.0)))
             ),
-            "the layer multiplies B A by s; yours forgets s in the factors and in the rest": lambda W, r, s: (
-                flat(with_rest(W, 1.0, *factors(W, r, 1.0)))
+            "the layer multiplies B A by s; yours forgets s in the factors and in the rest": (
+                lambda W, r, s: flat(with_rest(W, 1.0, *factors(W, r, 1.0)))
             ),
-            "the rest is W - s B A; yours forgets s there": lambda W, r, s: flat(
-                with_rest(W, 1.0, *factors(W, r, s))
+            "the rest is W - s B A; yours forgets s there": (
+                lambda W, r, s: flat(with_rest(W, 1.0, *factors(W, r, s)))
             ),
-            "the frozen part is W still, so that the largest directions count twice": lambda W, r, s: flat(
-                (*factors(W, r, s), W)
+            "the frozen part is still W, so the largest directions count twice": (
+                lambda W, r, s: flat((*factors(W, r, s), W))
             ),
-            "those are the smallest singular values; PiSSA trains the largest": lambda W, r, s: flat(
-                with_rest(W, s, *factors(W, r, s, min(W.shape) - r))
+            "those are the smallest singular values; PiSSA trains the largest": (
+                lambda W, r, s: flat(with_rest(W, s, *factors(W, r, s, min(W.shape) - r)))
             ),
-            "the product is right, but one factor has all of the singular values; each gets the square root": (
+            "the product is right, but one factor has all of the singular values; each gets their square roots": (
                 lambda W, r, s: flat(uneven(W, r, s))
             ),
-            "A and B are swapped: A (r, in) comes first": lambda W, r, s: flat(
-                (*reversed(factors(W, r, s)), W - s * factors(W, r, s)[1] @ factors(W, r, s)[0])
+            "A and B are swapped: A (r, in) comes first": (
+                lambda W, r, s: flat((*reversed(factors(W, r, s)), right(W, r, s)[2]))
             ),
         },
         inputs,
@@ -156,7 +155,7 @@ def pissa_split(function: Callable) -> None:
 
 
 def lora_plus_rates(function: Callable) -> None:
-    """`function(names, lr, ratio)`: the learning rate of each parameter in the list `names`, a list."""
+    """`function(names, lr, ratio)`: the list of learning rates of the parameters in the list `names`."""
     parts = ["lora_A", "lora_B", "lora_magnitude"]
 
     def inputs():
@@ -174,19 +173,19 @@ def lora_plus_rates(function: Callable) -> None:
         function,
         rates(right),
         {
-            "that gives A the higher rate; it is B's": rates(
+            "that gives A the higher rate; it should be B's": rates(
                 lambda n, lr, k: k * lr if n.endswith("lora_A") else lr
             ),
             "everything but A has the higher rate; it is for B alone, not for magnitudes or heads": rates(
                 lambda n, lr, k: lr if n.endswith("lora_A") else k * lr
             ),
-            "A and B both have the higher rate; then it is LoRA at another rate": rates(
+            "A and B both have the higher rate; that is LoRA at another rate": rates(
                 lambda n, lr, k: k * lr if "lora_A" in n or "lora_B" in n else lr
             ),
             "B's rate is ratio times lr; yours divides": rates(
                 lambda n, lr, k: lr / k if n.endswith("lora_B") else lr
             ),
-            "B keeps lr and the others get less; here lr is A's, and B's is higher": rates(
+            "B keeps lr and the others get less; here lr is A's rate, and B's is higher": rates(
                 lambda n, lr, k: lr if n.endswith("lora_B") else lr / k
             ),
             "that is one rate for all": rates(lambda n, lr, k: lr),
@@ -197,7 +196,7 @@ def lora_plus_rates(function: Callable) -> None:
 
 
 def plain_factors(function: Callable) -> None:
-    """`function(A, B, A0, B0)`: a trained PiSSA adapter and its start to one of LoRA on the original weight, (A', B')."""
+    """`function(A, B, A0, B0)`: a trained PiSSA adapter and its start to (A', B'), on the original weight."""
 
     def inputs():
         out, width, r = random.sample(range(3, 9), 3)
@@ -207,15 +206,11 @@ def plain_factors(function: Callable) -> None:
         return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
 
     def flat(answer):
-        """The ranks and the product: factors are right in any order and with any sign."""
-        if not (isinstance(answer, (tuple, list)) and len(answer) == 2 and all(map(torch.is_tensor, answer))):
+        """The shapes and the product: factors are right in any order and with any sign."""
+        if not is_matrices(answer, 2):
             return answer
         A, B = (part.detach().double() for part in answer)
-        if A.dim() != 2 or B.dim() != 2:
-            return answer
-        shapes = torch.tensor([*A.shape, *B.shape]).double()
-        product: Tensor = B @ A if B.shape[1] == len(A) else torch.zeros(0)
-        return torch.cat([shapes, product.flatten()])
+        return tuple(A.shape), tuple(B.shape), B @ A if B.shape[1] == len(A) else torch.zeros(0)
 
     def pair(first: Callable, second: Callable) -> Callable:
         return lambda *given: flat((first(*given), second(*given)))
@@ -228,24 +223,22 @@ def plain_factors(function: Callable) -> None:
         lambda *inputs: flat(function(*inputs)),
         lambda *inputs: flat(right(*inputs)),
         {
-            "a difference of products is no product of differences: (B - B0)(A - A0) has terms that nobody wants": pair(
+            "a difference of products is not a product of differences: (B - B0)(A - A0) has unwanted cross terms": pair(
                 lambda A, B, A0, B0: A - A0, lambda A, B, A0, B0: B - B0
             ),
-            "a minus is missing, or there is one in both factors, which makes a plus: the original is W = rest + B0 A0": pair(
-                wide, lambda A, B, A0, B0: torch.cat([B, B0], dim=1)
+            "a minus is missing, or there is one in both factors, which makes a plus: the original is W = rest + B0 A0": (
+                pair(wide, lambda A, B, A0, B0: torch.cat([B, B0], dim=1))
             ),
             "the signs are the wrong way round: B A - B0 A0": pair(
                 wide, lambda A, B, A0, B0: torch.cat([-B, B0], dim=1)
             ),
-            "that is the adapter as it was trained, on a base that nobody else has": lambda A, B, A0, B0: (
-                flat((A, B))
+            "that is the adapter as it was trained, on a base that nobody else has": (
+                lambda A, B, A0, B0: flat((A, B))
             ),
-            "the order differs between the two: B' must begin with B where A' begins with A": pair(
+            "the order differs between the two: if A' begins with A, B' must begin with B": pair(
                 wide, lambda A, B, A0, B0: torch.cat([-B0, B], dim=1)
             ),
-            "B' is swapped with A': A' (2r, in) comes first": lambda *given: flat(
-                tuple(reversed(right(*given)))
-            ),
+            "A' and B' are swapped: A' (2r, in) comes first": lambda *given: flat(right(*given)[::-1]),
         },
         inputs,
     )

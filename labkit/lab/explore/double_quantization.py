@@ -1,4 +1,4 @@
-"""The price of the scales: block size × block size of the scales × model, with the error measured on real weights."""
+"""The price of the scales: both block sizes and a model, with the error measured on real weights."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.quant.blockwise import dequantize_blocks, quantize_blocks
 from labkit.quant.codebooks import dynamic8, nf4
 
-# weights in the linear layers of the decoder, without embeddings and output layer: LLaMA 1 and 2, 33B and 65B LLaMA 1
+# weights in the decoder's linear layers, without embeddings and output layer; 33B and 65B are LLaMA 1
 LINEAR_WEIGHTS = {
     "7B": 6_476_005_376,
     "13B": 12_687_769_600,
@@ -25,16 +25,17 @@ NESTED_BLOCKSIZES = (16, 64, 256, 1024, 4096)
 
 
 def measure(weight: Tensor, blocksize: int, nested_blocksize: int) -> dict[str, float]:
-    """Quantize to NF4, then the scales to the dynamic map in blocks of any size; count bytes and measure errors.
+    """Quantize to NF4, then the scales to the dynamic map in blocks of any size; count bytes, measure errors.
 
     Args:
         weight: fp32, any shape.
-        blocksize: weights to a scale.
-        nested_blocksize: scales to a scale of scales. `labkit.quantize` has 256, as bitsandbytes.
+        blocksize: weights per scale.
+        nested_blocksize: scales per scale of scales; `labkit.quantize` uses 256, as bitsandbytes does.
 
     Returns:
-        "constant bytes", "constant bytes, fp32" (without double quantization), "bits" and "bits, fp32" of all constants
-        per weight, "error" and "error, fp32": norm of the error over norm of the weight.
+        "constant bytes", and "constant bytes, fp32" without double quantization; "bits" and "bits, fp32",
+            those of all
+        constants per weight; "error" and "error, fp32", the norm of the error over the norm of the weight.
     """
     flat, levels = weight.detach().reshape(-1).float(), nf4()
     codes, absmax = quantize_blocks(flat, levels, blocksize)
@@ -57,14 +58,15 @@ def measure(weight: Tensor, blocksize: int, nested_blocksize: int) -> dict[str, 
 
 
 def constants_explorer(weights: Mapping[str, Tensor]) -> None:
-    """Choose the two block sizes, a model and a weight. Left: bits of constants per weight, and their gigabytes in that
-    model. Right: the error of that weight at every block size, measured live, with and without double quantization.
+    """Choose the two block sizes, a model and a weight. Left: bits of constants per weight, and their
+    gigabytes in that model. Right: the error of that weight at every block size, measured live, with and
+    without double quantization.
 
     Args:
-        weights: {name: weight}; a million weights each answer at once.
+        weights: {name: weight}; with a million numbers each, the controls respond at once.
 
     Raises:
-        ValueError: no weight.
+        ValueError: no weights.
     """
     if not weights:
         raise ValueError("give at least one weight to measure on, as {name: tensor}")
@@ -75,16 +77,12 @@ def constants_explorer(weights: Mapping[str, Tensor]) -> None:
         chosen, n = rows[blocksize], LINEAR_WEIGHTS[model]
         figure, (left, right) = canvas(width=9, height=3.2, columns=2)
         # exact for whole blocks, which these models have
-        bits = {
-            "fp32 scales": 32 / blocksize,
-            "double quantization": 8 / blocksize + 32 / (blocksize * nested_blocksize),
-        }
-        bars = left.barh(
-            list(bits), list(bits.values()), color=[COLOURS["base"], COLOURS["constants"]], height=0.6
-        )
-        left.bar_label(
-            bars, [f"{b:.3f} bit: {b * n / 8e9:.2f} GB" for b in bits.values()], padding=3, fontsize=10
-        )
+        nested = 8 / blocksize + 32 / (blocksize * nested_blocksize)
+        bits = {"fp32 scales": 32 / blocksize, "double quantization": nested}
+        colours = [COLOURS["base"], COLOURS["constants"]]
+        bars = left.barh(list(bits), list(bits.values()), color=colours, height=0.6)
+        labels = [f"{b:.3f} bits: {b * n / 8e9:.2f} GB" for b in bits.values()]
+        left.bar_label(bars, labels, padding=3, fontsize=10)
         left.set_xlim(0, 1.75 * max(bits.values()))
         left.invert_yaxis()
         finish(left, f"Constants of a {model} model", "bits per weight", "")
@@ -92,15 +90,15 @@ def constants_explorer(weights: Mapping[str, Tensor]) -> None:
             right.plot(sizes, [rows[size][key] for size in sizes], style, color=COLOURS[colour], markersize=6)
         right.axvline(blocksize, color=COLOURS["control"], linewidth=1, zorder=0)
         added = chosen["error"] / chosen["error, fp32"] - 1
-        right.text(
-            0.03, 0.97, f"block {blocksize}: double quantization adds {added:+.2%}\n● grey: fp32 scales, ■ violet: 8-bit",
-            transform=right.transAxes, va="top", fontsize=9.5,
-        )  # fmt: skip
+        text = (
+            f"block {blocksize}: double quantization adds {added:+.2%}\n● grey: fp32 scales, ■ violet: 8-bit"
+        )
+        right.text(0.03, 0.97, text, transform=right.transAxes, va="top", fontsize=9.5)
         right.set_xscale("log", base=2)
         right.set_xticks(sizes, [str(size) for size in sizes])
         low, high = right.get_ylim()
         right.set_ylim(low, high + 0.3 * (high - low))
-        finish(right, f"Error of {weight}", "block size (weights to a scale)", "|error| / |weight|")
+        finish(right, f"Error of {weight}", "block size (weights per scale)", "|error| / |weight|")
         display(figure)
         plt.close(figure)
 
@@ -117,8 +115,5 @@ def constants_explorer(weights: Mapping[str, Tensor]) -> None:
             ),
             "model": SelectionSlider(options=list(LINEAR_WEIGHTS), value="7B", description="model", **wide),
         }
-    panel(
-        draw,
-        controls,
-        [{"weight": next(iter(weights)), "blocksize": 64, "nested_blocksize": 256, "model": "7B"}],
-    )
+    start = {"weight": next(iter(weights)), "blocksize": 64, "nested_blocksize": 256, "model": "7B"}
+    panel(draw, controls, [start])

@@ -1,4 +1,4 @@
-"""An adapter under the hands: turn it, or one layer of it, up and down."""
+"""Turn a trained adapter, or one layer of it, up and down, and see the loss and the spectrum."""
 
 import copy
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ STRENGTHS = tuple(i / 4 for i in range(9))  # 0 to 2
 
 @contextmanager
 def one_strength(model: nn.Module, layer: str, factor: float):
-    """Within the block the correction of `layer` (or of `ALL`) counts `factor` times; the others stay as they are."""
-    chosen = lora_layers(model)
-    chosen = list(chosen.values()) if layer == ALL else [chosen[layer]]
+    """Within the block, multiply the correction of `layer` (or of `ALL`) by `factor`, and no other."""
+    layers = lora_layers(model)
+    chosen = list(layers.values()) if layer == ALL else [layers[layer]]
     before = [module.scaling for module in chosen]
     try:
         for module in chosen:
@@ -35,7 +35,7 @@ def one_strength(model: nn.Module, layer: str, factor: float):
 
 
 def shuffled_adapter(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy whose corrections have the same singular values and point elsewhere: B's rows and A's columns permuted."""
+    """A copy whose corrections have the same singular values but other directions: A and B are permuted."""
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -54,14 +54,14 @@ def short_name(name: str) -> str:
 
 
 def strength_explorer(model: nn.Module, tokenizer, records: Sequence[dict]) -> None:
-    """Turn an adapter, or one layer of it, from 0 (the base) to 2 (twice what was trained). Left: the loss of `records`,
-    computed live, and that of a random correction of the same singular values. Right: the singular values of the
-    correction at this strength, beside those of the weight.
+    """Turn an adapter, or one layer of it, from 0 (the base) to 2 (twice what was trained). Left: the loss on
+    `records`, computed live, and that with a random correction of the same singular values. Right: the
+    singular values of the correction at this strength, beside those of the weight.
 
     Args:
         model: with adapters of `labkit.lora.layer`, not merged.
         tokenizer: its tokenizer.
-        records: passages to take the loss of; a dozen answer in about a second.
+        records: passages to measure the loss on; with a dozen, the controls respond in about a second.
 
     Raises:
         ValueError: no adapter, or a merged one; no records.
@@ -72,14 +72,14 @@ def strength_explorer(model: nn.Module, tokenizer, records: Sequence[dict]) -> N
             "strength_explorer needs an adapter that is not merged; add one, or unmerge it first"
         )
     if not records:
-        raise ValueError("records is empty; give at least one passage to take the loss of")
+        raise ValueError("records is empty; give at least one passage to measure the loss on")
     names = {ALL: ALL} | {short_name(name): name for name in layers}
     models = {"lora": model, "control": shuffled_adapter(model)}
     losses: dict[tuple[str, str, float], float] = {}
     first = next(iter(layers))
 
     def loss(kind: str, layer: str, strength: float) -> float:
-        """Measured once for each setting."""
+        """Measured once per setting."""
         key = kind, layer, strength
         if key not in losses:
             with one_strength(models[kind], layer, strength):
@@ -94,15 +94,15 @@ def strength_explorer(model: nn.Module, tokenizer, records: Sequence[dict]) -> N
             left.plot(STRENGTHS, curve, marker=marker, markersize=4, color=COLOURS[kind])
         now = loss("lora", name, strength)
         left.plot(strength, now, "o", markersize=10, fillstyle="none", color=COLOURS["full"])
-        left.annotate(
-            f"{now:.2f}", (strength, now), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=10
-        )
-        # a random correction can be far worse than any that was trained: let it leave the picture
+        above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 10}
+        left.annotate(f"{now:.2f}", (strength, now), **above)
+        # a random correction can be far worse than any that was trained: let it leave the figure
         trained = [loss("lora", name, s) for s in STRENGTHS]
         span = max(trained) - min(trained)
         left.set_ylim(min(trained) - 0.15 * span, max(trained) + 0.4 * span)
-        left.text(0.97, 0.97, "blue: trained\ngrey: random, same size", transform=left.transAxes, ha="right", va="top", fontsize=9.5)  # fmt: skip
-        finish(left, f"Loss, {layer} × {strength:g}", "strength (1: as trained)", "nats a token")
+        corner = {"transform": left.transAxes, "ha": "right", "va": "top", "fontsize": 9.5}
+        left.text(0.97, 0.97, "blue: trained\ngrey: random, same size", **corner)
+        finish(left, f"Loss, {layer} × {strength:g}", "strength (1: as trained)", "nats per token")
 
         shown = first if name == ALL else name
         module = layers[shown]
@@ -110,11 +110,10 @@ def strength_explorer(model: nn.Module, tokenizer, records: Sequence[dict]) -> N
             weight = torch.linalg.svdvals(module.base.weight.float()).cpu()
             delta = strength * torch.linalg.svdvals(module.delta().float())[: module.r].cpu()
         right.plot(range(1, len(weight) + 1), weight, color=COLOURS["base"], linewidth=2)
-        if strength:  # nothing to draw on a logarithmic axis at 0
+        if strength:  # at 0 there is nothing to draw on a logarithmic axis
             right.plot(range(1, len(delta) + 1), delta, "o-", color=COLOURS["lora"], markersize=4)
-            right.text(
-                len(delta) + 1, delta[-1], "  correction", color=COLOURS["lora"], va="center", fontsize=10
-            )
+            beside = {"color": COLOURS["lora"], "va": "center", "fontsize": 10}
+            right.text(len(delta) + 1, delta[-1], "  correction", **beside)
         right.text(len(weight) / 3, weight[len(weight) // 3], " W", color=COLOURS["base"], va="bottom")
         right.set_xscale("log")
         right.set_yscale("log")

@@ -1,4 +1,4 @@
-"""A panel of controls over a figure that is computed live. Headless, the same function draws a static one."""
+"""Controls above a figure that is computed live. Headless, the same function draws static figures."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,12 +8,13 @@ from labkit.lab.interactive import is_interactive
 
 
 def panel(draw: Callable, controls: dict, static: Sequence[dict]) -> None:
-    """Show `draw(**values)` with a widget for each of its arguments; headless, show it for the values in `static`.
+    """Show `draw(**values)` with a widget for each of its arguments; headless, for the values in `static`.
 
     Args:
         draw: makes its figure or output, and shows it.
-        controls: {argument: ipywidgets widget}, made by the caller only when interactive; see `ticket_explorer`.
-        static: the calls to show headless.
+        controls: {argument: ipywidgets widget}, which the caller makes only when interactive; see
+            `ticket_explorer`.
+        static: the arguments of the calls to show headless.
     """
     if not is_interactive():
         for values in static:

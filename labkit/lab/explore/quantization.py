@@ -1,4 +1,4 @@
-"""Four bits under the hands: codebook, block size and an outlier, on a real weight."""
+"""Four bits on a real weight: codebook, block size, and what a single outlier does."""
 
 import torch
 from IPython.display import display
@@ -14,18 +14,18 @@ from labkit.quant.codebooks import codebook as levels_of
 NAMES = ("int4", "fp4", "fp4-e3m0", "nf4", "optimal-64")
 WHOLE = "whole tensor"
 BLOCKSIZES = (32, 64, 256, 1024, 4096, WHOLE)
-OUTLIERS = (0, 10, 30, 100, 300)  # the size of one planted weight, in standard deviations; 0 plants none
-MOST = 1 << 18  # weights of a tensor that are looked at; more would make the controls sluggish
+OUTLIERS = (0, 10, 30, 100, 300)  # size of the one planted weight, in standard deviations; 0 plants none
+MOST = 1 << 18  # how many weights of a tensor are used; more would make the controls sluggish
 
 
 def rounded(flat: Tensor, codebook: str, blocksize: int) -> Tensor:
-    """`flat` (n,) fp32 after quantization and dequantization, any block size."""
+    """`flat` (n,) fp32 after quantization and dequantization, with any block size."""
     codes, absmax = quantize_blocks(flat, levels_of(codebook), blocksize)
     return dequantize_blocks(codes, absmax, levels_of(codebook), blocksize)
 
 
 def with_outlier(flat: Tensor, outlier: float) -> tuple[Tensor, Tensor]:
-    """A copy with the middle weight `outlier` standard deviations large (0: as it is), and a mask without it."""
+    """A copy whose middle weight is `outlier` standard deviations large, and a mask that excludes it."""
     planted, others = flat.clone(), torch.ones(len(flat), dtype=torch.bool)
     if outlier:
         planted[len(flat) // 2] = outlier * flat.std()
@@ -34,18 +34,18 @@ def with_outlier(flat: Tensor, outlier: float) -> tuple[Tensor, Tensor]:
 
 
 def relative_error(flat: Tensor, codebook: str, blocksize: int, outlier: float = 0) -> float:
-    """Norm of the error over norm of the weights, the planted outlier itself left out of both."""
+    """Norm of the error over norm of the weights, without the planted outlier in either."""
     planted, others = with_outlier(flat, outlier)
     error = rounded(planted, codebook, blocksize) - planted
     return (error[others].norm() / planted[others].norm()).item()
 
 
 def codebook_explorer(weights: dict[str, Tensor]) -> None:
-    """Pick a weight, a codebook, a block size, and plant one outlier: where the scaled weights fall between the levels,
-    and the error of each codebook, computed live.
+    """Pick a weight, a codebook and a block size, and plant one outlier: see where the scaled weights fall
+    between the levels, and the error of each codebook, computed live.
 
     Args:
-        weights: {name: weight of any shape}; of large ones the first 262,144 weights are used.
+        weights: {name: weight of any shape}; of a large one, only the first 262,144 numbers are used.
 
     Raises:
         ValueError: no weights.
@@ -55,7 +55,7 @@ def codebook_explorer(weights: dict[str, Tensor]) -> None:
 
     def draw(weight: str, codebook: str, blocksize: int | str, outlier: float) -> None:
         flat = weights[weight].detach().float().cpu().reshape(-1)[:MOST]  # (n,)
-        size = len(flat) if blocksize == WHOLE else blocksize
+        size = len(flat) if isinstance(blocksize, str) else blocksize  # WHOLE is one block
         planted, _ = with_outlier(flat, outlier)
         scale = torch.cat([block.abs().max()[None] for block in planted.split(size)])
         scaled = planted / scale.clamp(min=1e-38).repeat_interleave(size)[: len(planted)]  # (n,) in [-1, 1]
@@ -67,12 +67,8 @@ def codebook_explorer(weights: dict[str, Tensor]) -> None:
         share = 100 * counts / len(scaled)
         left.stairs(share.numpy(), edges.numpy(), fill=True, color=COLOURS["base"])
         left.vlines(levels.numpy(), 0, share.max().item() * 1.06, color=COLOURS["nf4"], linewidth=1)
-        finish(
-            left,
-            f"Weights between the levels: {used} of 16 used",
-            "weight / absmax of its block",
-            "% of the weights",
-        )
+        title = f"Weights between the levels: {used} of 16 used"
+        finish(left, title, "weight / absmax of its block", "% of the weights")
         errors = [100 * relative_error(flat, name, size, outlier) for name in NAMES]
         colours = [COLOURS["nf4"] if name == codebook else COLOURS["control"] for name in NAMES]
         bars = right.barh(NAMES, errors, color=colours)
@@ -80,12 +76,8 @@ def codebook_explorer(weights: dict[str, Tensor]) -> None:
         right.invert_yaxis()
         right.margins(x=0.2)
         where = WHOLE if blocksize == WHOLE else f"blocks of {blocksize}"
-        finish(
-            right,
-            f"Error, {where}, " + (f"outlier {outlier} σ" if outlier else "no outlier"),
-            "% of the norm",
-            "",
-        )
+        title = f"Error, {where}, " + (f"outlier {outlier} σ" if outlier else "no outlier")
+        finish(right, title, "% of the norm", "")
         display(figure)
         plt.close(figure)
 

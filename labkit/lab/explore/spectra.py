@@ -1,4 +1,4 @@
-"""The update under the hands: its spectrum beside noise, and what a truncation of it is worth in held-out loss."""
+"""An update and its spectrum beside noise, and what a truncation of it is worth in held-out loss."""
 
 from collections.abc import Callable, Mapping
 
@@ -27,11 +27,13 @@ def update_explorer(
     share_kept: Callable[[str, int], float],
     known: Mapping[str, Mapping[int, float]] | None = None,
 ) -> None:
-    """Pick a method, a layer and k: the spectrum of the layer's update beside noise of the same norm, and the share of
-    the loss improvement that is kept when *every* layer's update is cut to its k largest directions, measured live.
+    """Pick a method, a layer and k: see the spectrum of the layer's update beside noise of the same norm, and
+    the share of the loss improvement that is kept when *every* layer's update is cut to its k largest
+    directions, measured live.
 
     Args:
-        updates: {method: {layer: update, as a tensor, `Factored` or `SVD`}}, the same layers for every method.
+        updates: {method: {layer: update as a tensor, `Factored` or `SVD`}}, with the same layers for every
+            method.
         share_kept: measures that share for a method and a k.
         known: {method: {k: share}} measured before, drawn as a curve.
 
@@ -55,45 +57,25 @@ def update_explorer(
             left.fill_between(x[:k], 0, s[:k], color=colour, alpha=0.25)
         left.set_ylim(0, 1.1 * max(s.max(), noise.max()))
         kept = (s[:k] ** 2).sum() / (s**2).sum()
-        left.text(0.98, 0.95, method, color=colour, ha="right", va="top", transform=left.transAxes)
-        left.text(
-            0.98,
-            0.86,
-            "- - noise of this norm",
-            color=COLOURS["base"],
-            ha="right",
-            va="top",
-            transform=left.transAxes,
-        )
-        left.text(
-            0.98,
-            0.77,
-            f"effective rank {effective_rank(s):.0f}, 90 % of energy in {energy_rank(s)}",
-            ha="right",
-            va="top",
-            fontsize=9,
-            transform=left.transAxes,
-        )
+        corner = {"ha": "right", "va": "top", "transform": left.transAxes}
+        left.text(0.98, 0.95, method, color=colour, **corner)
+        left.text(0.98, 0.86, "- - noise of this norm", color=COLOURS["base"], **corner)
+        ranks = f"effective rank {effective_rank(s):.0f}, 90 % of energy in {energy_rank(s)}"
+        left.text(0.98, 0.77, ranks, fontsize=9, **corner)
         finish(left, short_name(layer), "number of the singular value", "singular value")
         curve = sorted(known.get(method, {}).items())
         if curve:
-            right.plot(
-                [max(a, 0.6) for a, _ in curve], [100 * b for _, b in curve], "-o", color=colour, markersize=3
-            )
+            ks, shares = [max(a, 0.6) for a, _ in curve], [100 * b for _, b in curve]
+            right.plot(ks, shares, "-o", color=colour, markersize=3)
         share = share_kept(method, k)
-        right.plot(
-            max(k, 0.6), 100 * share, "D", color=COLOURS["gold"], markersize=9, markeredgecolor="black"
-        )
+        diamond = {"color": COLOURS["gold"], "markersize": 9, "markeredgecolor": "black"}
+        right.plot(max(k, 0.6), 100 * share, "D", **diamond)
         right.axhline(100, color=COLOURS["base"], linewidth=0.8)
         right.set_xscale("log", base=2)
         right.set_xticks(RANKS[1:], RANKS[1:])
         right.set_ylim(min(-3, 100 * share - 5), max(108, 100 * share + 5))
-        finish(
-            right,
-            f"k = {k}: {kept:.0%} of this layer's energy,\n{share:.0%} of the improvement (all layers)",
-            "directions kept in each layer (log scale)",
-            "% of loss improvement",
-        )
+        title = f"k = {k}: {kept:.0%} of this layer's energy,\n{share:.0%} of the improvement (all layers)"
+        finish(right, title, "directions kept in each layer (log scale)", "% of loss improvement")
         display(figure)
         plt.close(figure)
 

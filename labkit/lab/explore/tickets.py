@@ -1,4 +1,4 @@
-"""Look into a model that learned to read tickets: its answers side by side, and its certainty token by token."""
+"""A model that has learned to read tickets: its answers side by side, and how sure it is, token by token."""
 
 import html
 import json
@@ -20,24 +20,24 @@ from labkit.training.metrics import parse_json
 
 @torch.no_grad()
 def token_probabilities(model, example: Encoded) -> torch.Tensor:
-    """Probability that the model gives to each token of the completion, (n_completion,), given all before it."""
+    """The model's probability of each token of the completion, (n_completion,), given all before it."""
     device = next(model.parameters()).device
     batch = collate([example], pad_id=0).to(device)
-    logits = model(input_ids=batch.ids, use_cache=False).logits[
-        0, len(example.prompt) - 1 : -1
-    ]  # (n_completion, vocab)
+    logits = model(input_ids=batch.ids, use_cache=False).logits[0]  # (time, vocab)
+    logits = logits[len(example.prompt) - 1 : -1]  # (n_completion, vocab)
     targets = torch.tensor(example.completion, device=device)
     return logits.float().softmax(-1).gather(1, targets[:, None])[:, 0].cpu()
 
 
 def answer_table(message: str, answers: dict[str, str], gold: dict) -> HTML:
-    """The message, and a row for each answer beside the gold one; wrong fields are underlined."""
+    """The message, and a table with a row per answer and the gold one; wrong fields are underlined."""
     head = "".join(f"<th style='text-align:left'>{html.escape(name)}</th>" for name in ["", *gold])
     rows = ""
     for who, text in {**answers, "gold": json.dumps(gold)}.items():
         parsed = parse_json(text)
         if parsed is None:
-            cells = f"<td colspan='{len(gold)}' style='text-align:left'><i>no JSON:</i> {html.escape(text[:160])}</td>"
+            cells = f"<td colspan='{len(gold)}' style='text-align:left'><i>no JSON:</i> "
+            cells += f"{html.escape(text[:160])}</td>"
         else:
             cells = "".join(field_cell(parsed.get(name, "(missing)"), gold[name]) for name in gold)
         rows += f"<tr><td style='text-align:left'><b>{html.escape(who)}</b></td>{cells}</tr>"
@@ -53,29 +53,28 @@ def field_cell(value, gold) -> str:
 def ticket_explorer(
     model, tokenizer, tickets: Sequence[dict], base_answers: Sequence[str], answers: Sequence[str]
 ) -> None:
-    """Pick a ticket: base, adapted and gold answers side by side; then turn the adapter up and down and see, token by
-    token, how probable it makes the gold answer. The probabilities are computed live.
+    """Pick a ticket and see the base, adapted and gold answers side by side; then turn the adapter up and
+    down and see, token by token, how probable it makes the gold answer. The probabilities are computed live.
 
     Args:
         model: the adapted model, not merged.
         tokenizer: its tokenizer.
-        tickets, base_answers, answers: test tickets, and what was generated for each before and after training.
+        tickets, base_answers, answers: test tickets, and what was generated for each before and after
+            training.
 
     Raises:
-        ValueError: not one answer for each ticket.
+        ValueError: not one answer of each kind for every ticket.
     """
     if not len(tickets) == len(base_answers) == len(answers):
         raise ValueError(
-            f"{len(tickets)} tickets with {len(base_answers)} and {len(answers)} answers; give one of each"
+            f"{len(tickets)} tickets with {len(base_answers)} and {len(answers)} answers; "
+            "give one of each for every ticket"
         )
 
     def draw(ticket: int, strength: float) -> None:
         chosen = tickets[ticket]
-        display(
-            answer_table(
-                chosen["message"], {"base": base_answers[ticket], "adapted": answers[ticket]}, chosen["label"]
-            )
-        )
+        given = {"base": base_answers[ticket], "adapted": answers[ticket]}
+        display(answer_table(chosen["message"], given, chosen["label"]))
         example = encode(ticket_chat(chosen), tokenizer)
         with adapter_strength(model, 0):
             before = token_probabilities(model, example)
@@ -86,13 +85,8 @@ def ticket_explorer(
         axes.plot(x, before, ".", color=COLOURS["base"], markersize=7)
         axes.plot(x, after, "-o", color=COLOURS["qlora"], markersize=4, linewidth=1)
         pieces = [tokenizer.decode([token]) for token in example.completion]
-        axes.set_xticks(
-            x,
-            [repr(p)[1:-1].strip().replace("\ufffd", "·") or "␣" for p in pieces],
-            rotation=90,
-            fontsize=8,
-            family="monospace",
-        )
+        labels = [repr(p)[1:-1].strip().replace("\ufffd", "·") or "␣" for p in pieces]
+        axes.set_xticks(x, labels, rotation=90, fontsize=8, family="monospace")
         axes.set_ylim(-0.03, 1.05)
         axes.margins(x=0.01)
         title = f"Probability of each token of the gold answer: base grey, adapter × {strength:g} orange"
@@ -108,9 +102,9 @@ def ticket_explorer(
         from ipywidgets import FloatSlider, IntSlider
 
         wide = {
-            "continuous_update": False,
             "layout": {"width": "28em"},
             "style": {"description_width": "7em"},
+            "continuous_update": False,
         }
         controls["ticket"] = IntSlider(0, 0, len(tickets) - 1, description="test ticket", **wide)
         controls["strength"] = FloatSlider(1.0, min=0, max=2, step=0.1, description="adapter ×", **wide)

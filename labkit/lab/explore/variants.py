@@ -1,4 +1,4 @@
-"""The family of LoRA under the hands: what a variant starts from, and what its first step does to a real weight."""
+"""The variants of LoRA: what each starts from, and what its first step does to a real weight."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import make_layer
 from labkit.training.optimizer import parameter_groups
 
-VARIANTS: dict[str, dict] = {  # settings of a `LoRAConfig`, and LoRA+'s ratio
+VARIANTS: dict[str, dict] = {  # arguments of `first_step`
     "LoRA": {},
     "rsLoRA": {"variant": "rslora"},
     "LoRA+": {"ratio": 16},
@@ -30,13 +30,13 @@ ALPHAS = (1, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class FirstStep:
-    """A layer before and after the first step of AdamW. All (out, in).
+    """A layer before and after the first step of AdamW. All matrices are (out, in).
 
     Attributes:
         start: what the adapter adds at the start; zero for the random starts.
-        base: the frozen weight, the given one minus `start`.
-        change: of the weight that the layer computes with.
-        promised: by how much the loss falls to first order, -<gradient, change>.
+        base: the frozen weight, which is the given one minus `start`.
+        change: how the step changes the weight that the layer computes with.
+        promised: how far the loss falls to first order, -<gradient, change>.
     """
 
     start: Tensor
@@ -45,7 +45,7 @@ class FirstStep:
     promised: float
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Of each row of the weight, (out,): relative change of its length, and 1 - cos between before and after."""
+        """For each row of the weight, (out,): relative change of its length, and 1 - cos(before, after)."""
         before = self.base + self.start
         after = before + self.change
         lengths = after.norm(dim=1) / before.norm(dim=1) - 1
@@ -63,23 +63,25 @@ def first_step(
     ratio: float = 1.0,
     seed: int = 0,
 ) -> FirstStep:
-    """Put an adapter on a weight and take one step of AdamW, at the full rate, along the gradient of the loss.
+    """Put an adapter on a weight and take one step of AdamW, at the full rate, along a loss's gradient.
 
-    The adapter is a layer of `labkit.lora`; its gradients are those of <gradient, W>, W being the weight that it computes with.
+    The adapter is a layer of `labkit.lora`; its gradients are those of <gradient, W>, where W is the weight
+    that the layer computes with.
 
     Args:
         weight: (out, in).
-        gradient: of the loss in this weight, (out, in).
+        gradient: of the loss with respect to this weight, (out, in).
         r, alpha, variant, init: see `labkit.LoRAConfig`.
-        lr, ratio: learning rate, and how many times it B's is (LoRA+).
+        lr: learning rate.
+        ratio: B's learning rate over A's (LoRA+).
         seed: of a random start.
 
     Raises:
-        ValueError: the two have different shapes, or see `labkit.LoRAConfig`.
+        ValueError: weight and gradient have different shapes, or see `labkit.LoRAConfig`.
     """
     if weight.shape != gradient.shape:
         raise ValueError(
-            f"the gradient is {tuple(gradient.shape)}, and the weight {tuple(weight.shape)}; they go together"
+            f"the gradient is {tuple(gradient.shape)}, but the weight is {tuple(weight.shape)}; give the same shape"
         )
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -90,11 +92,11 @@ def first_step(
     before = layer.merged_weight(base)
     optimizer = torch.optim.AdamW(parameter_groups(layer, lr, ratio), weight_decay=0)
     for group in optimizer.param_groups:
-        group["eps"] = 0.0  # the first step is then the rate itself, also along a gradient of 1e-8
+        group["eps"] = 0.0  # the first step is then the rate itself, even for a gradient of 1e-8
     (gradient * before).sum().backward()
     for parameter in layer.parameters():
         if parameter.grad is not None and not parameter.grad.any():
-            parameter.grad = None  # 0 / 0: A's first gradient, as long as B is zero
+            parameter.grad = None  # would be 0 / 0: A's gradient is zero as long as B is
     optimizer.step()
     change = (layer.merged_weight(base) - before).detach()
     return FirstStep(before.detach() - base, base, change, -(gradient * change).sum().item())
@@ -103,16 +105,17 @@ def first_step(
 def variant_explorer(
     weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], lr: float = 6e-3
 ) -> None:
-    """Choose a variant, a layer, rank and alpha. Left: singular values of the weight, of its frozen part, of the adapter's start and
-    of the first step. Right: what that step does to each row, its length against its direction.
+    """Choose a variant, a layer, rank and alpha. Left: the singular values of the weight, of its frozen part,
+    of the adapter's start and of the first step. Right: what that step does to the length and the direction
+    of each row.
 
     Args:
-        weights: {layer: (out, in)}, real ones.
-        gradients: {layer: (out, in)} of a real loss.
+        weights: {layer: real weight, (out, in)}.
+        gradients: {layer: gradient of a real loss, (out, in)}.
         lr: learning rate of the step.
 
     Raises:
-        ValueError: no weight, or one without a gradient.
+        ValueError: no weights, or a weight without a gradient.
     """
     if not weights or set(weights) - set(gradients):
         raise ValueError("give at least one weight, and a gradient for each, under the same names")
@@ -137,28 +140,19 @@ def variant_explorer(
             left.plot(range(1, len(s) + 1), s, style, color=COLOURS[colour], linewidth=width)
             at = min(len(s) // 4, 40) if label == "W" else 0  # W's largest are the adapter's in PiSSA
             if label != "frozen":
-                left.annotate(
-                    label, (at + 1, s[at]), xytext=(2, 5), textcoords="offset points", color=COLOURS[colour]
-                )
+                above = {"xytext": (2, 5), "textcoords": "offset points", "color": COLOURS[colour]}
+                left.annotate(label, (at + 1, s[at]), **above)
         left.set_xscale("log")
         left.set_yscale("log")
         left.margins(y=0.15)
-        finish(
-            left,
-            f"{variant}, r={rank}, α={alpha:g}: spectra",
-            "number (dashed: the frozen part)",
-            "singular value",
-        )
+        title = f"{variant}, r={rank}, α={alpha:g}: spectra"
+        finish(left, title, "number (dashed: the frozen part)", "singular value")
         lengths, turned = step.rows()
         right.axhline(0, color=COLOURS["control"], linewidth=1)
         right.plot(turned, 100 * lengths, "o", color=COLOURS["qlora"], markersize=3)
         share = (step.change.norm() / weight.norm()).item()
-        finish(
-            right,
-            f"Rows: |ΔW| {share:.1%} of |W|; loss {-step.promised:+.3f}",
-            "turned by (1 − cos)",
-            "longer by (%)",
-        )
+        title = f"Rows: |ΔW| {share:.1%} of |W|; loss {-step.promised:+.3f}"
+        finish(right, title, "turned by (1 − cos)", "longer by (%)")
         right.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
         display(figure)
         plt.close(figure)

@@ -1,13 +1,13 @@
-"""The bytes of a model's weights against the memory of common cards."""
+"""The bytes of a model's weights in four formats, against the memory of common cards."""
 
 from IPython.display import display
 from matplotlib import pyplot as plt
 
 from labkit.lab.explore.panel import panel
+from labkit.lab.figures.bill import CARDS
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 
-CARDS = (8, 16, 24, 40, 80)  # gigabytes of common GPUs
 SIZES = {"135M": 0.135e9, "1.7B": 1.7e9, "7B": 6.7e9, "13B": 13e9, "70B": 69e9}
 BITS = {"fp32": 32, "bf16": 16, "8 bits": 8, "NF4, double quantization": 4.127}
 
@@ -18,9 +18,8 @@ def weight_memory() -> None:
     def draw(model: str) -> None:
         figure, axes = canvas(width=8, height=2.8)
         sizes = [SIZES[model] * bits / 8 / 1e9 for bits in BITS.values()]
-        bars = axes.barh(
-            list(BITS), sizes, color=[COLOURS["full"], COLOURS["lora"], COLOURS["constants"], COLOURS["nf4"]]
-        )
+        colours = [COLOURS[name] for name in ("full", "lora", "constants", "nf4")]
+        bars = axes.barh(list(BITS), sizes, color=colours)
         axes.bar_label(bars, fmt="{:.2f}" if max(sizes) < 10 else "{:.0f}", padding=3)
         axes.invert_yaxis()
         for card in CARDS:

@@ -5,7 +5,7 @@ import pytest
 from labkit.lab import check
 
 
-def accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, times: int = 1) -> None:
+def accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, times: int) -> None:
     """`times`: inputs are drawn afresh each time, and neither the verdict nor the name may depend on luck."""
     for _ in range(times):
         checker(right)
@@ -16,25 +16,29 @@ def accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, t
                 checker(function)
 
 
-def survives_stubs_exceptions_and_nonsense(checker, nonsense: str = "expected") -> None:
-    """`nonsense`: what the message on an answer of another type must say."""
+def survives_stubs_exceptions_and_nonsense(checker) -> None:
     with pytest.raises(check.NotYet, match="stub been filled in"):
         checker(lambda *_: None)
     with pytest.raises(check.NotYet, match="raised ZeroDivisionError"):
         checker(lambda *_: 1 / 0)
-    with pytest.raises(check.NotYet, match=nonsense):
+    with pytest.raises(check.NotYet, match="expected"):
         checker(lambda *_: "a string")
 
 
-def tests_of(cases: list[tuple]):
-    """The two tests of a lesson's checks, for (checker, solution, [(mistake, message), …]); assign them to names in its file."""
+def tests_of(cases: list[tuple], times: int = 20):
+    """The two tests of a lesson's checks, to be assigned to names in its file.
+
+    Args:
+        cases: (checker, solution, [(mistake, what the message must say), …]).
+        times: how often each is tried.
+    """
     each = pytest.mark.parametrize(
         ("checker", "right", "wrong"), cases, ids=lambda v: getattr(v, "__name__", "")
     )
 
     @each
     def accepts(checker, right, wrong, capsys):
-        accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, times=20)
+        accepts_the_solution_and_names_each_mistake(checker, right, wrong, capsys, times)
 
     @each
     def survives(checker, right, wrong):

@@ -1,4 +1,4 @@
-"""Recorded sweeps under the hands: pick a task, an axis and how the learning rate is chosen, and see every seed."""
+"""Recorded sweeps: pick a task, an axis and how the learning rate is chosen, and see every seed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ SETTINGS = ("r", "alpha", "targets", "variant", "batch_size", "steps", "lr")
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A task for `sweep_explorer`.
+class RecordedSweep:
+    """The recorded runs of a task, for `sweep_explorer`.
 
     Args:
-        frame: a row a run (`labkit.sweeps.records.Results.to_frame`), of adapters only.
-        reference: {setting: value} of the run that the axes go through; the settings that an axis does not vary have
-            these values. Settings left out may have any.
-        metrics: columns of `frame` that can be looked at, with their units.
-        validation: the column by which learning rates are chosen; the lower the better.
+        frame: one row per run (`labkit.sweeps.records.Results.to_frame`), of adapters only.
+        reference: {setting: value} of the run that all axes go through; the settings that an axis does not
+            vary have these values. Settings left out may have any value.
+        metrics: {column of `frame` to look at: its unit}.
+        validation: the column by which learning rates are chosen; lower is better.
         same_budget: the targets axis compares runs whose trained parameters differ by at most this share.
     """
 
@@ -39,11 +39,11 @@ class Sweep:
     same_budget: float = 0.05
 
 
-def along(sweep: Sweep, axis: str) -> pd.DataFrame:
-    """The runs of `sweep` along `axis` at every learning rate: other settings as in the reference.
+def along(sweep: RecordedSweep, axis: str) -> pd.DataFrame:
+    """The runs of `sweep` along `axis` at every learning rate; other settings are those of the reference.
 
-    For targets the rank goes along, because a fair comparison holds the number of parameters: runs are kept whose
-    parameters are those of the reference, up to `same_budget`.
+    For targets the rank varies too, because a fair comparison fixes the number of parameters: only runs with
+    as many parameters as the reference, up to `same_budget`, are kept.
     """
     column, frame = AXES[axis], sweep.frame
     free = {column, "lr"} | ({"r"} if axis == "targets" else set())
@@ -59,7 +59,7 @@ def along(sweep: Sweep, axis: str) -> pd.DataFrame:
 
 
 def at_rate(frame: pd.DataFrame, column: str, rate: float | str, validation: str) -> pd.DataFrame:
-    """One learning rate for each value of `column`: `rate`, or for `BEST` that of the lowest mean validation loss."""
+    """The runs at one rate per value of `column`: `rate`, or for `BEST` the best on mean validation loss."""
     if rate != BEST:
         return frame[frame["lr"] == rate]
     means = frame.groupby([column, "lr"], as_index=False)[validation].mean()
@@ -68,19 +68,21 @@ def at_rate(frame: pd.DataFrame, column: str, rate: float | str, validation: str
 
 
 def sweep_explorer(
-    sweeps: Mapping[str, Sweep], lines: Mapping[str, Mapping[str, tuple[float, str]]] | None = None
+    sweeps: Mapping[str, RecordedSweep],
+    lines: Mapping[str, Mapping[str, Mapping[str, tuple[float, str]]]] | None = None,
 ) -> None:
-    """Pick a task, an axis, a metric, the learning rate and how many seeds; see the runs, their mean and its interval.
+    """Pick a task, an axis, a metric, the learning rate and how many seeds; see the runs and their mean.
 
     Args:
         sweeps: {task: its recorded runs}.
-        lines: {task: {metric: {label: (value, colour's name in `COLOURS`)}}} drawn across, such as the base model.
+        lines: {task: {metric: {label: (value, name of a colour in `COLOURS`)}}}, drawn across; the base
+            model, say.
 
     Raises:
         ValueError: no sweeps.
     """
     if not sweeps:
-        raise ValueError("sweeps is empty; give at least one, {task: Sweep}")
+        raise ValueError("sweeps is empty; give at least one, {task: RecordedSweep}")
     lines = lines or {}
     seeds = max(sweep.frame["seed"].nunique() for sweep in sweeps.values())
 
@@ -97,9 +99,8 @@ def sweep_explorer(
         figure, axes = canvas(width=8, height=3.6)
         title = f"{task}: {metric.replace('_', ' ')}, {len(shown)} seed" + "s" * (len(shown) > 1)
         if frame[column].nunique() < 2:
-            axes.text(
-                0.5, 0.5, f"no recorded runs of “{task}” vary {axis} at this learning rate", ha="center"
-            )
+            text = f"no recorded runs of “{task}” vary {axis} at this learning rate"
+            axes.text(0.5, 0.5, text, ha="center")
             axes.set_axis_off()
         elif axis == "targets":
             draw_targets(frame, metric, title, unit, axes)
@@ -110,10 +111,8 @@ def sweep_explorer(
                 write_rates(frame, column, metric, axes)
             for label, (value, name) in lines.get(task, {}).get(metric, {}).items():
                 axes.axhline(value, color=COLOURS[name], linewidth=1)
-                axes.text(
-                    0.01, value, label, color=COLOURS[name], ha="left", va="bottom",
-                    transform=axes.get_yaxis_transform(),
-                )  # fmt: skip
+                place = {"ha": "left", "va": "bottom", "transform": axes.get_yaxis_transform()}
+                axes.text(0.01, value, label, color=COLOURS[name], **place)
             finish(axes, title, axis, unit)
         display(figure)
         plt.close(figure)
@@ -128,34 +127,30 @@ def sweep_explorer(
 
         wide = {"layout": {"width": "30em"}, "style": {"description_width": "8em"}}
         metrics = list(dict.fromkeys(m for sweep in sweeps.values() for m in sweep.metrics))
-        rates = sorted({float(lr) for sweep in sweeps.values() for lr in sweep.frame["lr"]})
+        tried = sorted({float(lr) for sweep in sweeps.values() for lr in sweep.frame["lr"]})
+        rates = [BEST, *((f"{rate:g}", rate) for rate in tried)]
+        count = {"value": seeds, "min": 1, "max": seeds, "description": "seeds"}
         controls["task"] = Dropdown(options=list(sweeps), description="task", **wide)
         controls["axis"] = Dropdown(options=list(AXES), description="axis", **wide)
         controls["metric"] = Dropdown(options=metrics, description="metric", **wide)
-        controls["rate"] = Dropdown(
-            options=[BEST, *((f"{rate:g}", rate) for rate in rates)], description="learning rate", **wide
-        )
-        controls["seeds"] = IntSlider(
-            seeds, min=1, max=seeds, description="seeds", continuous_update=False, **wide
-        )
+        controls["rate"] = Dropdown(options=rates, description="learning rate", **wide)
+        controls["seeds"] = IntSlider(continuous_update=False, **count, **wide)
     panel(draw, controls, static)
 
 
 def write_rates(frame: pd.DataFrame, column: str, metric: str, axes: Axes) -> None:
-    """The learning rate of each point, under it: half of what a point says."""
+    """The learning rate of each point, below it: it is half of what a point says."""
     table = summarize(frame, column, metric)
     for value, mean, half in zip(table[column], table["mean"], table["half"]):
         rate = frame.loc[frame[column] == value, "lr"].iloc[0]
         low = min(frame.loc[frame[column] == value, metric].min(), mean - (0 if math.isnan(half) else half))
-        axes.annotate(
-            f"lr {rate:g}", (value, low), xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8.5,
-            color=COLOURS["base"],
-        )  # fmt: skip
+        below = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center", "fontsize": 8.5}
+        axes.annotate(f"lr {rate:g}", (value, low), color=COLOURS["base"], **below)
     axes.margins(y=0.18)
 
 
 def draw_targets(frame: pd.DataFrame, metric: str, title: str, unit: str, axes: Axes) -> None:
-    """A row a set of matrices, the lowest mean first."""
+    """One row per set of matrices, the lowest mean first."""
     order: Sequence[str] = frame.groupby("targets")[metric].mean().sort_values().index
     groups = {}
     for targets in order:

@@ -1,0 +1,9 @@
+"""Pictures of a lesson's subject: a notebook draws them, and an explorer puts controls on them."""
+
+from labkit.lab.figures.alternatives import block_picture
+from labkit.lab.figures.bill import bill_bars
+from labkit.lab.figures.breakdown import peak_areas, peak_bar
+from labkit.lab.figures.forgetting import plane
+from labkit.lab.figures.paging import residency_map
+
+__all__ = ["bill_bars", "block_picture", "peak_areas", "peak_bar", "plane", "residency_map"]

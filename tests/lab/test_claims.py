@@ -1,0 +1,27 @@
+"""Claims: a verdict is shown, carried as data in the output, and gathered into a ledger."""
+
+import json
+
+import pytest
+
+from labkit.lab import claims
+
+
+def test_claims_are_recorded_in_the_output_and_gathered(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(claims, "display", lambda data, raw: shown.append(data))
+    claims.claim("C10", "later", "refuted", "3 > 2")
+    claims.claim("C2", "earlier", "confirmed", "0 == 0")
+    cell = {
+        "cell_type": "code",
+        "outputs": [{"output_type": "display_data", "data": json.loads(json.dumps(d))} for d in shown],
+    }
+    (tmp_path / "02_x.ipynb").write_text(json.dumps({"cells": [cell]}))
+    rows = claims.ledger(tmp_path)
+    assert [(r["claim"], r["verdict"], r["notebook"]) for r in rows] == [
+        ("C2", "confirmed", "02_x.ipynb"), ("C10", "refuted", "02_x.ipynb"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="choose one of"):
+        claims.claim("C1", "x", "true", "y")
+    with pytest.raises(ValueError, match="needs evidence"):
+        claims.claim("C1", "x", "confirmed", " ")
