@@ -31,8 +31,16 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """
     allowed = tuple(allowed)
     if not any(is_same(value, one) for one in allowed):
-        hint = nearest(value, [one for one in allowed if isinstance(one, str)]).removesuffix(".")
-        raise ValueError(f"{name}={value!r} is not known; choose one of {allowed}{hint}")
+        raise not_known(name, value, allowed)
+
+
+def not_known(name: str, value: object, allowed: Iterable[object], usual: str = "") -> ValueError:
+    """The error that `check_choice` raises, for a choice that is checked in another way."""
+    allowed = tuple(allowed)
+    hint = nearest(value, [one for one in allowed if isinstance(one, str)]).removesuffix(".")
+    return ValueError(
+        f"{name}={value!r} is not known; choose one of {allowed}{hint}" + (f"; {usual}" if usual else "")
+    )
 
 
 def is_same(value: object, one: object) -> bool:

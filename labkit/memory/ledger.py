@@ -51,7 +51,7 @@ class LedgerRow:
         check_choice("component", self.component, COMPONENTS)
         for name in ("bytes", "at_peak"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if type(value) is not int:
                 raise TypeError(f"{name}={value!r} of {self.component} must be a whole number of bytes (int)")
 
 

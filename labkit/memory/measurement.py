@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from labkit.checks import not_known
 from labkit.data.batches import Batch
 from labkit.lora.count import trainable
 from labkit.lora.inject import lora_layers
@@ -72,9 +73,7 @@ def measure(
     if isinstance(optimizer, str):
         kinds = {"adamw": AdamW, "sgd": SGD}
         if optimizer not in kinds:
-            raise ValueError(
-                f"optimizer={optimizer!r} is not known; choose 'adamw', 'sgd', or give an optimizer"
-            )
+            raise not_known("optimizer", optimizer, kinds, usual="or give an optimizer")
         optimizer = kinds[optimizer](parameters, lr=0.0, weight_decay=0.0, fused=True)
     step = TrainingStep(model, batch, optimizer, parameters, checkpointing, logits, clip)
     with step.prepared():

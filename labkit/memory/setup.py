@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from labkit.checks import check_choice, check_whole, nearest
+from labkit.checks import check_choice, check_whole, is_number, nearest, not_known
 from labkit.models.shapes import ATTENTION
 from labkit.quant.config import BLOCKSIZES, QuantConfig
 from labkit.training.loss import LOGITS
@@ -102,7 +102,7 @@ class Setup:
             raise ValueError(
                 "max_length=1 has nothing to predict: position t predicts token t + 1; give at least 2"
             )
-        if isinstance(self.supervised, bool) or not 0 < self.supervised <= 1:
+        if not is_number(self.supervised) or not 0 < self.supervised <= 1:
             raise ValueError(
                 f"supervised={self.supervised!r} is the share of positions in the loss: above 0, up to 1"
             )
@@ -191,7 +191,7 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     for name, known in DTYPES.items():
         if dtype in (name, known, str(known), str(known).removeprefix("torch.")):
             return name
-    raise ValueError(f"dtype={dtype!r} is not known; choose one of {tuple(DTYPES)}")
+    raise not_known("dtype", dtype, DTYPES)
 
 
 PUBLISHED = {
