@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+from types import ModuleType
 
 from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.lora.adapters import active_adapter, adapter_configs, add_adapter, remove_adapter, use_adapter
@@ -80,8 +81,8 @@ FOLDERS = (
 )
 
 
-def __getattr__(name: str):
-    """`labkit.models.load(…)` after `import labkit` alone: a folder is imported when it is first asked for."""
+def __getattr__(name: str) -> ModuleType:
+    """A folder of labkit, imported when it is first asked for: `import labkit; labkit.models.load(…)`."""
     if name in FOLDERS:
         return importlib.import_module(f"labkit.{name}")
     raise AttributeError(f"module 'labkit' has no attribute {name!r}")

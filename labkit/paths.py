@@ -1,4 +1,4 @@
-"""Where things are on disk: the data of the course, and what is fetched once and kept."""
+"""Where things are on disk: the data of the course, and the models that are fetched once and kept."""
 
 import os
 from pathlib import Path
@@ -12,5 +12,5 @@ def cache_folder() -> Path:
 
 
 def data_folder() -> Path:
-    """The folder `data/` of the checkout; LABKIT_DATA names another one."""
+    """Where the data of the course is: LABKIT_DATA, or the folder `data/` of the checkout."""
     return Path(os.environ.get("LABKIT_DATA") or Path(__file__).resolve().parent.parent / "data")
