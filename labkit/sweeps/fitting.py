@@ -62,5 +62,5 @@ def fit(config: RunConfig, records: list[dict]) -> tuple[nn.Module, object, Hist
         training = replace(training, lr=matching_lr(model, config.lr))
     history = train(model, tokenizer, records[: config.examples], training)
     if history.stopped == "interrupted":
-        raise KeyboardInterrupt  # half a run is no result
+        raise KeyboardInterrupt  # half a run is not a result
     return model, tokenizer, history
