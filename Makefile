@@ -29,7 +29,7 @@ test-fast: model ## run everything but notebooks and slow tests, on WORKERS proc
 	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' tests labkit $(ARGS)
 
 named:
-	@test -f "$(NB)" || { echo "error: NB='$(NB)' is no file; for example: make run NB=$(FIRST)"; exit 2; }
+	@test -f "$(NB)" || { echo "error: NB='$(NB)' is not a file; for example: make run NB=$(FIRST)"; exit 2; }
 
 run: named model ## run one notebook without a browser: make run NB=notebooks/08_qlora_finetune.ipynb
 	@mkdir -p build

@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/refresh_notebooks.py notebooks/08_qlora_finetune.ipynb
 
-Outputs are kept, since people read them on GitHub. What is noise there goes: progress bars (stderr), widget views and
-their state, execution times. A notebook that fails is left as it was.
+Outputs are kept, because people read them on GitHub. Noise is removed: progress bars (stderr), widget views
+and their state, execution times. A notebook that fails is left as it was.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+KEPT_CELL_METADATA = ("jupyter", "nbgrader", "tags")  # "jupyter" says which cells are collapsed
 KEPT_METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -34,7 +35,7 @@ def refresh(path: Path) -> None:
     ).execute()
     notebook.metadata = KEPT_METADATA
     for cell in notebook.cells:
-        cell.metadata = {key: value for key, value in cell.metadata.items() if key in ("tags", "nbgrader")}
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key in KEPT_CELL_METADATA}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not is_noise(output)]
     part = path.with_suffix(".part")

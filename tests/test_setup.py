@@ -1,8 +1,11 @@
-"""The set-up: pins that agree, commands that exist, and one sentence when something is wrong."""
+"""The set-up: pins that agree, commands that exist, clean notebooks, and one sentence when something is
+wrong.
+"""
 
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -32,7 +35,7 @@ def constraints():
 
 def test_every_direct_dependency_is_pinned(project, constraints):
     extras = project["optional-dependencies"]
-    assert set(extras) == {"lab", "test", "bench", "classroom"}
+    assert set(extras) == {"lab", "test", "bench", "classroom", "docs"}
     direct = project["dependencies"] + [name for names in extras.values() for name in names]
     assert [name for name in direct if name.lower() not in constraints] == []
     assert constraints["torch"] == "2.13.0"
@@ -58,15 +61,19 @@ def make(*arguments, cwd=ROOT):
 
 def test_help_lists_every_command():
     listed = make("help").stdout
-    assert all(
-        f"make {name} " in listed
-        for name in ("lab", "test", "run", "bench", "clean", "help", "model", "setup")
-    )
+    commands = "help setup model lab test test-fast run bench lint docs clean"
+    assert re.findall(r"^ *make ([\w-]+)", listed, re.M) == commands.split()
+
+
+def test_the_checks_before_a_commit_are_those_of_make_lint():
+    lint = re.findall(r"bin/(?:python -m )?(.+)$", make("-n", "lint").stdout, re.M)
+    hooks = re.findall(r"entry: .venv/bin/(.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.M)
+    assert hooks == ["ruff check .", "ruff format --check .", "lint-imports", "mypy"] and lint == hooks
 
 
 def test_run_without_a_notebook_says_how():
     done = make("run", "NB=nothing.ipynb")
-    assert done.returncode and "error: NB='nothing.ipynb' is no file" in done.stdout
+    assert done.returncode and "error: NB='nothing.ipynb' is not a file" in done.stdout
 
 
 def setup_env(tmp_path, prelude):
@@ -74,13 +81,14 @@ def setup_env(tmp_path, prelude):
     (tmp_path / "scripts").mkdir()
     for name in ("pyproject.toml", "constraints.txt", "scripts/setup_env.py"):
         shutil.copy(ROOT / name, tmp_path / name)
-    code = f"{prelude}\nimport runpy\nsys.argv = ['setup_env.py', '.venv']\nrunpy.run_path('scripts/setup_env.py', run_name='__main__')"
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys, shutil, subprocess\n{code}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    lines = [
+        "import runpy, shutil, subprocess, sys",
+        prelude,
+        "sys.argv = ['setup_env.py', '.venv']",
+        "runpy.run_path('scripts/setup_env.py', run_name='__main__')",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -103,20 +111,16 @@ def test_a_failed_setup_is_one_sentence_and_leaves_no_stamp(tmp_path, prelude, s
 def test_lab_opens_on_localhost_with_a_token_and_without_a_browser_where_there_is_no_display(
     monkeypatch, capsys
 ):
-    import runpy
-
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     command = runpy.run_path(ROOT / "scripts" / "open_lab.py")["command"]
     line = command("notebooks/00_start_here.ipynb")
-    assert (
-        "--no-browser" in line and "--ServerApp.ip=127.0.0.1" in line and not any("token" in o for o in line)
-    )
+    assert "--no-browser" in line and "--ServerApp.ip=127.0.0.1" in line
+    assert not any("token" in option for option in line)
     assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in line
-    assert (
-        f"--ServerApp.root_dir={os.getcwd()}" in line
-    )  # the modules are in sight, and the URL is relative to it
+    # the modules are in sight, and the URL is relative to it
+    assert f"--ServerApp.root_dir={os.getcwd()}" in line
     assert "open the URL" in capsys.readouterr().out
     monkeypatch.setenv("DISPLAY", ":0")
     assert "--no-browser" not in command("x.ipynb")
@@ -144,16 +148,13 @@ def notebooks():
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
 def test_committed_notebooks_are_clean(path):
-    """Run once from top to bottom, with figures, without errors, warnings, paths, widget state or progress bars."""
+    """Run once from top to bottom; figures, but no errors, warnings, paths, widget state or progress bars."""
     notebook = json.loads(path.read_text())
     code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
     outputs = json.dumps([c["outputs"] for c in code])
-    assert (
-        '"output_type": "error"' not in outputs
-        and "Warning" not in outputs
-        and "widgets" not in notebook["metadata"]
-    )
+    assert '"output_type": "error"' not in outputs and "Warning" not in outputs
+    assert "widgets" not in notebook["metadata"]
     assert not re.search(r"/(root|home|Users|tmp|work)/", outputs) and "it/s" not in outputs
     assert "image/png" in outputs
     images = [v for c in code for o in c["outputs"] for k, v in o.get("data", {}).items() if k == "image/png"]

@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -39,6 +38,8 @@ def convert(gguf_path: Path, folder: Path) -> None:
     Raises:
         ValueError: the file is of another architecture, truncated or corrupt.
     """
+    from gguf import GGUFReader  # here, because it is slow to import and only a conversion needs it
+
     try:
         reader = GGUFReader(gguf_path)
     except Exception as error:
@@ -93,6 +94,8 @@ def huggingface_name(name: str) -> str:
 
 def read_tensor(tensor, heads: dict[str, int]) -> Tensor:
     """Dequantize one tensor to fp32, and put the rows of q and k back into Hugging Face's order."""
+    from gguf import dequantize
+
     weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
     for part, n_heads in heads.items():
         if f".{part}." in tensor.name:
