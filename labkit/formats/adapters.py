@@ -1,5 +1,4 @@
-"""Adapters of the LoRA family on disk, in the format of Hugging Face PEFT, which every production stack can
-load.
+"""Adapters of the LoRA family on disk, in the format of Hugging Face PEFT, which production stacks load.
 
 `labkit.formats.peft_config` and `peft_tensors` say what is in the folder. Beside it stands `labkit.json`,
 which PEFT ignores: where the adapter comes from, and a fingerprint of its base. An adapter is a *difference*;
@@ -64,8 +63,9 @@ def save_adapter(
     config, init = adapter.config, adapter.config.init
     if plain and config.is_loftq:
         raise ValueError(
-            f"init={init!r} fits the adapter to the error of its own 4-bit base, and on any other it makes things worse; save it with "
-            "plain=False, and load it onto the full-precision model: its base is made again"
+            f"init={init!r} fits the adapter to the error of its own 4-bit base, and on any other it makes "
+            "things worse; save it with plain=False, and load it onto the full-precision model: its base is "
+            "made again"
         )
     if not plain and config.is_pissa and config.start_iterations is not None:
         raise ValueError(
@@ -105,8 +105,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> n
     check_settings(raw, path)
     if name in adapter_configs(model) or (lora_layers(model) and not adapter_configs(model)):
         raise ValueError(
-            f"{type(model).__name__} has LoRA adapters already, one of them named {name!r}; load a fresh base model, or give "
-            "another name: load_adapter(model, path, name)"
+            f"{type(model).__name__} has LoRA adapters already, one of them named {name!r}; load a fresh "
+            "base model, or give another name: load_adapter(model, path, name)"
         )
     check_new(model, name)
     provenance = read_provenance(path)
@@ -125,9 +125,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> n
 def load_on_changed_base(
     model: nn.Module, path: Path, raw: dict, tensors: dict[str, Tensor], provenance: dict, name: str
 ) -> nn.Module:
-    """Load an adapter that was made together with its 4-bit base (LoftQ, QPiSSA): make that base again from
-    the original.
-    """
+    """Load an adapter and the 4-bit base it was made with (LoftQ, QPiSSA), from the original base."""
     start = provenance["start"]
     origin = start["origin"]
     if (
@@ -136,8 +134,8 @@ def load_on_changed_base(
         or differences(origin, fingerprint(model))
     ):
         raise AdapterMismatch(
-            f"the adapter in {path} (init={start['init']!r}) belongs to a 4-bit base that is made together with it. Load it onto the "
-            "original model in full precision, without adapters"
+            f"the adapter in {path} (init={start['init']!r}) belongs to a 4-bit base that is made together "
+            "with it. Load it onto the original model in full precision, without adapters"
         )
     config, names = from_peft(model, raw, tensors, path)
     check_adapter(model, config, names, tensors, path)
@@ -148,8 +146,9 @@ def load_on_changed_base(
     add_qlora(model, replace(config, init=start["init"], targets=exactly(names)), name=name, **settings)
     if differences(provenance["base"], fingerprint(model)):
         raise AdapterMismatch(
-            f"the 4-bit base of {path}, made again here, is not bit for bit that of the adapter: another version of the linear "
-            "algebra library rounds otherwise. Load a fresh model and train here, or save with plain=True there"
+            f"the 4-bit base of {path}, made again here, is not bit for bit that of the adapter: another "
+            "version of the linear algebra library rounds otherwise. Load a fresh model and train here, or "
+            "save with plain=True there"
         )
     fill(mounted_adapter(model), tensors)
     return model

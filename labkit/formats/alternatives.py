@@ -4,7 +4,7 @@
 
     (IA)^3     base_model.model.<layer>.ia3_l    (out, 1) on an output, (1, in) on an input
     prompt     prompt_embeddings                 (length, width)
-    prefix     prompt_embeddings                 (length, 2 * layers * kv_width): for each layer its keys, then its values
+    prefix     prompt_embeddings                 (length, 2 * layers * kv_width): a layer's keys, its values
 
 A prefix that was trained through an MLP is saved as the prefix that it makes: nothing else is needed to use
 it. PEFT does the same. PEFT has no bottleneck adapters, so they have no folder here.
@@ -69,8 +69,9 @@ def save_alternative(
     added = require_method(model)
     if isinstance(added.config, BottleneckConfig):
         raise ValueError(
-            "PEFT knows no bottleneck adapters, so no other stack could load them. Save the parameters that train yourself, "
-            "with safetensors' save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, path)"
+            "PEFT knows no bottleneck adapters, so no other stack could load them. Save the parameters that "
+            "train yourself, with safetensors' save_file({n: p.detach() for n, p in "
+            "model.named_parameters() if p.requires_grad}, path)"
         )
     tensors = {f"{PREFIX}{name}.ia3_l": on_disk(layer) for name, layer in ia3_layers(model).items()}
     if added.tokens is not None:
@@ -184,9 +185,7 @@ def load_ia3(model: nn.Module, raw: dict, tensors: dict[str, Tensor], path: Path
 
 
 def ends_one_of(name: str, wanted: str | list[str] | None) -> bool:
-    """Does PEFT take `name` as meant by `wanted`, an expression or ends of names? Unlike `matches`, not only
-    at a dot.
-    """
+    """Does PEFT take `name` as meant by an expression, or by ends of names, not only at a dot?"""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name.endswith(end) for end in wanted or ())
@@ -198,9 +197,7 @@ def left_over(key: str) -> str:
 
 
 def check_settings(raw: dict, path: Path) -> None:
-    """Raise a `ValueError` if the configuration asks for anything that `load_alternative` cannot do; it names
-    that.
-    """
+    """Raise a `ValueError` that names the settings which `load_alternative` cannot follow, if any."""
     kind = raw["peft_type"]
     if kind not in KINDS:
         hint = "; load it with labkit.load_adapter" if kind == "LORA" else ""

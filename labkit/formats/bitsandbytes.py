@@ -2,13 +2,13 @@
 
 A layer's `state_dict`, and so a checkpoint that transformers saved with `load_in_4bit`, holds for each weight
 
-    weight                                   (n / 2, 1) uint8        our `packed`
-    weight.absmax                            (n_blocks,) fp32        or uint8 codes under double quantization
-    weight.quant_map                         (16,) fp32              the codebook
-    weight.nested_absmax                     (n_blocks / 256,) fp32  only under double quantization, as is
-    weight.nested_quant_map                  (256,) fp32             the codebook of the scales
-    weight.quant_state.bitsandbytes__nf4     uint8                   the letters of a JSON object with the rest:
-                                                                     shape, dtype, blocksize, nested_offset, …
+    weight                                  (n / 2, 1) uint8        our `packed`
+    weight.absmax                           (n_blocks,) fp32        or uint8 codes under double quantization
+    weight.quant_map                        (16,) fp32              the codebook
+    weight.nested_absmax                    (n_blocks / 256,) fp32  only under double quantization, as is
+    weight.nested_quant_map                 (256,) fp32             the codebook of the scales
+    weight.quant_state.bitsandbytes__nf4    uint8                   the letters of a JSON object with the
+                                                                    rest: shape, dtype, blocksize, …
 
 Because the codes and scales agree bit for bit, nothing is computed here: tensors are renamed.
 
@@ -103,15 +103,15 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
     missing = [part for part in parts if f"{prefix}.{part}" not in state_dict]
     if missing:
         raise KeyError(
-            f"the 4-bit weight {prefix!r} lacks {', '.join(f'{prefix}.{part}' for part in missing)}, without which its "
-            "values are lost; was the checkpoint cut short, or filtered by name?"
+            f"the 4-bit weight {prefix!r} lacks {', '.join(f'{prefix}.{part}' for part in missing)}, "
+            "without which its values are lost; was the checkpoint cut short, or filtered by name?"
         )
     check_map(state_dict[f"{prefix}.quant_map"], name, prefix)
     scales = state_dict[f"{prefix}.absmax"]
     if scales.is_floating_point() == nested:
         raise ValueError(
-            f"{prefix}.absmax is {scales.dtype}, but its description is of a weight {'with' if nested else 'without'} "
-            "double quantization; the two do not belong together"
+            f"{prefix}.absmax is {scales.dtype}, but its description is of a weight "
+            f"{'with' if nested else 'without'} double quantization; the two do not belong together"
         )
     if nested:
         if rest["nested_blocksize"] != NESTED_BLOCKSIZE:
@@ -132,9 +132,7 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
 
 
 def check_map(levels: Tensor, name: str, prefix: str) -> None:
-    """Refuse a weight that was quantized with other levels than `labkit.quant.codebooks` has (to within fp32
-    rounding).
-    """
+    """Refuse a weight with other levels than `labkit.quant.codebooks` has, to within the rounding of fp32."""
     error = (levels.float().cpu() - levels_of(name)).abs().max().item()
     if error > 1e-6:
         raise ValueError(

@@ -22,16 +22,15 @@ from labkit.quant.layer_kinds import is_conv1d
 
 PLAIN = {"bias": ("none",), "lora_bias": (False, None)}
 UNKNOWN_WHEN_SET = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_qalora",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
+    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
 # the others change the base in ways of their own
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
 
 
 def to_peft(model: nn.Module, adapter: Adapter, plain: bool) -> dict:
-    """`adapter_config.json` of an adapter: only keys that every version of PEFT knows, and others where they
-    say something.
+    """`adapter_config.json` of an adapter: keys that every version of PEFT knows, others only where needed.
 
     Args:
         model: that has the adapter.
@@ -81,9 +80,7 @@ def within(name: str, parents: Iterable[str]) -> bool:
 
 
 def check_settings(raw: dict, path: Path) -> None:
-    """Raise a `ValueError` if the configuration asks for anything that `load_adapter` cannot do; it names
-    that.
-    """
+    """Raise a `ValueError` that names the settings which `load_adapter` cannot follow, if there are any."""
     unknown = [key for key, fine in PLAIN.items() if raw.get(key, fine[0]) not in fine]
     unknown += [key for key in UNKNOWN_WHEN_SET if raw.get(key)]
     unknown += ["init_lora_weights"] if raw.get("init_lora_weights") not in STARTS else []
@@ -92,8 +89,8 @@ def check_settings(raw: dict, path: Path) -> None:
         path,
         raw,
         unknown,
-        "; it reads LoRA, rsLoRA, DoRA, PiSSA and OLoRA. (A random PiSSA start cannot be made again from the base: convert "
-        "it when saving, with PEFT's path_initial_model_for_weight_conversion.)",
+        "; it reads LoRA, rsLoRA, DoRA, PiSSA and OLoRA. (A random PiSSA start cannot be made again from "
+        "the base: convert it when saving, with PEFT's path_initial_model_for_weight_conversion.)",
     )
     missing = [key for key in ("r", "lora_alpha") if key not in raw]
     if missing:
@@ -140,9 +137,7 @@ def from_peft(
 
 
 def is_target(name: str, raw: dict, stored: set[str]) -> bool:
-    """Does the configuration say that the module `name` has an adapter? As PEFT's
-    `check_target_module_exists`.
-    """
+    """Does PEFT's `check_target_module_exists` say that the module `name` has an adapter?"""
     targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
     if excluded and matches(name, excluded):
         return False
@@ -163,9 +158,7 @@ def is_target(name: str, raw: dict, stored: set[str]) -> bool:
 
 
 def matches(name: str, wanted: str | Iterable[str]) -> bool:
-    """Does PEFT take the module `name` as meant by `wanted`, an expression for full names, or last parts of
-    names?
-    """
+    """Does PEFT take the module `name` as meant by an expression, or by last parts of names?"""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(ends_with(name, end) for end in wanted)

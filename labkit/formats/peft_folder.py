@@ -1,12 +1,12 @@
-"""A PEFT folder on disk: its files written whole or not at all, read with suspicion, and compared with a
-model.
+"""A PEFT folder: its files are written whole or not at all, read with suspicion, and compared with a model.
 
     adapter_config.json          what the adapter is: see `labkit.formats.peft_config` for the LoRA family
     adapter_model.safetensors    its tensors
     labkit.json                  ours, which PEFT ignores: see `labkit.formats.provenance`
 
 Loading never guesses: a tensor too many, one too few, or one of another shape is an error that names it. That
-is how other loaders come to act as the identity, with an adapter of which no key matched."""
+is how other loaders come to act as the identity, with an adapter of which no key matched.
+"""
 
 import json
 import os
@@ -29,8 +29,7 @@ NAMED_PROBLEMS = 3  # of a folder that does not fit; the others are counted
 
 
 def write_folder(path: Path, tensors: dict[str, Tensor], config: dict, provenance: dict) -> Path:
-    """Write a PEFT folder with a `labkit.json` under a temporary name and rename it, so that an old one at
-    `path` is replaced whole or not at all.
+    """Write a PEFT folder with a `labkit.json`, so that an old one at `path` is replaced whole or not at all.
 
     Raises:
         ValueError: a tensor holds NaN or infinity; nothing is written then.
@@ -76,8 +75,9 @@ def read_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not (path / WEIGHTS).exists():
         if (path / "adapter_model.bin").exists():
             raise ValueError(
-                f"{path} holds adapter_model.bin, a pickle file, which can run any code when it is loaded. Save the adapter "
-                "again with safe_serialization=True, PEFT's default for years, and load that"
+                f"{path} holds adapter_model.bin, a pickle file, which can run any code when it is loaded. "
+                "Save the adapter again with safe_serialization=True, PEFT's default for years, and load "
+                "that"
             )
         raise FileNotFoundError(f"there is no {WEIGHTS} in {path}; give the folder that labkit or PEFT wrote")
     try:

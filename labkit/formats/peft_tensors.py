@@ -1,12 +1,11 @@
-"""The tensors of the LoRA family in a PEFT folder: their names, their shapes, and what is wrong if they do
-not fit.
+"""The tensors of the LoRA family in a PEFT folder: their names and shapes, and what does not fit a model.
 
 After the prefix `base_model.model.`:
 
-    <module>.lora_A.weight (r, in)               <module>.lora_B.weight (out, r)
-    <module>.lora_magnitude_vector (out,)                                           DoRA; no ".weight" here
-    <module>.lora_embedding_A (r, vocabulary)    <module>.lora_embedding_B (width, r)
-    <module>.<parameter>                                                            a module that trained in full
+    <module>.lora_A.weight (r, in)                <module>.lora_B.weight (out, r)
+    <module>.lora_embedding_A (r, vocabulary)     <module>.lora_embedding_B (width, r)
+    <module>.lora_magnitude_vector (out,)         DoRA; no ".weight" here
+    <module>.<parameter>                          of a module that trained in full
 
 Agrees with: PEFT `utils/save_and_load.py`.
 """
@@ -71,9 +70,7 @@ def fill(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
 
 
 def expected_tensors(model: nn.Module, config: LoRAConfig, names: list[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a folder has to hold for these layers of `model`, and for
-    `config.modules_to_save`.
-    """
+    """Names and shapes of what a folder has to hold for these layers and for `config.modules_to_save`."""
     expected: dict[str, tuple[int, ...]] = {}
     for name in names:
         base, r = model.get_submodule(name), config.for_layer(name).r

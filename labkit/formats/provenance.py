@@ -57,6 +57,7 @@ def check_base(model: nn.Module, path: Path, provenance: dict | None) -> None:
     if differs:
         hashes = ", ".join(f"{part} {recorded[part][:8]}… against {mine[part][:8]}… here" for part in differs)
         raise AdapterMismatch(
-            f"the adapter in {path} was trained on a base of the same shape but with other weights (fingerprints: {hashes}). "
-            f"On this base it would be noise. Load the base that it was trained on, or delete {PROVENANCE} to insist"
+            f"the adapter in {path} was trained on a base of the same shape but with other weights "
+            f"(fingerprints: {hashes}). On this base it would be noise. Load the base that it was trained "
+            f"on, or delete {PROVENANCE} to insist"
         )

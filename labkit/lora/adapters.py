@@ -48,8 +48,7 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> nn.Module:
 
 
 def use_adapter(model: nn.Module, name: str | None) -> nn.Module:
-    """Mount the adapter `name` instead of the one that is mounted; None for the base alone. In place; returns
-    `model`.
+    """Mount the adapter `name` in place of the mounted one, or with None the base alone. Returns `model`.
 
     Raises:
         ValueError: there is no adapter of this name, the mounted one is merged, or the base it changed is not

@@ -49,8 +49,8 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
         changed_base = any(layer.has_own_base for layer in layers_of[n].values())
         if part.config.is_dora or changed_base or len(layers_of[n]) < len(part.modules):
             raise ValueError(
-                f"{n!r} is more than a correction s B A that could be added to others (DoRA, a changed base, or modules that "
-                "train in full)"
+                f"{n!r} is more than a correction s B A that could be added to others (DoRA, a changed "
+                "base, or modules that train in full)"
             )
     base = {path: module for part in parts.values() for path, module in part.base_modules().items()}
     modules = {}

@@ -2,7 +2,8 @@
 
 PEFT calls the same things r, lora_alpha, target_modules, use_rslora / use_dora and init_lora_weights;
 `labkit.formats.peft_config` translates. Values are checked when the config is made, so a typing error does
-not cost a training run."""
+not cost a training run.
+"""
 
 import math
 import re

@@ -1,7 +1,8 @@
 """How many parameters train, and where: the count that every claim about "0.1 % of the weights" rests on.
 
 A 4-bit weight counts with the weights that it stands for. PyTorch sees one byte for two of them, and a count
-that asks it halves the model: a common mistake in reports about QLoRA."""
+that asks it halves the model: a common mistake in reports about QLoRA.
+"""
 
 from dataclasses import dataclass
 
@@ -44,9 +45,7 @@ def trainable(model: nn.Module) -> Trainable:
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """A row of a report: a module with an adapter, or one that trains in full (then `r` and `scaling` are
-    None).
-    """
+    """A row of a report: a module with an adapter, or one that trains in full, without `r` and `scaling`."""
 
     name: str
     shape: tuple[int, ...]  # (out, in) of an adapted layer; of the largest weight otherwise
@@ -56,21 +55,21 @@ class AdaptedModule:
 
 
 class AdapterReport(list[AdaptedModule]):
-    """A list of `AdaptedModule`; printed, a table of them: shape, r, scaling, parameters, and share of all
-    that train.
-    """
+    """A list of `AdaptedModule`. As text, a table: shape, r, scaling, parameters, share of all that train."""
 
     def __str__(self) -> str:
         total = sum(row.parameters for row in self)
         width = max([len(row.name) for row in self] + [5])
         lines = [
-            f"{'module':{width}}  {'out x in':>14}  {'r':>4}  {'scaling':>7}  {'parameters':>11}  {'share':>6}"
+            f"{'module':{width}}  {'out x in':>14}  {'r':>4}  {'scaling':>7}  {'parameters':>11}  "
+            f"{'share':>6}"
         ]
         for row in self:
             r, scaling = ("full", "") if row.r is None else (str(row.r), f"{row.scaling:.4g}")
             shape = " x ".join(map(str, row.shape))
             lines.append(
-                f"{row.name:{width}}  {shape:>14}  {r:>4}  {scaling:>7}  {row.parameters:>11,}  {row.parameters / total:6.1%}"
+                f"{row.name:{width}}  {shape:>14}  {r:>4}  {scaling:>7}  {row.parameters:>11,}  "
+                f"{row.parameters / total:6.1%}"
             )
         return "\n".join([*lines, f"{'total':{width}}  {'':14}  {'':4}  {'':7}  {total:>11,}  {1:6.1%}"])
 

@@ -19,7 +19,8 @@ class DoRALinear(LoRALinear):
 
     The magnitude m starts at the norms of W's rows, so m/n = 1 and the output is the base's. Every forward
     pass takes the norms n again, which costs as much as r more rows of x: little in training, a lot when
-    tokens are generated one at a time; `labkit.merge` saves it there."""
+    tokens are generated one at a time; `labkit.merge` saves it there.
+    """
 
     def __init__(self, base: nn.Module, config: LoRAConfig):
         super().__init__(base, config)
@@ -27,9 +28,7 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude = nn.Parameter(self.row_norms())  # (out,)
 
     def measure(self) -> None:
-        """Keep |W_i|^2, which changes only if another base takes the place of this one (a quantized one, for
-        example).
-        """
+        """Keep |W_i|^2, which changes only with another base, as when this one is quantized."""
         squares = dense_weight(self.base).to(self.lora_A.dtype).square().sum(1)
         self.register_buffer("row_squares", squares, persistent=False)  # (out,)
         object.__setattr__(self, "measured", self.base)  # not by nn.Module's own, which would make it a child
@@ -39,7 +38,8 @@ class DoRALinear(LoRALinear):
         """(out,): the norms of the rows of V = W + s B A, a constant for autograd (DoRA, section 4.3).
 
         V itself, (out, in), is never made: |V_i|^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 |(B A)_i|^2, where
-        W A^T is what the base layer makes of the r rows of A, and |(B A)_i|^2 = B_i (A A^T) B_i^T."""
+        W A^T is what the base layer makes of the r rows of A, and |(B A)_i|^2 = B_i (A A^T) B_i^T.
+        """
         if self.measured is not self.base:
             self.measure()
         A, B, s = self.lora_A, self.lora_B, self.scaling

@@ -3,7 +3,8 @@
 The reference makes a tensor for the base's output, one for the correction and one for their sum, each (rows,
 out). `addmm_` multiplies and adds in one call, into the first of them: a training step takes 4 % less time.
 It rounds once where the reference rounds twice, so the two agree to within the last bit;
-`tests/lora/test_fast.py` holds it to that."""
+`tests/lora/test_fast.py` holds it to that.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,11 @@ def sum_in_place(
 
 
 def add_product(y: Tensor, z: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """`y + scaling * z B^T` in the dtype of y, in place where the dtypes allow it: y (rows, out), z (rows,
-    r), B (out, r).
+    """`y + scaling * z B^T` in the dtype of y, in place if it can be: y (rows, out), z (rows, r), B (out, r).
 
     The sum overwrites y, the base's output, which nothing else needs, not even the base's backward pass. A
-    hook on the base that keeps its output has to clone it."""
+    hook on the base that keeps its output has to clone it.
+    """
     if y.dtype != B.dtype:
         return y + (scaling * F.linear(z, B)).to(y.dtype)
     return y.addmm_(z, B.T, alpha=scaling)

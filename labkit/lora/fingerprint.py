@@ -25,7 +25,8 @@ def fingerprint(model: nn.Module) -> dict:
 
     The same base in 4 bits and in 32, or in bf16 and in fp32, has other bytes. `linears_kind` and `rest_kind`
     say which they are, and only hashes of the same kind are compared. Adapters, merged or not, do not count;
-    a 4-bit base that was made together with its adapter is the base."""
+    a 4-bit base that was made together with its adapter is the base.
+    """
     adapter = mounted_adapter(model)
     with unmerged(model), base_only(model) if adapter is None or adapter.keeps_base else nullcontext():
         return hash_base(model)

@@ -1,7 +1,8 @@
 """Injecting LoRA: make a layer for each target, freeze the base, and mount the layers.
 
 `add_lora` is the whole of it in a few lines; `make_adapter` makes the layers without touching the model, so
-that an error changes nothing, and `labkit.lora.mounting` puts them where the base's stand."""
+that an error changes nothing, and `labkit.lora.mounting` puts them where the base's stand.
+"""
 
 import copy
 
@@ -28,14 +29,14 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.
     """
     if lora_layers(model) or adapters_of(model).by_name:
         raise ValueError(
-            f"{type(model).__name__} has LoRA adapters already; load a fresh base model to start again, or put a second "
-            "one beside the first with labkit.add_adapter(model, name, config)"
+            f"{type(model).__name__} has LoRA adapters already; load a fresh base model to start again, or "
+            "put a second one beside the first with labkit.add_adapter(model, name, config)"
         )
     added = getattr(model, "added_method", None)  # see labkit.alternatives.methods
     if added is not None:
         raise ValueError(
-            f"{type(model).__name__} is adapted by {type(added.config).__name__} already, which this would freeze; "
-            "call labkit.alternatives.methods.remove(model) first, or load a fresh base model"
+            f"{type(model).__name__} is adapted by {type(added.config).__name__} already, which this would "
+            "freeze; call labkit.alternatives.methods.remove(model) first, or load a fresh base model"
         )
     attach(model, name, make_adapter(model, config))
     return model
@@ -80,8 +81,9 @@ def check_ranks(model: nn.Module, config: LoRAConfig, names: list[str]) -> None:
         r, (inputs, outputs) = config.for_layer(name).r, widths(model.get_submodule(name))
         if r > min(inputs, outputs):
             raise ValueError(
-                f"r={r} is above {min(inputs, outputs)}, the smaller side of a {outputs} x {inputs} layer ({name}); "
-                "a matrix has no higher rank than that. Choose a smaller r, or leave this layer out of targets."
+                f"r={r} is above {min(inputs, outputs)}, the smaller side of a {outputs} x {inputs} layer "
+                f"({name}); a matrix has no higher rank than that. Choose a smaller r, or leave this layer "
+                "out of targets."
             )
 
 
@@ -100,23 +102,25 @@ def make_layer(base: nn.Module, config: LoRAConfig) -> LoRALinear:
     if isinstance(base, nn.Embedding):
         if config.is_dora or config.init not in ("default", "gaussian"):
             raise ValueError(
-                f"variant={config.variant!r}, init={config.init!r} cannot adapt {kind}: an embedding is looked up, not "
-                "multiplied; 'lora' and 'rslora' with init='default' can"
+                f"variant={config.variant!r}, init={config.init!r} cannot adapt {kind}: an embedding is "
+                "looked up, not multiplied; 'lora' and 'rslora' with init='default' can"
             )
         return LoRAEmbedding(base, config)
     if config.is_loftq:
         raise ValueError(
-            f"init={config.init!r} fits the adapter to what quantization loses: call labkit.add_qlora(model, config) on a "
-            "full-precision model"
+            f"init={config.init!r} fits the adapter to what quantization loses: call "
+            "labkit.add_qlora(model, config) on a full-precision model"
         )
     if config.starts_from_weight and is_four_bit(base):
         raise ValueError(
-            f"init={config.init!r} splits a weight before it is quantized, and this {kind} is in 4 bits already: load the model "
-            "in full precision and call labkit.add_qlora(model, config), which quantizes afterwards"
+            f"init={config.init!r} splits a weight before it is quantized, and this {kind} is in 4 bits "
+            "already: load the model in full precision and call labkit.add_qlora(model, config), which "
+            "quantizes afterwards"
         )
     if config.starts_from_weight and config.is_dora:
         raise ValueError(
-            f"init={config.init!r} changes the base, whose row norms DoRA starts from; use variant='lora' or 'rslora'"
+            f"init={config.init!r} changes the base, whose row norms DoRA starts from; use variant='lora' "
+            "or 'rslora'"
         )
     layer = DoRALinear(base, config) if config.is_dora else LoRALinear(base, config)
     if config.is_pissa:

@@ -1,15 +1,13 @@
 """Low-rank adaptation: leave the weight alone, and learn a correction of rank r beside it.
 
-    y = W x + (alpha / r) B A x          A: (r, in), B: (out, r), r much smaller than in and out
+    y = W x + (alpha / r) B A x          A (r, in), B (out, r), r small
 
 W is frozen. Only A and B train: r * (in + out) parameters instead of in * out. A starts random and B at zero,
-so before the first step the model is exactly the base model; and because B = 0, the first gradient of A is
-zero too and only B moves. The scaling alpha / r keeps the size of the correction comparable when r is
-changed.
+so before the first step the model is exactly the base; and because B = 0, the first gradient of A is zero and
+only B moves. Dividing by r keeps the size of the correction comparable across ranks.
 
-Why the layer keeps its base as a child module instead of subclassing `nn.Linear`: the base can then be
-anything that maps x to y, be it a 32-bit linear layer, a 4-bit one (QLoRA) or GPT-2's transposed one, and the
-forward pass need not know which.
+The base is a child module, not a parent class, so it can be anything that maps x to y: a 32-bit linear layer,
+a 4-bit one (QLoRA) or GPT-2's transposed one.
 
 Source: LoRA (Hu et al. 2021), section 4.1. Agrees with: PEFT `tuners/lora/layer.py`.
 """
@@ -78,7 +76,7 @@ class LoRALinear(nn.Module):
 
     @property
     def has_own_base(self) -> bool:
-        """Did the start change the base, so that the adapter is not a correction of the model's own weight?"""
+        """Did the start change the base, so the adapter is not a correction of the model's own weight?"""
         return self.start_A is not None
 
     def delta(self) -> Tensor:
@@ -110,11 +108,11 @@ class LoRALinear(nn.Module):
 
 
 class LoRAEmbedding(LoRALinear):
-    """`LoRALinear` over an embedding: for a one-hot x, A x is a column of A, which is looked up instead of
-    multiplied.
+    """`LoRALinear` over an embedding: for a one-hot x, A x is a column of A, looked up instead of multiplied.
 
     A (r, vocabulary) starts at zero and B (width, r) from N(0, 1), as in PEFT; there is no dropout of one-hot
-    rows."""
+    rows.
+    """
 
     def __init__(self, base: nn.Embedding, config: LoRAConfig):
         super().__init__(base, config)

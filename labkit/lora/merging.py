@@ -1,7 +1,8 @@
 """Merging: add each correction to its base weight, `W + s B A`, and take it out again, exactly.
 
 Nothing merges on its own, as `.eval()` does in some libraries: `merge` and `unmerge` are calls that you
-write. `unmerged` is for a look at the weights from before."""
+write. `unmerged` is for a look at the weights from before.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,7 @@ from labkit.quant.tensor import QuantizedTensor, quantize
 
 
 def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
-    """Add each correction to its base weight, so that the adapter costs nothing in the forward pass; in
-    place.
+    """Add each correction to its base weight, in place, so the adapter costs nothing in the forward pass.
 
     The weights from before are kept for `unmerge`, which is then exact; that doubles their memory.
 
@@ -44,9 +44,9 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
             raise ValueError(f"the adapter is merged already ({name}); unmerge it first")
         if is_four_bit(layer.base) and not (requantize and isinstance(layer.base, QuantLinear)):
             raise ValueError(
-                f"{name} is a 4-bit layer: its sixteen levels cannot take up a small correction without changing the "
-                "output. Call dequantize_model(model) first and merge into the 16- or 32-bit weights; or, knowing that, "
-                "merge(model, requantize=True)."
+                f"{name} is a 4-bit layer: its sixteen levels cannot take up a small correction without "
+                "changing the output. Call dequantize_model(model) first and merge into the 16- or 32-bit "
+                "weights; or, knowing that, merge(model, requantize=True)."
             )
     with torch.no_grad():
         for layer in layers.values():
@@ -96,9 +96,7 @@ def unmerge_layer(layer: LoRALinear) -> None:
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the base's weights are those from before a merge; after it, the very merged ones are
-    back.
-    """
+    """Within the block the base has its weights from before a merge; then the very merged ones are back."""
     kept = [
         (layer, layer.base, layer.base.weight, layer.base_before_merge)
         for layer in lora_layers(model).values()
@@ -128,8 +126,9 @@ def adapter_strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
         raise ValueError("adapter_strength needs an adapter that is not merged; add one, or unmerge it first")
     if any(isinstance(layer, DoRALinear) or layer.has_own_base for layer in layers):
         raise ValueError(
-            "adapter_strength scales a correction that is added to the base, and this adapter is not of that form. For PiSSA, "
-            "OLoRA: labkit.to_plain_lora(model) first. For all: labkit.disabled(model) is strength 0"
+            "adapter_strength scales a correction that is added to the base, and this adapter is not of "
+            "that form. For PiSSA, OLoRA: labkit.to_plain_lora(model) first. For all: "
+            "labkit.disabled(model) is strength 0"
         )
     before = [layer.scaling for layer in layers]
     try:

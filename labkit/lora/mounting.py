@@ -2,7 +2,8 @@
 
 A model's adapters are in one record, `ModelAdapters`, kept at one attribute of the model. An adapter is
 *mounted* while the model computes with it. Nothing is copied or computed to mount one: modules of the base
-are swapped for its own, and the base's are never changed."""
+are swapped for its own, and the base's are never changed.
+"""
 
 from dataclasses import dataclass, field
 
@@ -128,8 +129,9 @@ def unmount(model: nn.Module) -> None:
         raise ValueError(f"the adapter {adapters.active!r} is merged into the base; unmerge it first")
     if not adapter.keeps_base:
         raise ValueError(
-            f"the adapter {adapters.active!r} (init={adapter.config.init!r}) and its 4-bit base were made together: the weights "
-            "from before were not kept, and the base alone is another model. Load a fresh base for other adapters"
+            f"the adapter {adapters.active!r} (init={adapter.config.init!r}) and its 4-bit base were made "
+            "together: the weights from before were not kept, and the base alone is another model. Load a "
+            "fresh base for other adapters"
         )
     for path, module in adapter.base_modules().items():
         replace_module(model, path, module.train(adapter.modules[path].training))

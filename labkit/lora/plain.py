@@ -1,7 +1,6 @@
-"""A PiSSA or OLoRA adapter as plain LoRA of rank 2r on the base as it was: what any stack can load, serve and
-combine.
+"""A PiSSA or OLoRA adapter as plain LoRA on the base as it was, which any stack can load, serve and combine.
 
-W - s B0 A0 + s B A  =  W + s [B, -B0] [A; A0]
+W - s B0 A0 + s B A  =  W + s [B, -B0] [A; A0]          B0, A0: where B and A started
 """
 
 import math
@@ -17,9 +16,7 @@ from labkit.lora.mounting import mounted_adapter
 
 
 def plain_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    """The adapter as plain LoRA on the *original* weight: W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], of
-    rank 2r.
-    """
+    """A and B of the adapter as plain LoRA on the original weight, of rank 2r; its own if it is plain."""
     if not layer.has_own_base:
         return layer.lora_A.detach(), layer.lora_B.detach()
     A = torch.cat([layer.lora_A.detach(), layer.start_A])  # (2r, in)
@@ -59,8 +56,8 @@ def to_plain_lora(model: nn.Module) -> nn.Module:
         raise ValueError("to_plain_lora takes a model with a PiSSA or OLoRA adapter mounted")
     if adapter.is_merged or not adapter.keeps_base:
         raise ValueError(
-            "the original weights are not at hand: unmerge the adapter first; if add_qlora made it, save it and load it onto "
-            "the full-precision base"
+            "the original weights are not at hand: unmerge the adapter first; if add_qlora made it, save it "
+            "and load it onto the full-precision base"
         )
     config = plain_config(adapter.config)
     with base_only(model):

@@ -23,8 +23,7 @@ def add_qlora(
     name: str = "default",
     **settings: Any,
 ) -> nn.Module:
-    """Put the linear layers of `model` in 4 bits and an adapter on them, in the order that the adapter's
-    start asks for.
+    """Put `model` in 4 bits and an adapter on it, in the order that the adapter's start asks for.
 
     Random starts: quantize, then add. PiSSA and OLoRA: split the weights, then quantize the rest. LoftQ: both
     in turns. All but the random starts do not keep the original weights, so such an adapter cannot be taken

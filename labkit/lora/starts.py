@@ -9,7 +9,8 @@ quantizes afterwards (QPiSSA quantizes the *residual* W - s B A, whose range is 
 a model in 4 bits.
 
 Sources: PiSSA (Meng et al. 2024), section 3; OLoRA (Büyükakyüz 2024), algorithm 1; LoftQ (Li et al. 2023),
-algorithm 1. Agrees with: PEFT `tuners/lora/layer.py` (`pissa_init`, `olora_init`)."""
+algorithm 1. Agrees with: PEFT `tuners/lora/layer.py` (`pissa_init`, `olora_init`).
+"""
 
 import copy
 
@@ -28,8 +29,7 @@ OVERSAMPLING = 10
 
 
 def top_factors(matrix: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) such that `scaling * B A` is the best approximation of `matrix` (out, in) of
-    rank r.
+    """A (r, in) and B (out, r) whose `scaling * B A` is the best approximation of `matrix` of rank r.
 
     Args:
         matrix: in fp32.
@@ -57,9 +57,7 @@ def olora(layer: LoRALinear) -> None:
 
 
 def loftq(layer: LoRALinear, iterations: int, quantization: QuantConfig) -> None:
-    """In turns, quantize what the adapter does not hold, and fit the adapter to what that lost: W is about Q
-    + s B A.
-    """
+    """In turns, quantize what the adapter does not hold and fit the adapter to the error: W ~ Q + s B A."""
     weight = dense_weight(layer.base).float()  # (out, in)
     held = torch.zeros_like(weight)
     for _ in range(iterations):
@@ -72,9 +70,7 @@ def loftq(layer: LoRALinear, iterations: int, quantization: QuantConfig) -> None
 
 
 def split_off(layer: LoRALinear, A: Tensor, B: Tensor) -> None:
-    """Give the layer these factors, and a base of its own with W - s B A. The base from before is left as it
-    was.
-    """
+    """Give the layer these factors, and a base of its own with W - s B A; the original is left as it was."""
     start_from(layer, A, B)
     weight = layer.base.weight
     rest = dense_weight(layer.base).float() - layer.scaling * (B @ A)

@@ -1,5 +1,4 @@
-"""Which layers of a model get an adapter: names and patterns on one side, the layers that they mean on the
-other.
+"""Which layers of a model get an adapter: from names and patterns to the layers that they mean.
 
 Every kind of linear layer can have one: see `labkit.quant.layer_kinds`. Two layers are apart. The **output
 layer** makes the logits; it is adapted only when it is named. And where its weight is the embedding's
@@ -7,7 +6,8 @@ layer** makes the logits; it is adapted only when it is named. And where its wei
 merging it would change both. `untie_embeddings` makes two weights of the one.
 
 Agrees with: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`, but a target that matches nothing is
-an error here."""
+an error here.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -71,8 +71,8 @@ def matching_pattern(model: nn.Module, targets: str, linears: dict[str, nn.Modul
     output = [n for n, m in model.named_modules() if is_output_layer(model, m)]
     if targets not in PRESETS and any(pattern.fullmatch(name) for name in output):
         raise ValueError(
-            f"targets={targets!r} also matches {output[0]}, the output layer, which is rarely meant: write 'all-linear' for "
-            "every linear layer but that one, or name the layers in a list"
+            f"targets={targets!r} also matches {output[0]}, the output layer, which is rarely meant: write "
+            "'all-linear' for every linear layer but that one, or name the layers in a list"
         )
     return matches
 
@@ -82,14 +82,15 @@ def check_adaptable(model: nn.Module, name: str, holders: Mapping[int, list]) ->
     module = model.get_submodule(name)
     if not is_linear(module) and not isinstance(module, nn.Embedding):
         raise ValueError(
-            f"{name} is a {type(module).__name__}, and LoRA adapts linear layers, Conv1D and embeddings; to train it in full, "
-            f"give modules_to_save=[{name.rpartition('.')[2]!r}]"
+            f"{name} is a {type(module).__name__}, and LoRA adapts linear layers, Conv1D and embeddings; to "
+            f"train it in full, give modules_to_save=[{name.rpartition('.')[2]!r}]"
         )
     partner = tied_partner(model, module, holders)
     if partner:
         raise ValueError(
-            f"{name} and {partner} share one weight: an adapter on {name} would leave {partner} as it is, and merging it would "
-            f"change both. Take {name} out of targets, or make two weights of the one: labkit.untie_embeddings(model)"
+            f"{name} and {partner} share one weight: an adapter on {name} would leave {partner} as it is, "
+            f"and merging it would change both. Take {name} out of targets, or make two weights of the one: "
+            "labkit.untie_embeddings(model)"
         )
 
 
@@ -108,13 +109,14 @@ def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[s
                 isinstance(m, QuantLinear) for m in module.modules()
             ):
                 raise ValueError(
-                    f"modules_to_save={part!r}: {name} has no weight that could train; leave it out of quantization with "
-                    f"quantize_model(model, skip=({part!r},))"
+                    f"modules_to_save={part!r}: {name} has no weight that could train; leave it out of "
+                    f"quantization with quantize_model(model, skip=({part!r},))"
                 )
             if tied_partner(model, module):
                 raise ValueError(
-                    f"modules_to_save={part!r}: {name} shares its weight with {tied_partner(model, module)}, and a copy to "
-                    "train would part them; call labkit.untie_embeddings(model) first"
+                    f"modules_to_save={part!r}: {name} shares its weight with "
+                    f"{tied_partner(model, module)}, and a copy to train would part them; call "
+                    "labkit.untie_embeddings(model) first"
                 )
         if not names:
             raise ValueError(f"modules_to_save={part!r} matches no module of {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""(IA)^3, soft prompts and prefixes on disk: exact, at home in PEFT, and never loaded where they do not belong."""
+"""(IA)^3, prompts and prefixes on disk: exact, at home in PEFT, and never loaded where they do not belong."""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""What version 0.1.0 saved loads today: adapters of every kind over tiny-llama, and a run that was stopped half-way.
+"""What version 0.1.0 saved loads today: adapters of every kind over tiny-llama, and a run stopped half-way.
 
-`expected.json` holds, for each adapter, logits of the model that it was saved from, and for the checkpoint the losses of
-the whole run. The folders were made with torch 2.13.0 on a CPU.
+`expected.json` holds, for each adapter, logits of the model that it was saved from, and for the checkpoint the
+losses of the whole run. The folders were made with torch 2.13.0 on a CPU.
 """
 
 import copy

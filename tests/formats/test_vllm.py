@@ -16,7 +16,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank; 1
 
 
 def vllm_objections(folder, max_lora_rank=16):
-    """What vLLM's documented rules (docs: features/lora; `lora/peft_helper.py`, `lora/utils.py`) have against a folder."""
+    """What vLLM's documented rules (features/lora; `lora/peft_helper.py`, `lora/utils.py`) have against a folder."""
     assert max_lora_rank in VLLM_RANKS
     config = json.loads((folder / "adapter_config.json").read_text())
     objections = [f"missing {key}" for key in ("r", "lora_alpha", "target_modules") if key not in config]

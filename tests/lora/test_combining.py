@@ -64,3 +64,8 @@ def test_concatenation_is_exact_and_addition_is_not():
     combine(model, {"poet": 0.7, "clerk": 0.3}, "sum", "linear")
     layer = lora_layers(model)[path]
     assert layer.r == 4 and (layer.delta() - wanted).norm() > 0.1 * wanted.norm()
+
+
+def test_a_sum_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="weights is empty"):
+        combine(two_adapters(), {}, "nothing")

@@ -51,7 +51,7 @@ def test_every_family_is_adapted_where_peft_adapts_it_and_computes_the_same(fami
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_what_it_learns_with_peft(family):
-    """Language models by heart what they read; the BERT type to tell two sentences apart by its pooled output."""
+    """Language models learn what they read by heart; BERT, to distinguish two sentences by its pooled output."""
     ours = add_lora(FAMILIES[family]().train(), LoRAConfig(r=4, alpha=12))
     theirs = peft_model(FAMILIES[family]())
     give(randomize(ours), theirs)

@@ -1,4 +1,4 @@
-"""The layer: it starts as nothing, computes what the paper, torchtune and PEFT compute, and never merges on its own."""
+"""The layer: it starts as nothing, computes what torchtune and PEFT compute, and never merges on its own."""
 
 import pytest
 import torch

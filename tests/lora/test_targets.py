@@ -1,4 +1,4 @@
-"""Where adapters go: single ranks, Conv1D, embeddings, tied weights, the output layer, and modules that train in full."""
+"""Where adapters go: ranks per layer, Conv1D, embeddings, tied weights, the output layer, modules to save."""
 
 import pytest
 import torch
