@@ -1,4 +1,4 @@
-"""AdamW, and AdamW with its two moments in 8 bits: what an optimizer keeps for every parameter, and how to keep less.
+"""AdamW, and AdamW with its two moments in 8 bits: what an optimizer keeps for every parameter.
 
 For a gradient g, every step,
 
@@ -7,20 +7,12 @@ For a gradient g, every step,
     w ← w - lr λ w                   weight decay, apart from the gradient ("W")
     w ← w - lr m̂ / (√v̂ + ε),         m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)
 
-m and v are as large as the parameter: in fp32 eight bytes for each of its numbers. `AdamW8bit` stores them in blocks of
-256, one byte a number and one fp32 scale a block: 2.03 bytes. Every step dequantizes a piece, updates it in fp32, and
-quantizes it again. The codebook is `dynamic8`, since moments span many powers of ten within a tensor; v is never
-negative, so that its map has no sign and twice the levels.
+m and v are as large as the parameter: eight bytes per number in fp32. `AdamW8bit` keeps 2.03.
 
-Why the same operations in the same order as PyTorch: `lerp` rounds differently from a product and a sum, and so does every other
-way to write these lines. Why small tensors stay in fp32: biases and norms have large steps and next to no bytes. Why in
-pieces of a million numbers: else the fp32 copies of both moments would be, for a moment, what 8 bits have saved.
-
-Source: Adam (Kingma & Ba 2015); decoupled weight decay (Loshchilov & Hutter 2017); 8-bit Optimizers (Dettmers et al.
-2021), section 2.
-Agrees, bit for bit, with: `torch.optim.AdamW(foreach=False, fused=False)`. `AdamW8bit` agrees with bitsandbytes' on a CPU:
-bit for bit in the update of w; its 8-bit codes are the nearest, where bitsandbytes looks them up in 65,536 bins (see
-`labkit.quant.blockwise.lookup_blocks`). Its CUDA kernel rounds to nearest, but never lets a code change the sign of m.
+Source: Adam (Kingma & Ba 2015); decoupled weight decay (Loshchilov & Hutter 2017); 8-bit Optimizers
+(Dettmers et al. 2021), section 2.
+Agrees, bit for bit, with: `torch.optim.AdamW(foreach=False, fused=False)`; `AdamW8bit` with bitsandbytes' on
+a CPU in the update of w.
 """
 
 import math
@@ -34,7 +26,7 @@ from labkit.quant.codebooks import dynamic8
 from labkit.quant.kernels import dispatch, operations
 
 BLOCKSIZE = 256
-MIN_8BIT_SIZE = 4096  # numbers; a smaller tensor keeps its state in fp32, as in bitsandbytes
+MIN_8BIT_SIZE = 4096  # numbers; a smaller tensor keeps its state in fp32, as with bitsandbytes
 PIECE = 1 << 20  # numbers updated at a time; a multiple of the block size
 
 
@@ -45,11 +37,11 @@ class AdamW(torch.optim.Optimizer):
         params: parameters, or groups of them.
         lr: learning rate.
         betas: decay of the two moments.
-        eps: added to the root, so that a parameter that never had a gradient is not divided by zero.
+        eps: added to the root: a parameter whose gradients were all zero is not divided by zero.
         weight_decay: share of the weight that a step of size lr takes off.
 
     Raises:
-        ValueError: a value out of its range; with `step`, a sparse or complex gradient.
+        ValueError: a value is out of its range; in `step`, a gradient is sparse or complex.
     """
 
     def __init__(
@@ -81,8 +73,8 @@ class AdamW(torch.optim.Optimizer):
                 if p.grad.is_sparse or p.grad.is_complex():
                     kind = "sparse" if p.grad.is_sparse else "complex"
                     raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} has a {kind} gradient; AdamW needs a dense, real one. "
-                        "(nn.Embedding(sparse=True) makes sparse ones: leave it out.)"
+                        f"a parameter of shape {tuple(p.shape)} has a {kind} gradient; AdamW needs a dense, "
+                        "real one. (nn.Embedding(sparse=True) makes sparse ones: leave it out.)"
                     )
                 state = self.state[p]
                 if not state:
@@ -103,7 +95,11 @@ class AdamW(torch.optim.Optimizer):
 
 
 def adam(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: float, group: dict) -> None:
-    """The four lines of the module's head, in place; all tensors of one shape."""
+    """The four lines of the module's head, in place; all tensors of one shape.
+
+    The operations and their order are PyTorch's: `lerp` rounds differently from a product and a sum, and so
+    does every other way to write these lines.
+    """
     (beta1, beta2), lr = group["betas"], group["lr"]
     if group["weight_decay"]:
         p.mul_(1 - lr * group["weight_decay"])
@@ -114,14 +110,25 @@ def adam(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: flo
 
 
 class AdamW8bit(AdamW):
-    """AdamW with both moments in 8 bits: 2.03 bytes of state for each number instead of 8.
+    """AdamW with both moments in 8 bits: 2.03 bytes of state per number instead of 8.
 
-    State of a parameter of n numbers: `exp_avg` and `exp_avg_sq` (n,) uint8, `exp_avg_absmax` and `exp_avg_sq_absmax`
-    (ceil(n / 256),) fp32, and `step`. Below `min_8bit_size` the moments are fp32, of the parameter's shape.
+    Moments are stored in blocks of 256, with one byte per number and one fp32 scale per block. Every step
+    dequantizes a piece, updates it in fp32, and quantizes it again: a million numbers at a time, or the fp32
+    copies of both moments would take, for a moment, what 8 bits have saved. The codebook is `dynamic8`, since
+    moments span many powers of ten within a tensor; v is never negative, so its map has no sign and twice the
+    levels. Biases and norms stay in fp32: they take large steps and next to no bytes.
+
+    State of a parameter of n numbers: `exp_avg` and `exp_avg_sq` (n,) uint8, `exp_avg_absmax` and
+    `exp_avg_sq_absmax` (ceil(n / 256),) fp32, and `step`. Below `min_8bit_size` the moments are fp32, of the
+    parameter's shape.
+
+    Codes are the nearest; bitsandbytes looks them up in 65,536 bins on a CPU
+    (`labkit.quant.blockwise.lookup_blocks`). Its CUDA kernel rounds to nearest, but never lets a code change
+    the sign of m.
 
     Args:
         params, lr, betas, eps, weight_decay: see `AdamW`.
-        min_8bit_size: numbers from which on a parameter's state is in 8 bits.
+        min_8bit_size: the fewest numbers for which the state is in 8 bits.
     """
 
     def __init__(
@@ -182,7 +189,7 @@ class AdamW8bit(AdamW):
         return tuple(self.read(state, name, everything, everything).view(p.shape) for name in MAPS)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """PyTorch's casts all state to the parameter's dtype, codes and scales too; these have dtypes of their own."""
+        """PyTorch's casts all state to the parameter's dtype; codes and scales keep their own here."""
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -198,7 +205,7 @@ MAPS = {"exp_avg": dynamic8(), "exp_avg_sq": dynamic8(signed=False)}
 
 
 def quantize_moment(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) fp32 to codes of `levels`, (n,) uint8, and one absmax for each 256 of them."""
+    """(n,) fp32 to codes of `levels`, (n,) uint8, and one absmax per 256 of them."""
     if dispatch.quantizes_scales(values):
         return operations.quantize_scales(values, levels)
     return quantize_blocks(values, levels, BLOCKSIZE)

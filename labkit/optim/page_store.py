@@ -1,17 +1,15 @@
 """The lower tier of a pager: where optimizer state lies while it is not needed.
 
-On a CPU that is a file, read and written with `pread` and `pwrite`. On CUDA it is pinned host memory, copied on a stream of
-its own, beside the computation.
+On a CPU that is a file, read and written with `pread` and `pwrite`. On CUDA it is pinned host memory, copied
+on a stream of its own, beside the computation.
 
-Why not map the file into memory (`torch.from_file(shared=True)`): every mapped page that was touched counts as resident memory of the
-process until the *kernel* decides to drop it, so that the budget would be a wish. With `pread` the hot state is ordinary
-memory that is allocated and freed, and nothing else. The kernel may still keep parts of the file in its page cache, where
-memory is free anyway; it gives that up when a program asks for memory.
+Why not map the file into memory: a mapped page that was touched counts as resident until the *kernel* drops
+it, so the budget would be a wish. With `pread` the hot state is ordinary memory. The kernel may cache the
+file, and gives that up when a program needs memory.
 
-Why a file without a name: it is unlinked the moment it is made (on Windows: opened to be deleted on close). However the
-process ends, by an exception, the power or `kill -9`, the system frees the space; nothing is left to be swept up, and a
-sweep could not hit the file of a live process. Why the space is reserved first (`posix_fallocate`): a full disk then says
-so before a parameter has changed.
+Why a file without a name: it is unlinked the moment it is made (on Windows: opened to be deleted on close).
+However the process ends, even by `kill -9`, the system frees the space. Why the space is reserved first
+(`posix_fallocate`): a full disk then says so before a parameter has changed.
 """
 
 import ctypes
@@ -21,30 +19,34 @@ import os
 import shutil
 import tempfile
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from platformdirs import user_cache_dir
 from torch import Tensor
 
-ALIGNMENT = 4096  # bytes; of a slot, and of memory
-# all of it at once: a fault in the processor for each 4 KiB takes longer than reading them
+FRAME = 4096  # bytes, of the system's memory and of a slot
+# all of it at once: one processor fault per 4 KiB takes longer than reading them
 POPULATED = (
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE}
     if hasattr(mmap, "MAP_POPULATE")
     else {}
 )
-
-
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
 
 class Slot(NamedTuple):
-    """A piece of the store: its place, a number of bytes in the file or a pinned tensor, and its size in bytes."""
+    """A piece of the store.
 
-    place: int | Tensor
+    Attributes:
+        place: in a file, the distance from its start in bytes; in host memory, a pinned tensor.
+        size: bytes.
+    """
+
+    place: Any
     size: int
 
 
@@ -55,23 +57,31 @@ class Placed(NamedTuple):
     tensor: Tensor
 
 
+class PendingRead(Protocol):
+    """A read under way."""
+
+    def result(self) -> None:
+        """Wait until it is done; raises what the read raises."""
+
+
 def raw(tensor: Tensor) -> Tensor:
     """The bytes of a dense tensor in the order in which they lie in memory, as a view: (nbytes,) uint8."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def rounded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    """Bytes in whole frames of the system."""
+    return -(-nbytes // FRAME) * FRAME
 
 
 class FileStore:
     """State in a nameless file.
 
     Args:
-        folder: where; made if it is missing. Default: `paging` in labkit's cache folder (LABKIT_CACHE).
+        folder: where; created if it is missing. Default: `paging` in labkit's cache folder (LABKIT_CACHE).
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        OSError: the folder cannot be created or written to.
     """
 
     device_type = "cpu"
@@ -86,25 +96,30 @@ class FileStore:
         except OSError as error:
             raise type(error)(
                 error.errno,
-                f"the page store cannot use the folder {self.folder} ({error.strerror}); give store= a folder that "
-                "you may write to, on a disk",
+                f"the page store cannot use the folder {self.folder} ({error.strerror}); give store= a "
+                "folder that you may write to, on a disk",
             ) from error
         if is_in_memory(self.folder):
             warnings.warn(
-                f"{self.folder} lies in memory (tmpfs): state that is paged out there saves nothing; give store= a folder "
-                "on a disk",
+                f"{self.folder} lies in memory (tmpfs): state that is paged out there saves nothing; give "
+                "store= a folder on a disk",
                 stacklevel=4,
             )
-        self.end, self.free, self.thread = 0, {}, ThreadPoolExecutor(1, thread_name_prefix="labkit-paging")
+        self.end = 0
+        self.free: dict[int, list[int]] = {}  # places by size
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="labkit-paging")
 
     def memory(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 that the system gets back as soon as nobody refers to it."""
-        return torch.frombuffer(
-            mmap.mmap(-1, nbytes, **POPULATED) if nbytes else bytearray(1), dtype=torch.uint8
-        )
+        """(nbytes,) uint8 that the system gets back as soon as nobody refers to it.
+
+        Why not `torch.empty`: the C library keeps freed blocks for later and rarely finds one that fits.
+        Under a budget of 60 MB the process was measured to hold 421 MB, most of it "free".
+        """
+        buffer = mmap.mmap(-1, nbytes, **POPULATED) if nbytes else bytearray(1)
+        return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def give_back(self) -> None:
-        """Ask the C library (glibc) to return what was freed to the system; it keeps much of it by itself."""
+        """Ask the C library (glibc) to return freed memory to the system: an optimizer's temporaries."""
         if hasattr(LIBC, "malloc_trim"):
             LIBC.malloc_trim(0)
 
@@ -123,9 +138,10 @@ class FileStore:
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    f"the page store in {self.folder} cannot grow from {self.end:,} to {self.end + size:,} bytes "
-                    f"({error.strerror}); the disk has {shutil.disk_usage(self.folder).free:,} free. No parameter and no "
-                    "state was changed. Free some space, give store= another folder, or a larger budget",
+                    f"the page store in {self.folder} cannot grow from {self.end:,} to {self.end + size:,} "
+                    f"bytes ({error.strerror}); the disk has {shutil.disk_usage(self.folder).free:,} free. "
+                    "No parameter and no state was changed. Free some space, give store= another folder, or "
+                    "a larger budget",
                 ) from error
         slot = Slot(self.end, size)
         self.end += size
@@ -147,24 +163,25 @@ class FileStore:
     def read(self, slot: Slot, tensors: list[Placed]) -> None:
         """Fill tensors from a slot."""
         for at, tensor in tensors:
-            transfer(
-                lambda fd, data, place: os.preadv(fd, [data], place),
-                self.file.fileno(),
-                raw(tensor),
-                slot.place + at,
-            )
+            transfer(read_into, self.file.fileno(), raw(tensor), slot.place + at)
 
-    def start_reading(self, slot: Slot, tensors: list[Placed]) -> Future:
+    def start_reading(self, slot: Slot, tensors: list[Placed]) -> PendingRead:
         """The same in the background; `.result()` waits for it."""
         return self.thread.submit(self.read, slot, tensors)
 
     def close(self) -> None:
+        """Free the disk space."""
         self.thread.shutdown()
         self.file.close()
 
 
-def transfer(call, fd: int, data: Tensor, place: int) -> None:
-    """pread or pwrite may do less than they are asked for; go on until all bytes are there."""
+def read_into(fd: int, buffer: memoryview, place: int) -> int:
+    """`os.pread` into memory that is there."""
+    return os.preadv(fd, [buffer], place)
+
+
+def transfer(call: Callable[[int, memoryview, int], int], fd: int, data: Tensor, place: int) -> None:
+    """Go on until all bytes are there: a system call may do less than it is asked for."""
     buffer = memoryview(data.numpy())
     while buffer:
         done = call(fd, buffer, place)
@@ -182,7 +199,7 @@ def allocate(fd: int, place: int, size: int) -> None:
 
 
 def is_in_memory(folder: Path) -> bool:
-    """Is the folder on a file system that keeps its files in memory? Known on Linux only; elsewhere: no."""
+    """Is the folder on a file system that keeps its files in memory? Known on Linux only, elsewhere False."""
     mounts = Path("/proc/self/mounts")
     if not mounts.exists():
         return False
@@ -194,9 +211,9 @@ def is_in_memory(folder: Path) -> bool:
 class PinnedStore:
     """State in pinned host memory, copied on a side stream of the GPU.
 
-    Copies wait for what the computation has queued so far, and a reader makes the computation wait for them; the host waits
-    for nothing. A page that was paged out is freed only after its copy, because the computation's stream, which reuses the
-    memory, waits for the copy too.
+    Copies wait for what the computation has queued so far, and a reader makes the computation wait for them;
+    the host waits for nothing. A page that was paged out is freed only after its copy, because the
+    computation's stream, which reuses the memory, waits for the copy too.
 
     Args:
         device: the GPU.
@@ -227,6 +244,7 @@ class PinnedStore:
         """Nothing: the buffer goes with its slot."""
 
     def copy(self, slot: Slot, tensors: list[Placed], out: bool) -> torch.cuda.Event:
+        """Start to copy tensors into a slot, if `out`, or from it."""
         computing = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(computing)
         with torch.cuda.stream(self.stream):
@@ -243,7 +261,7 @@ class PinnedStore:
         """Fill tensors from a slot, before anything that is computed from now on."""
         self.start_reading(slot, tensors).result()
 
-    def start_reading(self, slot: Slot, tensors: list[Placed]) -> "CudaCopy":
+    def start_reading(self, slot: Slot, tensors: list[Placed]) -> PendingRead:
         """The same, beside what is computed until `.result()` is called."""
         return CudaCopy(self.copy(slot, tensors, out=False), self.device)
 

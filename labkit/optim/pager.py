@@ -1,44 +1,50 @@
-"""Stepping any optimizer one parameter at a time, with its state in a `PageTable`: the loop of `labkit.optim.paging`.
+"""Stepping any optimizer one parameter at a time, with its state in a `PageTable`: the loop of paging.
 
     for p in parameters:                      # instead of all at once
         page_in(state[p])                     # others go out until all that is in fits the budget
         p, state[p] = step(p, grad, state[p])
 
-The optimizer's own `step` runs, and is shown one group with one parameter. Whatever else it does (learning rates of groups,
-closures, hooks, loading a state) goes on as before.
+The optimizer's own `step` runs, and is shown one group with one parameter. Whatever else it does (learning
+rates of groups, closures, hooks, loading a state) goes on as before.
 
-Why the sizes are known before the first step: a trial step over tensors without numbers (PyTorch's "meta" device) tells
-what a parameter's state will look like. A budget that is too small, or a disk that is too full, is then an error while
-nothing has changed.
+Why the sizes are known before the first step: a trial step over tensors without numbers (PyTorch's "meta"
+device) shows what a parameter's state will look like. A budget that is too small, or a disk that is too full,
+is then an error while nothing has changed.
 """
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from labkit.optim.page_table import Page, PageTable
+from labkit.optim.page import Page
+from labkit.optim.page_table import PageTable
+from labkit.optim.paged_state import PagedState
 
 
 class Pager:
-    """The state of an optimizer under a budget. Made by `attach_paging`; a context manager that detaches at its end.
+    """The state of an optimizer under a budget. Made by `attach_paging`; `with` detaches at the end.
 
     Attributes:
-        table: the `PageTable` with events, counts and bytes. It is also what `optimizer.state` is meanwhile.
+        table: the `PageTable`, with events, counts and bytes.
+        state: the same as a dictionary, which `optimizer.state` is meanwhile.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, table: PageTable, prefetch: bool, fused: bool):
         self.optimizer, self.table, self.prefetch, self.fused = optimizer, table, prefetch, fused
+        self.state = PagedState(table)
         self.closed = False
         self.after: dict[object, Page] = {}  # what came after a parameter the last time
         self.group_of: dict[Tensor, int] = {}
-        self.in_backward: dict[Tensor, object] = {}  # hooks of parameters that are stepped there
+        self.in_backward: dict[Tensor, Any] = {}  # hooks of parameters that are stepped there
         self.stepped: set[Tensor] = set()  # in this backward pass
         self.previous: Tensor | None = None
         step = type(optimizer).step
-        # without the hooks around it, which are to run once a step and not once a parameter
+        # without the hooks around it, which are to run once per step and not once per parameter
         self.plain_step = step.__wrapped__ if getattr(step, "hooked", False) else step
         self.replaced = optimizer.__dict__.get("step")
 
@@ -56,9 +62,8 @@ class Pager:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.optimizer._opt_called = (
-            True  # a scheduler that was there first has wrapped the step, and looks for this
-        )
+        # a scheduler that was there first has wrapped the step, and looks for this
+        self.optimizer._opt_called = True
         with_grad = [
             p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
@@ -71,70 +76,14 @@ class Pager:
                 done += 1
         except BaseException as error:
             error.add_note(
-                f"{done + len(self.stepped)} parameters were updated in this step, and {len(with_grad) - done} were not; each "
-                "still has the state that belongs to it. To repeat the step exactly, load the last checkpoint"
+                f"{done + len(self.stepped)} parameters were updated in this step, and "
+                f"{len(with_grad) - done} were not; each still has the state that belongs to it. To repeat "
+                "the step exactly, load the last checkpoint"
             )
             raise
         finally:
             self.stepped.clear()
         return loss
-
-    def prepare(self, parameters: Iterable[Tensor]) -> None:
-        """Refuse what cannot be stepped, and reserve room for what is new, before anything changes."""
-        for p in parameters:
-            if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
-                kind = "complex" if p.grad.is_complex() else "sparse"
-                raise ValueError(
-                    f"parameter {self.name(p)} of shape {tuple(p.shape)} has a {kind} gradient, which cannot be paged; make it "
-                    "dense and real (for nn.Embedding: sparse=False), or leave the parameter to an optimizer of its own"
-                )
-        if not self.stepped or any(p not in self.group_of for p in parameters):
-            self.group_of = {p: n for n, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
-        trials, new = {}, {}
-        for p in parameters:
-            if self.fused and p not in self.in_backward:
-                self.in_backward[p] = p.register_post_accumulate_grad_hook(self.step_in_backward)
-            if p not in self.table.pages:
-                kind = self.group_of[p], p.shape, p.stride(), p.dtype, p.device
-                if kind not in trials:
-                    trials[kind] = self.trial(p)
-                new[Page(p, self.name(p))] = dict(trials[kind])
-        self.table.plan(new)
-
-    def name(self, p: Tensor) -> str:
-        """As `optimizer.param_groups` has it, if it was made of named parameters; else its number."""
-        number = 0
-        for group in self.optimizer.param_groups:
-            for n, other in enumerate(group["params"]):
-                if other is p:
-                    return group["param_names"][n] if "param_names" in group else str(number)
-                number += 1
-        return "?"
-
-    def trial(self, p: Tensor) -> dict:
-        """The state that a parameter is going to have, from a step over a copy without numbers."""
-        state, groups = self.optimizer.state, self.optimizer.param_groups
-        group, name = groups[self.group_of[p]], self.name(p)
-        plain = {key: False for key in ("foreach", "fused") if key in group}  # these refuse meta tensors
-        # optimizers from elsewhere may keep what they saw, on the device where they saw it: they get numbers at once
-        known = type(self.optimizer).__module__.split(".")[0] in ("torch", "labkit")
-        try:
-            for device, changes in (("meta", plain), (p.device, {}))[not known :]:
-                copy = torch.empty_like(p, device="meta") if device == "meta" else p.detach().clone()
-                copy.requires_grad_().grad = torch.zeros_like(copy)
-                self.optimizer.state = defaultdict(dict)
-                self.optimizer.param_groups = [{**group, **changes, "params": [copy]}]
-                try:
-                    self.plain_step(self.optimizer)
-                    return self.optimizer.state[copy]
-                except Exception as error:  # it looks at numbers: then it gets some
-                    if not copy.is_meta:
-                        error.add_note(
-                            f"in a trial step over a copy of parameter {name}, to see what state it gets"
-                        )
-                        raise
-        finally:
-            self.optimizer.state, self.optimizer.param_groups = state, groups
 
     def step_one(self, p: Tensor) -> None:
         """The optimizer's own step, over one parameter."""
@@ -160,8 +109,9 @@ class Pager:
         changed = [k for k in alone if k != "params" and alone[k] is not group.get(k)]
         if changed:
             raise RuntimeError(
-                f"{type(self.optimizer).__name__} changes {changed} of its parameter groups in a step; stepping one parameter "
-                "at a time would do that once a parameter, so that it cannot be paged"
+                f"{type(self.optimizer).__name__} changes {changed} of its parameter groups in a step; "
+                "stepping one parameter at a time would do that once per parameter, so this optimizer "
+                "cannot be paged"
             )
 
     def step_in_backward(self, p: Tensor) -> None:
@@ -170,9 +120,9 @@ class Pager:
             return
         if p in self.stepped:
             raise RuntimeError(
-                f"a second gradient of parameter {self.name(p)} before optimizer.step(): with fused_into_backward every backward "
-                "pass is a step, so that gradients cannot be accumulated over several. Attach without it, or call "
-                "optimizer.step() after each backward()"
+                f"a second gradient of parameter {self.name(p)} before optimizer.step(): with "
+                "fused_into_backward every backward pass is a step, so gradients cannot be accumulated over "
+                "several. Attach without it, or call optimizer.step() after each backward()"
             )
         self.prepare([p])
         self.table.step += not self.stepped
@@ -180,24 +130,108 @@ class Pager:
         self.step_one(p)
         p.grad = None
 
+    # --- before a step
+
+    def prepare(self, parameters: Iterable[Tensor]) -> None:
+        """Refuse what cannot be stepped, and reserve room for what is new, before anything changes."""
+        for p in parameters:
+            self.check_gradient(p)
+        if not self.stepped or any(p not in self.group_of for p in parameters):
+            self.group_of = {p: n for n, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
+        trials: dict[tuple, dict] = {}
+        new: dict[Page, dict] = {}
+        for p in parameters:
+            if self.fused and p not in self.in_backward:
+                self.in_backward[p] = p.register_post_accumulate_grad_hook(self.step_in_backward)
+            if p not in self.table.pages:
+                like = self.group_of[p], p.shape, p.stride(), p.dtype, p.device
+                if like not in trials:
+                    trials[like] = self.trial(p)
+                new[Page(p, self.name(p))] = dict(trials[like])
+        self.table.plan(new)
+
+    def check_gradient(self, p: Tensor) -> None:
+        """Raise a `ValueError` if `p` has a gradient that cannot be paged."""
+        if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
+            kind = "complex" if p.grad.is_complex() else "sparse"
+            raise ValueError(
+                f"parameter {self.name(p)} of shape {tuple(p.shape)} has a {kind} gradient, which cannot be "
+                "paged; make it dense and real (for nn.Embedding: sparse=False), or leave the parameter to "
+                "an optimizer of its own"
+            )
+
+    def name(self, p: Tensor) -> str:
+        """As `optimizer.param_groups` has it, if it was made of named parameters; else its number."""
+        number = 0
+        for group in self.optimizer.param_groups:
+            for n, other in enumerate(group["params"]):
+                if other is p:
+                    return group["param_names"][n] if "param_names" in group else str(number)
+                number += 1
+        return "?"
+
+    def trial(self, p: Tensor) -> dict:
+        """The state that a parameter will have: from a step over a copy, without numbers if possible."""
+        group = self.optimizer.param_groups[self.group_of[p]]
+        # an optimizer from elsewhere may keep what it saw, on the device where it saw it: never show it a
+        # meta tensor
+        if type(self.optimizer).__module__.split(".")[0] in ("torch", "labkit"):
+            plain = {key: False for key in ("foreach", "fused") if key in group}  # these refuse meta tensors
+            with contextlib.suppress(Exception):  # it looks at numbers: then it gets some
+                return self.state_after_a_step(torch.empty_like(p, device="meta"), {**group, **plain})
+        try:
+            return self.state_after_a_step(p.detach().clone(), group)
+        except Exception as error:
+            error.add_note(
+                f"in a trial step over a copy of parameter {self.name(p)}, to see what state it gets"
+            )
+            raise
+
+    def state_after_a_step(self, copy: Tensor, group: dict) -> dict:
+        """What the optimizer keeps for `copy` after its first step, with the settings of `group`."""
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        copy.requires_grad_().grad = torch.zeros_like(copy)
+        self.optimizer.state, self.optimizer.param_groups = defaultdict(dict), [{**group, "params": [copy]}]
+        try:
+            self.plain_step(self.optimizer)
+            return self.optimizer.state[copy]
+        finally:
+            self.optimizer.state, self.optimizer.param_groups = state, groups
+
     # --- coming and going
 
+    @contextlib.contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """If the block raises, the optimizer is left as it was, and the store is gone."""
+        try:
+            yield
+        except BaseException:
+            for hook in self.in_backward.values():
+                hook.remove()
+            self.table.store.close()
+            raise
+
     def install(self) -> None:
-        """Put the step, the state and the hooks in place."""
+        """Take over the state that is there, and put the step, the state and the hooks in place."""
         pager, optimizer = self, self.optimizer
+        with self.undone_on_failure():
+            for p, state in optimizer.state.items():
+                self.take(p, state)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.prepare([p for p in parameters if p.requires_grad])
 
         def step(_, closure=None):
             return pager.plain_step(optimizer, closure) if pager.closed else pager.step(closure)
 
-        step = torch.optim.Optimizer.profile_hook_step(step)  # with PyTorch's hooks around it
+        hooked: Any = torch.optim.Optimizer.profile_hook_step(step)  # with PyTorch's hooks around it
         if self.replaced is not None:
-            step._wrapped_by_lr_sched = True
-        self.installed = MethodType(step, optimizer)
-        optimizer.step, optimizer.state, optimizer.pager = self.installed, self.table, self
+            hooked._wrapped_by_lr_sched = True
+        self.installed = MethodType(hooked, optimizer)
+        optimizer.step, optimizer.state, optimizer.pager = self.installed, self.state, self
         self.loading = optimizer.register_load_state_dict_post_hook(self.take_loaded_state)
 
     def take_loaded_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """PyTorch has put a plain dictionary of loaded state in place of the table: page it."""
+        """PyTorch has put a plain dictionary of loaded state in place of the paged one: page it."""
         loaded = optimizer.state
         for page in list(self.table.pages.values()):
             self.table.drop(page)
@@ -210,11 +244,12 @@ class Pager:
             optimizer.state = loaded
             error.add_note("the state was loaded, into memory; paging is detached")
             raise
-        optimizer.state = self.table
+        optimizer.state = self.state
 
-    def take(self, p, state: dict) -> None:
+    def take(self, p: Tensor, state: dict) -> None:
+        """Page the state of a parameter."""
         self.table.page(p, self.name(p))
-        self.table[p] = state
+        self.table.put(p, state)
 
     def close(self, keep_state: bool = True) -> None:
         """Detach: the optimizer is as it was, all its state in memory, and the store is gone.
@@ -224,7 +259,7 @@ class Pager:
         """
         if self.closed:
             return
-        state = defaultdict(dict, self.table.items() if keep_state else ())
+        state = defaultdict(dict, self.state.items() if keep_state else ())
         self.closed = True
         for hook in (*self.in_backward.values(), self.loading):
             hook.remove()

@@ -1,17 +1,16 @@
 """A paged optimizer: its state under a budget of bytes, and the rest on disk (for a GPU: in host memory).
 
-An optimizer needs the state of a parameter once a step, while it updates that parameter. So step one parameter at a time, and
-before each, page its state in, and that of others out. The loop is `labkit.optim.pager`, the pages are `labkit.optim.page_table`, the disk
-is `labkit.optim.page_store`; this file attaches them to an optimizer.
+An optimizer needs the state of a parameter once per step, while it updates that parameter. So step one
+parameter at a time, and before each, page its state in, and that of others out. The loop is
+`labkit.optim.pager`, the pages are `labkit.optim.page_table`, the disk is `labkit.optim.page_store`.
 
-Why parameter by parameter: an optimizer's `step` first collects the state of *all* its parameters. Paging alone would then
-bring everything in before the first update, and the peak would be what it was. Here the optimizer's own `step` runs, and sees one
-parameter. Its arithmetic is its own, so that the numbers are the same bit for bit, whatever the optimizer.
+Why parameter by parameter: `step` first collects the state of *all* parameters. Paging alone would bring
+everything in before the first update. Here the optimizer's own `step` runs, and sees one parameter, so the
+numbers are the same.
 
-Source: QLoRA (Dettmers et al. 2023), section 3, "Paged Optimizers". bitsandbytes pages with CUDA's unified memory, and only
-tensors of 100,000 numbers or more (`min_elements`).
-Agrees, bit for bit, with: the same optimizer without paging (with `foreach=True`, which PyTorch takes on CUDA by default: the same
-optimizer stepping one parameter at a time).
+Source: QLoRA (Dettmers et al. 2023), section 3, "Paged Optimizers". bitsandbytes pages with CUDA's unified
+memory, and only tensors of 100,000 numbers or more (`min_elements`).
+Agrees, bit for bit, with: the same optimizer without paging (of `foreach=True`: with steps of one parameter).
 """
 
 from pathlib import Path
@@ -22,6 +21,7 @@ from labkit.checks import check_choice, check_whole, is_whole
 from labkit.optim.adamw import AdamW
 from labkit.optim.page_store import FileStore, PinnedStore
 from labkit.optim.page_table import POLICIES, PageTable
+from labkit.optim.paged_state import PagedState
 from labkit.optim.pager import Pager
 
 
@@ -36,21 +36,24 @@ def attach_paging(
 ) -> Pager:
     """Keep the state of an optimizer under `budget_bytes` from now on. Its results do not change.
 
-    `state_dict` and `load_state_dict` are as before: a checkpoint does not tell whether paging was on. (Both need memory for all
-    of the state while they last; the dictionary is a copy, not a view.) Learning rate schedulers, closures, hooks and new parameter
-    groups work as before.
+    `state_dict` and `load_state_dict` work as before: a checkpoint does not show whether paging was on. (Both
+        need memory
+    for all of the state while they run; the dictionary is a copy, not a view.) So do learning rate
+    schedulers, closures, hooks and new parameter groups.
 
-    With `fused_into_backward` each parameter is stepped the moment its gradient is complete, and the gradient freed. **Clipping
-    then has nothing to clip:** the norm of all gradients is known only when all are there, and `clip_grad_norm_` after
-    the backward pass finds none. Nor can a step be skipped because its loss was NaN. Accumulating over several backward passes is refused.
+    With `fused_into_backward` each parameter is stepped the moment its gradient is complete, and the gradient
+    freed. **Clipping then has nothing to clip:** the norm of all gradients is known only when all are there,
+    and `clip_grad_norm_` after the backward pass finds none. Nor can a step be skipped because its loss was
+    NaN. Accumulating over several backward passes is refused.
 
     Args:
         optimizer: any of PyTorch's but LBFGS, or one like them that updates every parameter by itself.
         budget_bytes: largest size of the state in memory; at least that of the largest parameter's state.
-        store: folder for the state that is out, on a disk (default: labkit's cache folder). Not for a GPU, where it goes
-            to pinned host memory.
+        store: folder for the state that is out, on a disk (default: labkit's cache folder). Not for a GPU,
+            where it goes to pinned host memory.
         policy: "lru" or "mru"; see `labkit.optim.page_table`.
-        min_elements: tensors with fewer numbers stay in memory, and out of the budget. bitsandbytes: 100,000.
+        min_elements: tensors with fewer numbers stay in memory, and outside the budget. bitsandbytes:
+            100,000.
         prefetch: read the next parameter's state while this one is stepped, where both fit the budget.
         fused_into_backward: see above.
 
@@ -59,8 +62,8 @@ def attach_paging(
 
     Raises:
         TypeError: an optimizer that cannot be paged.
-        ValueError: a budget too small or no number of bytes, an unknown policy, a second pager, parameters that are neither
-            on a CPU nor on one GPU.
+        ValueError: a budget that is too small or not a number of bytes, an unknown policy, a second pager, or
+            parameters that are neither on a CPU nor on one GPU.
         OSError: a store that cannot be written to, or is too small. Nothing was changed.
 
     >>> weight = torch.nn.Parameter(torch.ones(1000))
@@ -69,22 +72,38 @@ def attach_paging(
     >>> weight.sum().backward(); optimizer.step()
     >>> pager.table.resident_bytes
     0
-    >>> weight.sum().backward(); optimizer.step()  # a new state goes to the store, and comes back when it is needed
+    >>> weight.sum().backward(); optimizer.step()  # a new state goes to the store, and comes back when needed
     >>> pager.table.resident_bytes  # 8,004 bytes, in frames of 4 KiB
     8192
     >>> detach_paging(optimizer)
     """
+    check_settings(budget_bytes, policy, min_elements)
+    check_optimizer(optimizer)
+    page_store = store_for(device_of(optimizer), store)
+    table = PageTable(page_store, budget_bytes, policy, min_elements)
+    pager = Pager(optimizer, table, prefetch, fused_into_backward)
+    pager.install()
+    return pager
+
+
+def check_settings(budget_bytes: object, policy: object, min_elements: object) -> None:
+    """Raise a `ValueError` unless all three can be."""
     if not is_whole(budget_bytes):
         raise ValueError(
             f"budget_bytes={budget_bytes!r} must be a positive whole number of bytes, such as 64 * 2**20"
         )
     check_choice("policy", policy, POLICIES)
     check_whole("min_elements", min_elements, at_least=0)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a `TypeError` or a `ValueError` unless this optimizer can be paged, and is not paged yet."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
-            "LBFGS updates all parameters together, so that it cannot be stepped one at a time, and not be paged"
+            "LBFGS updates all parameters together; it cannot be stepped one parameter at a time, so it "
+            "cannot be paged"
         )
-    if isinstance(optimizer.state, PageTable):
+    if isinstance(optimizer.state, PagedState):
         raise ValueError(
             "this optimizer is paged already; detach_paging(optimizer) first, to attach with other settings"
         )
@@ -93,37 +112,33 @@ def attach_paging(
         raise ValueError(
             "something else has replaced optimizer.step; attach paging first, and that afterwards"
         )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    devices = {p.device for p in parameters}
+
+
+def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """The one device of all parameters; a `ValueError` unless that is the CPU or a GPU."""
+    devices = {p.device for group in optimizer.param_groups for p in group["params"]}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         raise ValueError(
-            f"the parameters are on {', '.join(sorted(map(str, devices)))}; paging needs them all on the CPU or all on one GPU"
+            f"the parameters are on {', '.join(sorted(map(str, devices)))}; paging needs them all on the "
+            "CPU or all on one GPU"
         )
-    device = devices.pop()
-    if device.type == "cuda" and store is not None:
+    return devices.pop()
+
+
+def store_for(device: torch.device, folder: str | Path | None) -> FileStore | PinnedStore:
+    """Where the state of parameters on `device` goes."""
+    if device.type == "cpu":
+        return FileStore(folder)
+    if folder is not None:
         raise ValueError(
-            f"store={store!r}: on a GPU the state that is out goes to pinned host memory; leave store out"
+            f"store={folder!r}: on a GPU the state that is out goes to pinned host memory; leave store out"
         )
-    where = FileStore(store) if device.type == "cpu" else PinnedStore(device)
-    pager = Pager(
-        optimizer, PageTable(where, budget_bytes, policy, min_elements), prefetch, fused_into_backward
-    )
-    try:
-        for p, state in optimizer.state.items():
-            pager.take(p, state)
-        pager.prepare([p for p in parameters if p.requires_grad])
-    except BaseException:
-        for hook in pager.in_backward.values():
-            hook.remove()
-        where.close()
-        raise
-    pager.install()
-    return pager
+    return PinnedStore(device)
 
 
 def detach_paging(optimizer: torch.optim.Optimizer, keep_state: bool = True) -> None:
-    """Undo `attach_paging`: all state is in memory again (or dropped, if not `keep_state`). Does nothing if none is attached."""
-    if isinstance(optimizer.state, PageTable):
+    """Undo `attach_paging`, if it was called: all state is back in memory, or dropped if not `keep_state`."""
+    if isinstance(optimizer.state, PagedState):
         optimizer.pager.close(keep_state)
 
 
@@ -131,7 +146,7 @@ class PagedAdamW(AdamW):
     """`AdamW` with its state under a budget.
 
     Args:
-        params, lr: see `AdamW`, as for `adam`: betas, eps, weight_decay.
+        params, lr, adam: see `AdamW`; `adam` is betas, eps and weight_decay.
         budget_bytes, store, policy, min_elements, prefetch, fused_into_backward: see `attach_paging`.
 
     Attributes:

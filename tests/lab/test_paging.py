@@ -11,7 +11,7 @@ from labkit.lab.check import paging as check
 from labkit.lab.explore import paging as explore
 from labkit.lab.figures import paging
 from labkit.optim.adamw import AdamW8bit
-from labkit.optim.page_table import Event
+from labkit.optim.page import PageEvent
 from labkit.quant.blockwise import dequantize_blocks
 from tests.lab import exercise_checks, explorers
 
@@ -114,12 +114,12 @@ def right_and_wrong():
 
 def test_the_residency_map_shows_what_the_log_says():
     events = [
-        Event(1, "a", "create", 1, 1),
-        Event(1, "a", "evict", 1, 0),
-        Event(1, "b", "create", 1, 1),
-        Event(2, "b", "evict", 1, 0),
-        Event(2, "a", "fault", 1, 1),
-        Event(2, "a", "hit", 1, 1),
+        PageEvent(1, "a", "create", 1, 1),
+        PageEvent(1, "a", "evict", 1, 0),
+        PageEvent(1, "b", "create", 1, 1),
+        PageEvent(2, "b", "evict", 1, 0),
+        PageEvent(2, "a", "fault", 1, 1),
+        PageEvent(2, "a", "hit", 1, 1),
     ]
     picture, steps = paging.residency(events, ["a", "b"])
     assert picture.tolist() == [[3, 0, 2, 1], [0, 3, 0, 0]] and steps == [1, 1, 2, 2]

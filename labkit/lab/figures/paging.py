@@ -6,10 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from labkit.lab.plots import COLOURS, finish
-from labkit.optim.page_table import Event, PageTable
+from labkit.optim.page import PageEvent
+from labkit.optim.page_table import PageTable
 
 
-def residency(events: Iterable[Event], names: list[str]) -> tuple[np.ndarray, list[int]]:
+def residency(events: Iterable[PageEvent], names: list[str]) -> tuple[np.ndarray, list[int]]:
     """What was in memory at each update.
 
     Args:
