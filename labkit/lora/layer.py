@@ -91,13 +91,12 @@ class LoRALinear(nn.Module):
         """`base(x) + scaling * B A dropout(x)`: (..., in) to (..., out)."""
         if self.is_merged:
             return self.base(x)
+        A, B, s = self.lora_A, self.lora_B, self.scaling
         if fast_paths():
-            return self.stretch(
-                sum_in_place(x, self.base, self.dropout, self.lora_A, self.lora_B, self.scaling)
-            )
-        y = self.base(x)
-        z = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-        return self.stretch(y + (self.scaling * F.linear(z, self.lora_B)).to(y.dtype))
+            return self.stretch(sum_in_place(x, self.base, self.dropout, A, B, s))
+        y = self.base(x)  # (..., out)
+        z = F.linear(self.dropout(x).to(A.dtype), A)  # (..., r)
+        return self.stretch(y + (s * F.linear(z, B)).to(y.dtype))
 
     def stretch(self, y: Tensor) -> Tensor:
         """A hook for what changes the whole output, (..., out): LoRA leaves it as it is."""

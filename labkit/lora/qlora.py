@@ -43,7 +43,7 @@ def add_qlora(
         ValueError: see `add_lora` and `quantize_model`.
     """
     quantization = QuantConfig.of(quantization, **settings)
-    skip = [name for name in plain_linears(model) if inside(name, config.modules_to_save)]
+    skip = [n for n in plain_linears(model) if inside(n, config.modules_to_save)]
     if not config.starts_from_weight:
         quantize_model(model, quantization, skip=tuple(skip), progress=progress)
         return add_lora(model, config, name)
