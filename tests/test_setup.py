@@ -77,7 +77,7 @@ def test_run_without_a_notebook_says_how():
 
 
 def setup_env(tmp_path, prelude):
-    """Run scripts/setup_env.py after `prelude`, from a copy, so that nothing real is touched."""
+    """Run scripts/setup_env.py after `prelude`, from a copy, so nothing real is touched."""
     (tmp_path / "scripts").mkdir()
     for name in ("pyproject.toml", "constraints.txt", "scripts/setup_env.py"):
         shutil.copy(ROOT / name, tmp_path / name)

@@ -1,4 +1,4 @@
-"""A real JupyterLab in a real browser: a control moves, and the figure behind it is drawn anew."""
+"""A real JupyterLab in a real browser: a control moves, and its figure is redrawn."""
 
 import os
 import shutil
@@ -26,13 +26,13 @@ import torch
 from labkit import lab
 weights = {"layers.0.q_proj": torch.randn(96, 96), "layers.1.up_proj": torch.randn(128, 96)}
 """
-EXPLORERS = {
+EXPLORERS = {  # and how many controls each has
     "lab.explore.codebook_explorer(weights)": 4,
     "lab.explore.constants_explorer(weights)": 4,
     "lab.explore.paging_explorer(weights)": 3,
     "lab.explore.variant_explorer(weights, {n: w.sign() for n, w in weights.items()})": 4,
     "lab.explore.cost_explorer(['llama-2-7b', 'tiny-llama'])": 3,
-}  # and how many controls each has
+}
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None,
@@ -48,7 +48,7 @@ def write_notebook(path, sources):
 
 @pytest.fixture(scope="module")
 def lab_url(tmp_path_factory):
-    """JupyterLab on a free port of localhost, with two notebooks; stopped afterwards. `{0}` in the address is for their name."""
+    """JupyterLab on a free port of localhost, with two notebooks; `{0}` in the address is for a name."""
     folder = tmp_path_factory.mktemp("lab")
     write_notebook(folder / "first.ipynb", CELLS)
     write_notebook(folder / "explorers.ipynb", [WEIGHTS, *EXPLORERS])
@@ -100,10 +100,10 @@ def run_all_cells(browser, url):
 
 
 def wait_for_another_figure(page, cell, before):
-    """Until the figure in the output of that cell is not `before`."""
+    """Wait until the figure in the output of that cell is no longer `before`."""
     page.wait_for_function(
-        "([cell, before]) => { const image = document.querySelectorAll('.jp-CodeCell')[cell].querySelector('.jp-OutputArea img');"
-        " return image && image.src !== before }",
+        "([cell, before]) => { const code = document.querySelectorAll('.jp-CodeCell')[cell];"
+        " const image = code.querySelector('.jp-OutputArea img'); return image && image.src !== before }",
         arg=[cell, before],
         timeout=20_000,
     )

@@ -20,7 +20,7 @@ def shown(module: ModuleType, show: Callable[[], None]) -> list:
 
 
 class Explorer:
-    """An explorer caught as it calls its panel, so it can draw again and again without being set up anew.
+    """An explorer caught as it calls its panel, so it is set up once and can draw again and again.
 
     Attributes:
         draw: its function from the values of its controls to a figure, which it displays.

@@ -102,7 +102,7 @@ CASES = [
 
 # Fronts
 
-numbers = st.integers(-3, 8).map(lambda n: n / 4)  # few values, so that ties are common
+numbers = st.integers(-3, 8).map(lambda n: n / 4)  # few values, so ties are common
 clouds = st.lists(st.tuples(numbers, numbers), max_size=8)
 
 

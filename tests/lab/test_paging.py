@@ -51,7 +51,10 @@ def farthest(cached, future):
 
 def right_and_wrong():
     """Each check with the right function, and wrong ones with what the message must say."""
-    n_blocks = lambda n: -(-n // 256)  # noqa: E731
+
+    def n_blocks(n):
+        return -(-n // 256)
+
     yield (
         check.state_bytes,
         lambda n, bits: {8: 2 * n + 8 * n_blocks(n), 32: 8 * n}[bits],

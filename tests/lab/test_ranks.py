@@ -4,6 +4,7 @@ sweeps.
 
 import math
 import statistics
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,11 @@ def by_scipy(values):
     return (low + high) / 2, (high - low) / 2
 
 
+@cache
+def student(freedom, quantile=0.975):
+    return stats.t.ppf(quantile, freedom)
+
+
 def by_polyfit(rates, losses):
     a, b, _ = np.polyfit(np.log(rates), losses, 2)
     return math.exp(-b / (2 * a))
@@ -62,7 +68,7 @@ def bottom(x, y):
 
 def right_and_wrong():
     """Each check with the right function, and wrong ones with what the message must say."""
-    z, half = stats.norm.ppf(0.975), lambda v: by_scipy(v)[1]
+    z, half = stats.norm.ppf(0.975), lambda v: student(len(v) - 1) * stats.sem(v)
     yield (
         check.target_parameters,
         counted,
@@ -103,9 +109,9 @@ def right_and_wrong():
                 lambda v: (np.mean(v), z * stats.sem(v, ddof=0)),
                 "use Student's t instead of 1.96, and divide",
             ),
-            (lambda v: (np.mean(v), stats.t.ppf(0.95, len(v) - 1) * stats.sem(v)), "0.975, not 0.95"),
+            (lambda v: (np.mean(v), student(len(v) - 1, 0.95) * stats.sem(v)), "0.975, not 0.95"),
             (
-                lambda v: (np.mean(v), stats.t.ppf(0.975, len(v)) * stats.sem(v)),
+                lambda v: (np.mean(v), student(len(v)) * stats.sem(v)),
                 "n - 1 degrees of freedom, not n",
             ),
             (lambda v: (np.mean(v), 2 * half(v)), "whole width"),

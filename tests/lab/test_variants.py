@@ -69,7 +69,10 @@ def right_and_wrong():
             ),
         ],
     )  # fmt: skip
-    rest = lambda W, s, A, B: (A, B, W - s * B @ A)  # noqa: E731
+
+    def rest(W, s, A, B):
+        return A, B, W - s * B @ A
+
     yield (
         check.pissa_split,
         split,
@@ -88,7 +91,10 @@ def right_and_wrong():
             (lambda W, r, s: split(W, r, s)[:2], "expected"),
         ],
     )
-    by_part = lambda choose: lambda names, lr, k: [choose(n.rpartition("_")[2], lr, k) for n in names]  # noqa: E731
+
+    def by_part(choose):
+        return lambda names, lr, k: [choose(name.rpartition("_")[2], lr, k) for name in names]
+
     yield (
         check.lora_plus_rates,
         by_part(lambda part, lr, k: lr * k if part == "B" else lr),
@@ -174,7 +180,7 @@ def test_starts_from_the_weight_leave_the_sum_as_it_was(layer, name):
 
 
 def test_doras_rows_change_their_length_by_the_magnitude_alone(layer):
-    """After the step n is another, so that every row has the length m: m0 ± lr."""
+    """After the step n has changed too, so every row has the length m: m0 ± lr."""
     step = explore.first_step(*layer, r=4, alpha=12, lr=1e-2, **explore.VARIANTS["DoRA"])
     lengths, turned = step.rows()
     torch.testing.assert_close(lengths.abs(), 1e-2 / layer[0].norm(dim=1), rtol=1e-3, atol=1e-5)

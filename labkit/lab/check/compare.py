@@ -38,12 +38,14 @@ def compare(
         if not same(got, expected):
             wrong.append((arguments, got, expected))
     if wrong:
-        explained = {
-            message: sum(same(got, mistake(*arguments)) for arguments, got, _ in wrong)
-            for message, mistake in mistakes.items()
-        }
-        likeliest = max(explained, key=explained.get, default=None)
-        if likeliest and explained[likeliest]:
+        likeliest, most = "", 0
+        for message, mistake in mistakes.items():
+            explained = sum(same(got, mistake(*arguments)) for arguments, got, _ in wrong)
+            if explained > most:
+                likeliest, most = message, explained
+            if most == len(wrong):  # no other can explain more
+                break
+        if likeliest:
             raise NotYet(f"{name}: {likeliest}")
         arguments, got, expected = wrong[0]
         raise NotYet(f"{name}: for {describe(arguments)} expected {describe(expected)}, got {describe(got)}")

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import cycle
 from operator import itemgetter
 
@@ -95,12 +96,8 @@ def block() -> tuple[dict[str, tuple[int, int]], list[str]]:
     """Shapes (out, in) of the matrices of a block, with grouped queries, and some of their names."""
     head = random.choice([16, 32, 64])
     hidden, kv, mlp = head * random.choice([4, 6, 8]), head * 2, head * random.choice([11, 13, 17])
-    shapes = {
-        "q_proj": (hidden, hidden),
-        "k_proj": (kv, hidden),
-        "v_proj": (kv, hidden),
-        "o_proj": (hidden, hidden),
-    }
+    shapes = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+    shapes |= {"o_proj": (hidden, hidden)}
     shapes |= {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
     # their outputs and inputs differ in sum, so A alone and B alone give different answers
     targets = [["q_proj", "v_proj"], ["k_proj", "v_proj"], ["gate_proj", "up_proj"], ["v_proj"]]
@@ -112,6 +109,12 @@ def total(shapes: dict[str, tuple[int, int]], names: Iterable[str], of: Callable
     return sum(of(shapes[name]) for name in names)
 
 
+@cache
+def student(quantile: float, freedom: int) -> float:
+    """Quantile of Student's distribution with that many degrees of freedom."""
+    return float(stats.t.ppf(quantile, freedom))
+
+
 def interval95(function: Callable) -> None:
     """`function(values)`: (mean, half-width of the 95 % interval of the mean), by Student's t."""
 
@@ -119,20 +122,25 @@ def interval95(function: Callable) -> None:
         centre = random.uniform(1, 6)
         return ([random.gauss(centre, 0.5) for _ in range(random.choice([3, 5, 6, 7]))],)  # at n = 4, √n is 2
 
-    def answer(values, quantile=0.975, ddof=1, root=True, normal=False, whole=1):
+    def answer(values, factor=None, ddof=1, root=True, whole=1):
         n = len(values)
         mean = sum(values) / n
         deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - ddof))
-        factor = stats.norm.ppf(quantile) if normal else stats.t.ppf(quantile, n - 1)
-        return mean, whole * float(factor) * deviation / (math.sqrt(n) if root else 1)
+        factor = factor or student(0.975, n - 1)
+        return mean, whole * factor * deviation / (math.sqrt(n) if root else 1)
 
+    def ends(values):
+        mean, half = answer(values)
+        return mean - half, mean + half
+
+    normal = float(stats.norm.ppf(0.975))  # 1.96
     compare(
         "interval95",
         function,
         answer,
         {
             "1.96 is for many values; with n of them use Student's t with n - 1 degrees of freedom": (
-                lambda v: answer(v, normal=True)
+                lambda v: answer(v, normal)
             ),
             "√n is missing: that is how far single seeds scatter, not how well their mean is known": (
                 lambda v: answer(v, root=False)
@@ -141,28 +149,18 @@ def interval95(function: Callable) -> None:
                 lambda v: answer(v, ddof=0)
             ),
             "use Student's t instead of 1.96, and divide the sum of squares by n - 1": (
-                lambda v: answer(v, ddof=0, normal=True)
+                lambda v: answer(v, normal, ddof=0)
             ),
-            "Student's t has n - 1 degrees of freedom, not n": lambda v: (
-                answer(v)[0],
-                answer(v)[1] * float(stats.t.ppf(0.975, len(v)) / stats.t.ppf(0.975, len(v) - 1)),
-            ),
+            "Student's t has n - 1 degrees of freedom, not n": lambda v: answer(v, student(0.975, len(v))),
             "2.5 % are left out on each side: take the quantile 0.975, not 0.95": (
-                lambda v: answer(v, quantile=0.95)
+                lambda v: answer(v, student(0.95, len(v) - 1))
             ),
             "that is the whole width; give half of it": lambda v: answer(v, whole=2),
-            "that is the standard deviation; multiply by Student's t and divide by √n": lambda v: (
-                answer(v)[0],
-                answer(v, root=False)[1] / float(stats.t.ppf(0.975, len(v) - 1)),
+            "that is the standard deviation; multiply by Student's t and divide by √n": (
+                lambda v: answer(v, factor=1, root=False)
             ),
-            "that is the standard error; multiply by Student's t": lambda v: (
-                answer(v)[0],
-                answer(v)[1] / float(stats.t.ppf(0.975, len(v) - 1)),
-            ),
-            "those are the ends of the interval; give its centre and half its width": lambda v: (
-                answer(v)[0] - answer(v)[1],
-                answer(v)[0] + answer(v)[1],
-            ),
+            "that is the standard error; multiply by Student's t": lambda v: answer(v, factor=1),
+            "those are the ends of the interval; give its centre and half its width": ends,
         },
         inputs,
     )

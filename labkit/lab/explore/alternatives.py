@@ -104,12 +104,9 @@ def draw_costs(name: str, method: str, size: int) -> Figure:
     finish(left, f"{what}: {chosen.kept:,} parameters", label, f"% of {name}")
     finish(right, "Extra operations per token", label, "% of the base's products")
     cached = chosen.cache_bytes_per_layer * decoder_shape(model).num_hidden_layers
-    right.text(
-        0.03, 0.98,
-        f"{added:.3g} %, {'until it is merged' if chosen.merges else 'does not merge'}\n"
-        f"cache {cached / 1e6:.2f} MB per sequence\n{chosen.lost_positions} positions lost",
-        transform=right.transAxes, va="top", fontsize=9.5,
-    )  # fmt: skip
+    text = f"{added:.3g} %, {'until it is merged' if chosen.merges else 'does not merge'}\n"
+    text += f"cache {cached / 1e6:.2f} MB per sequence\n{chosen.lost_positions} positions lost"
+    right.text(0.03, 0.98, text, transform=right.transAxes, va="top", fontsize=9.5)
     low, high = right.get_ylim()
     right.set_ylim(low, high * (high / low) ** 0.6)  # room for the text
     return figure
@@ -124,7 +121,7 @@ def cost_explorer(models: Sequence[str] = ("llama-2-7b", "llama-3-8b", "smollm2-
         models: names of `labkit.models.shapes.known_models()`.
 
     Raises:
-        ValueError: no model, or an unknown one.
+        ValueError: no models, or an unknown one.
     """
     if not models:
         raise ValueError("give at least one model, such as 'llama-2-7b'")
@@ -142,13 +139,11 @@ def cost_explorer(models: Sequence[str] = ("llama-2-7b", "llama-3-8b", "smollm2-
         from ipywidgets import Dropdown, SelectionSlider
 
         wide = {"style": {"description_width": "5em"}, "layout": {"width": "26em"}}
+        tried = {"options": (1, 2, 4, 8, 16, 20, 32, 64, 100, 128, 200), "value": 20, "description": "size"}
         controls = {
             "model": Dropdown(options=list(models), description="model", **wide),
             "method": Dropdown(options=list(METHOD_COLOURS), value="prefix", description="method", **wide),
-            "size": SelectionSlider(
-                options=(1, 2, 4, 8, 16, 20, 32, 64, 100, 128, 200), value=20, description="size",
-                continuous_update=False, **wide,
-            ),
-        }  # fmt: skip
+            "size": SelectionSlider(continuous_update=False, **tried, **wide),
+        }
     chosen = (("prefix", 20), ("bottleneck", 64))
     panel(draw, controls, [{"model": models[0], "method": method, "size": size} for method, size in chosen])

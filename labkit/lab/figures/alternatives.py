@@ -1,4 +1,4 @@
-"""A block of a Llama, and where each method takes hold of it: LoRA, bottleneck, prefix, prompt, (IA)^3.
+"""A block of a Llama, and where each method acts on it: LoRA, bottleneck, prefix, prompt, (IA)^3.
 
 Drawn from a real model: every filled box is a module or parameter that trains, with the number of its
 parameters.
