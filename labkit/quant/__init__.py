@@ -1,4 +1,16 @@
-"""NF4 and its relatives: codebooks, block-wise and double quantization, the frozen 4-bit layer, a whole model in four bits."""
+"""NF4 and its relatives: codebooks, two levels of quantization, a 4-bit layer, a model in four bits.
+
+    codebooks.py     the levels that a code stands for
+    blockwise.py     the algorithm, in plain PyTorch
+    config.py        the settings
+    tensor.py        `quantize`, and the weight that it returns
+    linear.py        the layer; direct.py and scratch.py make it fast
+    model.py         a whole model
+    layer_kinds.py   linear layers, however they are stored
+    kernels/         the fast path of the same calls
+
+Start with codebooks, blockwise and linear.
+"""
 
 from labkit.quant.blockwise import dequantize_blocks, pack, quantize_blocks, unpack
 from labkit.quant.codebooks import CODEBOOKS, codebook

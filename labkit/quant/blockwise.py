@@ -1,19 +1,19 @@
-"""Block-wise quantization: store a weight as 4-bit indices into a codebook, and one scale for every block.
+"""Block-wise quantization: store a weight as 4-bit indices into a codebook, and one scale per block.
 
 Flatten the weight, cut it into blocks of 64, and for each block b keep its largest magnitude:
 
-    absmax_b = max |w|,     code = index of the level nearest to w / absmax_b,     w' = levels[code] * absmax_b
+    absmax_b = max |w|
+    code = index of the level nearest to w / absmax_b
+    w' = levels[code] * absmax_b
 
-One outlier then coarsens only the 63 weights beside it, not the whole matrix. The scales cost 32/64 = 0.5 bit a
-weight. **Double quantization** stores them in 8 bits too: subtract their mean (they are all positive), and quantize
-the rest in blocks of 256 with the dynamic 8-bit codebook: 8/64 + 32/(64*256) = 0.127 bit a weight.
+One outlier then coarsens only the 63 weights beside it, not the whole matrix. The scales cost 32/64 = 0.5 bit
+per weight. **Double quantization** stores them in 8 bits too: subtract their mean, and quantize the rest in
+blocks of 256 with the dynamic 8-bit codebook: 8/64 + 32/(64*256) = 0.127 bit per weight.
 
-Why flat blocks and not rows: the block size is then independent of the layer's width, and matches bitsandbytes.
-Why `x * (1 / absmax)` and not `x / absmax`: the product rounds differently for one code in eight million, and
-bitsandbytes multiplies. (For an incomplete last block bitsandbytes divides; so does this.)
+Why flat blocks and not rows: the block size is then independent of the layer's width.
 
-Source: 8-bit Optimizers (Dettmers et al. 2022), section 2.1; QLoRA (Dettmers et al. 2023), section 3.
-Agrees, bit for bit, with: bitsandbytes `functional.py`, `quantize_4bit` and `dequantize_4bit`.
+Sources: 8-bit Optimizers (Dettmers et al. 2022), section 2.1; QLoRA (Dettmers et al. 2023), section 3.
+Agrees, bit for bit, with: bitsandbytes `quantize_4bit` and `dequantize_4bit`.
 """
 
 import torch
@@ -28,7 +28,7 @@ SMALLEST_ABSMAX = 1e-38  # a block of zeros has no scale to divide by; this keep
 
 
 def quantize_blocks(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Nearest level of every value after scaling its block into [-1, 1].
+    """The nearest level of every value after its block is scaled into [-1, 1].
 
     Args:
         flat: (n,) fp32.
@@ -42,6 +42,7 @@ def quantize_blocks(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tenso
     whole = n - n % blocksize
     blocks = flat[:whole].view(-1, blocksize)  # (n_whole, blocksize)
     absmax = blocks.abs().amax(dim=1)  # (n_whole,)
+    # bitsandbytes multiplies: dividing by absmax rounds one code in eight million differently
     reciprocal = 1 / absmax.clamp(min=SMALLEST_ABSMAX)
     scaled = (blocks * reciprocal[:, None]).reshape(-1)
     if whole < n:  # the shorter last block: bitsandbytes divides here, and keeps the clamped scale
@@ -78,11 +79,12 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 
 
 def lookup_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_blocks` to `dynamic8` through a table of 65,536 equal bins over [-1, 1], as bitsandbytes on a CPU.
+    """`quantize_blocks` to `dynamic8` through a table of 65,536 equal bins, as in bitsandbytes on a CPU.
 
-    A bin holds one code, though a threshold may cut it: about one scale in 600 goes to the level beside the nearest.
-    Two more differences: an incomplete last block is scaled like any other, and a zero gets code 0 where the reciprocal of the
-    block's scale is infinite: in a block of zeros, or of numbers below 3e-39.
+    A bin holds one code, even if a threshold lies within it: about one scale in 600 goes to the level beside
+    the nearest. There are two more differences: an incomplete last block is scaled like any other, and a zero
+    gets code 0 where the reciprocal of the block's scale is infinite (in a block of zeros, or of numbers
+    below 3e-39).
     """
     n = values.numel()
     blocks = F.pad(values, (0, -n % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)  # (n_blocks, 256)

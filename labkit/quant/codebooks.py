@@ -1,26 +1,16 @@
 """The sixteen values that a 4-bit weight can take, and the 256 of an 8-bit scale: derived, not pasted.
 
-A codebook is an fp32 table `levels` with values in [-1, 1]. A weight is divided by the largest magnitude of its
-block, so that it lies in [-1, 1], and is stored as the index of the nearest level.
+A codebook is an fp32 table `levels` with values in [-1, 1]. A weight is divided by the largest magnitude of
+its block, so it lies in [-1, 1], and is stored as the index of the nearest level.
 
-- **int4** spaces its levels evenly: right for weights spread evenly over their range, which trained ones are not.
-- **fp4** (E2M1) and **fp4-e3m0** are small floating-point numbers: levels that double, dense around zero.
-- **nf4** (4-bit NormalFloat) puts its levels at quantiles of the standard normal, because trained weights are close
-  to normal within a block: with levels at equal quantiles each index would be used equally often. Two half-ranges
-  are taken, eight steps above zero and seven below, so that zero itself is a level: a pruned weight or a padded one
-  stays exactly zero. `offset` = 0.9677083 is where the outermost quantile sits; 1.0 would be at infinity.
-- **optimal-64** (any block size) takes the criticism seriously that a weight over the largest of its *block* is not
-  normal, and minimises the expected error under the distribution that it has.
-- **dynamic8** spends its eight bits like a floating-point number whose exponent is written in unary: few bits of
-  fraction for small magnitudes, many for large ones. Double quantization stores the scales of the weights with it.
+    int4               evenly spaced, which trained weights are not
+    fp4, fp4-e3m0      small floating-point numbers: levels that double, dense around zero
+    nf4                quantiles of the standard normal: within a block, trained weights are close to normal
+    optimal-64, ...    the smallest expected error of a normal weight over the largest of its block
+    dynamic8           8 bits, for scales: few bits of fraction for small magnitudes, many for large ones
 
-Why fp32 `linspace` although the quantiles are taken in float64: bitsandbytes does so, and in float64 throughout the
-table differs by up to 1.2e-7, which is enough to change packed bytes.
-
-Source: QLoRA (Dettmers et al. 2023), section 3 and appendix E; 8-bit Optimizers (Dettmers et al. 2022), section 2;
-NF4 Isn't Information Theoretically Optimal (Yoshida 2023, arXiv 2306.06965) for `optimal`.
-Agrees with: bitsandbytes `functional.py`: `create_normal_map`, `create_fp8_map`, `create_dynamic_map`,
-`get_4bit_type`.
+Sources: QLoRA (Dettmers et al. 2023), section 3, appendix E; 8-bit Optimizers (Dettmers et al. 2022),
+section 2; Yoshida 2023 (arXiv 2306.06965). Agrees with: bitsandbytes `functional.py`.
 """
 
 from functools import cache, lru_cache
@@ -32,7 +22,10 @@ from labkit.checks import check_choice
 
 
 def normal_quantiles(n: int, offset: float) -> Tensor:
-    """`n` standard-normal quantiles from probability `offset` down to, not including, one half.
+    """`n` standard-normal quantiles from probability `offset` down to, but not including, one half.
+
+    The probabilities are spaced in fp32, although their quantiles are taken in float64: bitsandbytes does so,
+    and in float64 throughout the table differs by up to 1.2e-7, which is enough to change packed bytes.
 
     Returns:
         float64 tensor of shape (n,), positive and falling.
@@ -43,10 +36,15 @@ def normal_quantiles(n: int, offset: float) -> Tensor:
 
 @cache
 def nf4(offset: float = 0.9677083) -> Tensor:
-    """The 16 levels of NF4.
+    """The 16 levels of NF4 (4-bit NormalFloat).
+
+    Levels at equally spaced quantiles would each be used equally often. Two half-ranges are taken, eight
+    steps above zero and seven below, so that zero itself is a level: a pruned or padded weight stays exactly
+    zero.
 
     Args:
-        offset: probability of the outermost level. bitsandbytes' and the paper's value by default.
+        offset: probability of the outermost level; 1 would put it at infinity. The default is the value of
+            bitsandbytes and of the paper.
 
     Returns:
         fp32 tensor of shape (16,), rising from -1 to 1, with an exact zero at index 7. Do not write to it.
@@ -64,8 +62,9 @@ def nf4(offset: float = 0.9677083) -> Tensor:
 def fp4() -> Tensor:
     """FP4 with two exponent bits and one fraction bit (E2M1), in bitsandbytes' order of codes.
 
-    The levels do not rise with the code: 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4, then the same with the sign bit set.
-    Arithmetic would make the smallest magnitude 1/12, half of the next; bitsandbytes and its checkpoints have 1/192.
+    The levels do not rise with the code: 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4, then the same with the sign
+    bit set. Arithmetic would make the smallest magnitude 1/12, half the next one; bitsandbytes and its
+    checkpoints have 1/192.
 
     Returns:
         fp32 tensor of shape (16,), not sorted, with zero at codes 0 and 8. Do not write to it.
@@ -76,7 +75,7 @@ def fp4() -> Tensor:
 
 @cache
 def fp4_e3m0() -> Tensor:
-    """FP4 with three exponent bits and no fraction: zero, and the powers of two from 1/64 to 1, with both signs.
+    """FP4 with three exponent bits and no fraction: zero, and the powers of two 1/64 … 1, with both signs.
 
     Returns:
         fp32 tensor of shape (16,), rising, with zero twice, at 7 and 8. Do not write to it.
@@ -87,7 +86,7 @@ def fp4_e3m0() -> Tensor:
 
 @cache
 def int4() -> Tensor:
-    """Signed 4-bit integers -7 … 7, over 7. Symmetric, so the sixteenth code is spent on a second zero.
+    """Signed 4-bit integers -7 … 7, divided by 7. Symmetric, so the sixteenth code is spent on a second zero.
 
     Returns:
         fp32 tensor of shape (16,), rising, with zero at 7 and 8. Do not write to it.
@@ -97,13 +96,15 @@ def int4() -> Tensor:
 
 @cache
 def dynamic8(signed: bool = True) -> Tensor:
-    """The 256 levels of the dynamic 8-bit type; signed, it stores the scales under double quantization.
+    """The 256 levels of the dynamic 8-bit type; the signed one stores the scales under double quantization.
 
-    Magnitudes fall into seven decades, 10^-6 … 10^0. Decade i has 2^i levels (2^(i+1) if no bit goes to the sign):
-    the middles of equal steps of [0.1, 1], times 10^(i-6). Zero and one complete the table.
+    It is like a floating-point number whose exponent is written in unary. Magnitudes fall into seven decades,
+    10^-6 … 10^0. Decade i has 2^i levels (2^(i+1) if no bit goes to the sign): the middles of equal steps of
+    [0.1, 1], times 10^(i-6). Zero and one complete the table.
 
     Returns:
-        fp32 tensor of shape (256,), rising from -0.99297 (0 if unsigned) to 1, with one zero. Do not write to it.
+        fp32 tensor of shape (256,), rising from -0.99297 (0 if unsigned) to 1, with one zero. Do not write to
+        it.
     """
     levels = [0.0, 1.0]
     for decade in range(7):
@@ -117,17 +118,18 @@ def dynamic8(signed: bool = True) -> Tensor:
 def optimal(blocksize: int, edge_at_zero: bool = False) -> Tensor:
     """The levels that minimise the expected |error| of a normal weight, scaled by the largest of its block.
 
-    In a block of B normal weights one is scaled to -1 or 1, so those two are levels; zero is kept as a third. The
-    other weights are normals cut off at the largest, m, whose distribution function is (2Φ(m) - 1)^B, so that
+    A weight over the largest of its *block* is not normal. In a block of B normal weights, one is scaled to
+    -1 or 1, so those two are levels; zero is kept as a third. The other weights are normals cut off at the
+    largest, m, whose distribution function is (2Φ(m) - 1)^B, so
 
         G(x) = E_m [ (Φ(x m) - Φ(-m)) / (2Φ(m) - 1) ]
 
-    is the distribution of a scaled weight. |error| is least when every level is the median of its cell, the values
-    nearer to it than to its neighbours: G(level) = (G(lower edge) + G(upper edge)) / 2. Alternate edges and medians
-    until they settle (Lloyd's algorithm).
+    is the distribution of a scaled weight. |error| is smallest when every level is the median of its cell,
+    the values nearer to it than to its neighbours: G(level) = (G(lower edge) + G(upper edge)) / 2. Edges and
+    medians are computed in turn until they settle (Lloyd's algorithm).
 
-    The published table, "AF4", is a little worse than this one: it optimises the two sides with an edge at zero, as
-    if zero were no level, and puts the zero in afterwards, so that three levels crowd there.
+    The published table, "AF4", is a little worse than this one: it optimises the two sides with an edge at
+    zero, as if zero were not a level, and adds the zero afterwards, so three levels crowd there.
 
     Args:
         blocksize: weights per scale, at least 2.
@@ -143,7 +145,7 @@ def optimal(blocksize: int, edge_at_zero: bool = False) -> Tensor:
     """
     if blocksize < 2:
         raise ValueError(
-            f"blocksize={blocksize}: with one weight in a block every weight is its own scale; use 2 or more"
+            f"blocksize={blocksize}: with one weight per block, every weight is its own scale; use 2 or more"
         )
     likely = (torch.arange(1024, dtype=torch.float64) + 0.5) / 1024
     largest = torch.special.ndtri((1 + likely ** (1 / blocksize)) / 2)  # (1024,) equally likely values of m
@@ -188,14 +190,14 @@ def codebook(name: str) -> Tensor:
         name: a key of `CODEBOOKS`, or "optimal-64" with any block size.
 
     Raises:
-        ValueError: the name is not known.
+        ValueError: there is no codebook of that name.
     """
     try:
         return CODEBOOKS[name]
-    except (KeyError, TypeError):  # made on first use, or no name of a codebook at all
+    except (KeyError, TypeError):  # an optimal one that is made on first use, or not a codebook at all
         family, _, blocksize = str(name).partition("-")
     if family != "optimal" or not blocksize.isdecimal():
-        check_choice("codebook", name, {**CODEBOOKS, "optimal-64": None})
+        check_choice("codebook", name, dict.fromkeys([*CODEBOOKS, "optimal-64"]))
     CODEBOOKS[name] = optimal(int(blocksize))
     return CODEBOOKS[name]
 
@@ -210,12 +212,15 @@ def midpoints(levels: Tensor) -> Tensor:
 
 
 def codes_by_rank(levels: Tensor) -> Tensor:
-    """The code of the lowest level, of the next …: uint8, shape (len,). 0, 1, 2 … unless the codebook is fp4."""
+    """The codes of the levels, from the lowest level up: uint8, shape (len,). 0, 1, 2 … unless it is fp4."""
     return levels.argsort(stable=True).to(torch.uint8)
 
 
 def search_tables(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """What a search for the nearest level needs, `midpoints` and `codes_by_rank`, kept: making them takes as long as a small layer."""
+    """What a search for the nearest level needs: `midpoints` and `codes_by_rank`.
+
+    They are kept, because making them takes as long as quantizing a small layer.
+    """
     return kept_search_tables(tuple(levels.tolist()))
 
 

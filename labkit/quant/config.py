@@ -25,10 +25,11 @@ class QuantConfig:
         codebook: a 4-bit codebook of `labkit.quant.codebooks`.
         blocksize: weights per scale, one of `BLOCKSIZES`.
         double_quant: store the scales in 8 bits too.
-        scale_rounding: how double quantization rounds a scale: to the "nearest" level, as bitsandbytes does on CUDA,
-            or by "lookup" in a table of 65,536 bins, as it does on a CPU. They differ in about 1 of 600 scales.
-        compute_dtype: the floating dtype in which a `QuantLinear` multiplies; None for that of its input. It does
-            not change what is stored.
+        scale_rounding: how double quantization rounds a scale: to the "nearest" level, as bitsandbytes does
+            on CUDA, or by "lookup" in a table of 65,536 bins, as it does on a CPU. They differ in about 1 of
+            600 scales.
+        compute_dtype: the floating dtype in which a `QuantLinear` multiplies; None for that of its input.
+            What is stored does not depend on it.
 
     Raises:
         ValueError: a value is not one of those allowed.
@@ -48,7 +49,8 @@ class QuantConfig:
         levels = levels_of(self.codebook)
         if len(levels) != 16:
             raise ValueError(
-                f"codebook={self.codebook!r} has {len(levels)} levels; a 4-bit weight needs one with 16, such as 'nf4'"
+                f"codebook={self.codebook!r} has {len(levels)} levels; a 4-bit weight needs one with 16, "
+                "such as 'nf4'"
             )
         if isinstance(self.blocksize, Integral):  # numpy's integers too
             object.__setattr__(self, "blocksize", int(self.blocksize))
@@ -65,15 +67,15 @@ class QuantConfig:
             TypeError: there is no setting of that name, or a config and settings are given together.
             ValueError: a value is not one of those allowed.
 
-        >>> QuantConfig.of("nf4", 128) == QuantConfig.of(blocksize=128) == QuantConfig.of(QuantConfig("nf4", 128))
+        >>> config = QuantConfig(codebook="nf4", blocksize=128)
+        >>> config == QuantConfig.of(config) == QuantConfig.of("nf4", 128) == QuantConfig.of(blocksize=128)
         True
         """
-        known = [field.name for field in fields(cls)]
         for name in settings:
-            if name not in known:
+            if name not in SETTINGS:
                 raise TypeError(
-                    f"{name!r} is not a setting of quantization{nearest(name, known)} "
-                    f"The settings are {', '.join(known)}"
+                    f"{name!r} is not a setting of quantization{nearest(name, SETTINGS)} "
+                    f"The settings are {', '.join(SETTINGS)}"
                 )
         if not isinstance(config, QuantConfig):
             first = () if config is None and not others else (config,)
@@ -83,8 +85,8 @@ class QuantConfig:
                 [*map(repr, others), *(f"{name}={value!r}" for name, value in settings.items())]
             )
             raise TypeError(
-                f"{config} and {given} are given together; put the settings into the config, for instance with "
-                "dataclasses.replace(config, blocksize=128)"
+                f"{config} and {given} are given together; put the settings into the config, for instance "
+                "with dataclasses.replace(config, blocksize=128)"
             )
         return config
 
@@ -97,10 +99,13 @@ class QuantConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
+SETTINGS = tuple(field.name for field in fields(QuantConfig))
+
+
 def check_compute_dtype(dtype: object) -> None:
     """Raise a `ValueError` unless `dtype` is None or a dtype that a product can be computed in."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(
-            f"compute_dtype={dtype!r} is not a floating dtype; choose torch.float32, torch.bfloat16 or torch.float16, "
-            "or None for that of the input"
+            f"compute_dtype={dtype!r} is not a floating dtype; choose torch.float32, torch.bfloat16 or "
+            "torch.float16, or None for that of the input"
         )

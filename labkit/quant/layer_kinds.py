@@ -2,9 +2,9 @@
 
 Every kind is a map W x with W of shape (out, in):
 
-    nn.Linear, QuantLinear, bitsandbytes' Linear4bit    W is stored as it is, or in four bits
-    Conv1D (GPT-2)                                      W is stored transposed, (in, out)
-    nn.Embedding                                        x is a one-hot row, so W x picks a column; stored (in, out)
+    nn.Linear, QuantLinear, Linear4bit    W is stored as it is, or in four bits (the last is bitsandbytes')
+    Conv1D (GPT-2)                        W is stored transposed, (in, out)
+    nn.Embedding                          x is a one-hot row, so W x picks a column; stored (in, out)
 """
 
 import sys
@@ -39,7 +39,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a layer that can have an adapter. What goes into an embedding is as wide as the vocabulary."""
+    """(in, out) of a layer that can have an adapter. What goes into an embedding is as wide as the
+    vocabulary."""
     if is_transposed(module):
         return tuple(module.weight.shape)
     return module.in_features, module.out_features

@@ -3,15 +3,15 @@
     forward:   y = x W'^T + b          W' = dequantize(packed), made, used, and dropped
     backward:  dL/dx = dL/dy W'        W' made again from the same packed bytes
 
-The weight is frozen, so there is no dL/dW; but dL/dx needs W'. Were W' an ordinary tensor of the graph, autograd would
-keep it from forward to backward, for every layer at once: the full model in 16 or 32 bits, and nothing saved. So the
-autograd function below saves the *packed* weight and dequantizes twice. That costs one extra pass over the weights,
-and never more memory than one layer (`labkit.quant.scratch`).
+The weight is frozen, so dL/dW is not needed; but dL/dx needs W'. If W' were an ordinary tensor of the graph,
+autograd would keep it from forward to backward, for every layer at once: the full model, nothing saved. So
+the autograd function below saves the *packed* weight and dequantizes twice. That costs one extra pass over
+the weights, and never more memory than one layer (`labkit.quant.scratch`).
 
-QLoRA's "storage" and "computation" data types: the product is taken in `compute_dtype`, to which x and W' are rounded
-first. bf16 pays where the processor has matrix units for it (`labkit.hardware.product_dtype` knows).
+The product is taken in `compute_dtype`, QLoRA's "computation data type", to which x and W' are rounded first.
+bf16 pays where the processor has matrix units for it.
 
-Source: QLoRA (Dettmers et al. 2023), section 3, equation 5. Agrees with: bitsandbytes' `MatMul4Bit`.
+Source: QLoRA (Dettmers et al. 2023), equation 5. Agrees with: bitsandbytes' `MatMul4Bit`.
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.weight, ctx.dtype = weight, dtype  # packed bytes and scales: the layer's own buffers
         bias = None if bias is None else bias.to(dtype)
         y = F.linear(x.to(dtype), dequantize_to_scratch(weight, dtype), bias)  # (..., in) to (..., out)
-        return y if dtype == x.dtype else y.to(x.dtype)  # what autocast has chosen stays
+        return y if dtype == x.dtype else y.to(x.dtype)  # a dtype that autocast has chosen stays
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
@@ -46,12 +46,25 @@ class _QuantizedLinear(torch.autograd.Function):
         return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None
 
 
+def tensors_by_name(weight: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of a 4-bit weight, by their names as buffers of a layer."""
+    scales = weight.scales
+    if isinstance(scales, NestedScales):
+        return {
+            "packed": weight.packed,
+            "absmax_codes": scales.codes,
+            "absmax_absmax": scales.absmax,
+            "absmax_offset": scales.offset,
+        }
+    return {"packed": weight.packed, "absmax": scales}
+
+
 class QuantLinear(nn.Module):
     """`nn.Linear` with a frozen 4-bit weight. Gradients flow to x and to the bias only.
 
-    Its state is in buffers (`packed`, and `absmax` or `absmax_codes`, `absmax_absmax`, `absmax_offset`), so it moves
-    between devices, is saved in a `state_dict`, and is copied, like any module; `.half()` and `.bfloat16()` change
-    the dtype that it computes for, never the stored scales.
+    Its state is in buffers (`packed`, and `absmax` or `absmax_codes`, `absmax_absmax`, `absmax_offset`), so
+    like any module it moves between devices, is saved in a `state_dict`, and can be copied. `.half()` and
+    `.bfloat16()` change the dtype that its weight is dequantized to, never the stored scales.
 
     Args:
         quantized: the weight, (out_features, in_features).
@@ -69,18 +82,12 @@ class QuantLinear(nn.Module):
         check_compute_dtype(compute_dtype)
         self.compute_dtype = compute_dtype
         if len(quantized.shape) != 2:
-            raise ValueError(f"a linear layer has a weight of two dimensions, not {tuple(quantized.shape)}")
+            raise ValueError(f"the weight of a linear layer has two dimensions, not {tuple(quantized.shape)}")
         self.out_features, self.in_features = quantized.shape
         self.codebook, self.blocksize, self.dtype = quantized.codebook, quantized.blocksize, quantized.dtype
-        self.register_buffer("packed", quantized.packed)
-        scales = quantized.scales
-        self.double_quant = isinstance(scales, NestedScales)
-        if self.double_quant:
-            self.register_buffer("absmax_codes", scales.codes)
-            self.register_buffer("absmax_absmax", scales.absmax)
-            self.register_buffer("absmax_offset", scales.offset)
-        else:
-            self.register_buffer("absmax", scales)
+        self.double_quant = isinstance(quantized.scales, NestedScales)
+        for name, tensor in tensors_by_name(quantized).items():
+            self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self._weight = quantized
 
@@ -88,7 +95,7 @@ class QuantLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, config: QuantConfig | str | None = None, *others: Any, **settings: Any
     ) -> "QuantLinear":
-        """Quantize the weight of `linear`, which is left as it is. The other arguments are those of `labkit.quantize`."""
+        """Quantize the weight of `linear`, which stays as it is; other arguments as for `labkit.quantize`."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"QuantLinear.from_linear takes an nn.Linear, not {type(linear).__name__}")
         config = QuantConfig.of(config, *others, **settings)
@@ -96,17 +103,13 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedTensor:
-        """The 4-bit weight, made of this layer's buffers; the same object while they and the dtype are the same."""
-        last, names = self._weight, ("absmax",)
-        tensors = last.packed, last.scales
-        if self.double_quant:
-            names = ("absmax_codes", "absmax_absmax", "absmax_offset")
-            tensors = last.packed, last.scales.codes, last.scales.absmax, last.scales.offset
-        now = [self._buffers[name] for name in ("packed", *names)]
-        if last.dtype is not self.dtype or any(a is not b for a, b in zip(tensors, now)):
-            packed, *scales = now
-            scales = NestedScales(*scales) if self.double_quant else scales[0]
-            self._weight = replace(last, packed=packed, scales=scales, dtype=self.dtype)
+        """The 4-bit weight, made of the buffers; the same object as long as they and the dtype stay."""
+        last, buffers = self._weight, self._buffers
+        tensors = tensors_by_name(last)
+        if last.dtype is not self.dtype or any(buffers[name] is not t for name, t in tensors.items()):
+            packed, *scales = (buffers[name] for name in tensors)
+            again = NestedScales(*scales) if self.double_quant else scales[0]
+            self._weight = replace(last, packed=packed, scales=again, dtype=self.dtype)
         return self._weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +127,7 @@ class QuantLinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn, recurse=True):
-        # .half() would round the fp32 scales: keep them, and take the new compute dtype from the bias-like probe
+        # .half() would round the fp32 scales: keep them, and see on an empty tensor which dtype is asked for
         scales = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         super()._apply(fn, recurse)
@@ -137,6 +140,7 @@ class QuantLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        sizes = f"{self.in_features}, {self.out_features}, {self.codebook}, blocksize={self.blocksize}"
         nested = ", double_quant" if self.double_quant else ""
         compute = f", compute_dtype={self.compute_dtype}" if self.compute_dtype else ""
-        return f"{self.in_features}, {self.out_features}, {self.codebook}, blocksize={self.blocksize}{nested}{compute}"
+        return f"{sizes}{nested}{compute}"

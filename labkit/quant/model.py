@@ -1,4 +1,4 @@
-"""A whole model to four bits and back: its linear layers replaced one after the other, with a report of the bytes."""
+"""A whole model to four bits and back: its linear layers replaced one by one, and a report of the bytes."""
 
 from typing import Any
 
@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from labkit.models.surgery import detach_from_file, is_output_layer, replace_module
+from labkit.models.surgery import (
+    detach_from_file,
+    ends_with,
+    is_output_layer,
+    no_match_message,
+    replace_module,
+)
 from labkit.quant.config import QuantConfig
 from labkit.quant.linear import QuantLinear
 from labkit.quant.tensor import check_finite, check_quantizable
@@ -38,11 +44,11 @@ def quantize_model(
     progress: bool = True,
     **settings: Any,
 ) -> LayerReport:
-    """Replace every `nn.Linear` of `model` by a `QuantLinear`, one after the other, in place.
+    """Replace every `nn.Linear` of `model` by a `QuantLinear`, one by one, in place.
 
-    Each full weight is released before the next layer is quantized; weights that are views of a mapped file, as
-    safetensors loads them, all together after the last. The output layer (`lm_head`) and embeddings keep
-    their precision, and every other parameter is frozen.
+    Each full weight is released before the next layer is quantized; weights that are views of a mapped file,
+    as safetensors loads them, are released together after the last. The output layer (`lm_head`) and
+    embeddings keep their precision, and every parameter is frozen.
 
     Args:
         model: any module with linear layers.
@@ -54,9 +60,10 @@ def quantize_model(
         A `LayerReport` of bytes before and after for each layer.
 
     Raises:
-        ValueError: nothing to quantize (no linear layer, or quantized already), `skip` matches no layer, a weight is not
-            finite, or a setting has a value that is not allowed. Nothing is changed then.
-        TypeError: a weight is of a dtype that cannot be quantized, or there is no such setting. Nothing is changed then.
+        ValueError: there is nothing to quantize (no linear layer, or quantized already), `skip` matches no
+            layer, a weight is not finite, or the value of a setting is not allowed. Nothing is changed then.
+        TypeError: the dtype of a weight cannot be quantized, or there is no such setting. Nothing is changed
+            then.
     """
     config = QuantConfig.of(config, *others, **settings)
     skip = (skip,) if isinstance(skip, str) else skip
@@ -64,16 +71,13 @@ def quantize_model(
         n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)
     }
     for wanted in skip:
-        if not any(f".{name}".endswith(f".{wanted}") for name in linears):
-            raise ValueError(f"skip={wanted!r} matches no linear layer of {type(model).__name__}")
-    names = [n for n in linears if not any(f".{n}".endswith(f".{s}") for s in skip)]
+        if not any(ends_with(name, wanted) for name in linears):
+            raise ValueError(no_match_message(f"skip={wanted!r}", wanted, model, linears))
+    names = [name for name in linears if not any(ends_with(name, one) for one in skip)]
     if not names:
-        already = any(isinstance(m, QuantLinear) for m in model.modules())
-        reason = (
-            "its linear layers are quantized already"
-            if already
-            else "it has no linear layer besides the output"
-        )
+        reason = "it has no linear layer besides the output layer"
+        if any(isinstance(m, QuantLinear) for m in model.modules()):
+            reason = "its linear layers are quantized already"
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {reason}")
     for name in names:
         check_before(name, linears[name].weight)
@@ -92,7 +96,7 @@ def quantize_model(
 
 
 def check_before(name: str, weight: Tensor) -> None:
-    """Raise what quantizing this layer would, with its name, while no other has been replaced."""
+    """Raise what quantizing this layer would raise, with its name, before any layer is replaced."""
     try:
         check_quantizable(weight)
         check_finite(torch.stack(weight.detach().aminmax()).abs(), weight)
@@ -101,8 +105,10 @@ def check_before(name: str, weight: Tensor) -> None:
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every `QuantLinear` by an `nn.Linear` with the dequantized weight, in place; the inverse of
-    `quantize_model` up to the quantization error, which stays in the weights. Returns `model`."""
+    """Replace every `QuantLinear` by an `nn.Linear` with the dequantized weight, in place.
+
+    The inverse of `quantize_model` up to the quantization error, which stays in the weights. Returns `model`.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             replace_module(model, name, module.to_linear(dtype))

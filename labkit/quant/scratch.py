@@ -1,8 +1,8 @@
-"""Memory for one dequantized weight, which every 4-bit layer overwrites.
+"""Memory for one dequantized weight W', which every 4-bit layer overwrites.
 
-Why W' is written to the same memory in every layer: new memory costs page faults, as much time as dequantizing itself,
-and what was just written is still in the processor's cache when the multiplication reads it. Each thread has its own, and a weight
-of more than `SCRATCH_BYTES` gets new memory, so that little is kept when a layer is done.
+Why one memory for all layers: new memory costs page faults, as much time as dequantizing itself, and what was
+just written is still in the processor's cache when the multiplication reads it. Each thread has its own, and
+a weight of more than `SCRATCH_BYTES` gets new memory, so little is kept when a layer is done.
 """
 
 import threading
@@ -15,19 +15,19 @@ from torch import Tensor
 from labkit.quant.kernels.dispatch import is_traced
 from labkit.quant.tensor import QuantizedTensor
 
-SCRATCH_BYTES = 1 << 26  # a larger W' gets new memory: nothing of its size is kept when the layer is done
+SCRATCH_BYTES = 1 << 26  # a larger W' gets new memory, which is freed when the layer is done
 
 
 class Scratch(threading.local):
-    """Memory for one W', which each thread keeps and every layer overwrites."""
+    """Memory for one W'; each thread has its own, and every layer overwrites it."""
 
     def __init__(self):
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.views: dict[tuple, Tensor] = {}  # of the memory, by shape and dtype
 
     def dequantize(self, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        """W' in `dtype`, good until the next call in this thread."""
-        # with gradients enabled (create_graph=True) autograd would keep W', and find another layer's in it
+        """W' in `dtype`, valid until the next call in this thread."""
+        # with gradients enabled (create_graph=True), autograd would keep W', and find another layer's there
         if (
             torch.is_grad_enabled()
             or not weight.packed.is_cpu
@@ -39,8 +39,9 @@ class Scratch(threading.local):
         return weight.dequantize(dtype, self.new_view(weight.shape, dtype) if view is None else view)
 
     def new_view(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A view of the memory as a tensor of this shape and dtype; the memory grows if need be."""
         size = shape.numel() * dtype.itemsize
-        with torch.inference_mode(False):  # a tensor that is made inside could never be used outside
+        with torch.inference_mode(False):  # a tensor made within it could never be used outside
             if self.memory.numel() < size:
                 self.memory, self.views = torch.empty(size, dtype=torch.uint8), {}
             view = self.views[shape, dtype] = self.memory[:size].view(dtype).view(shape)
@@ -51,7 +52,7 @@ _scratch = Scratch()
 
 
 def dequantize_to_scratch(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """W' in `dtype`, in the memory that is in use: good until the next call in this thread."""
+    """W' in `dtype`, in the memory that is in use; valid until the next call in this thread."""
     return _scratch.dequantize(weight, dtype)
 
 
@@ -62,8 +63,11 @@ def current_scratch() -> Scratch:
 
 @contextmanager
 def use_scratch(scratch: Scratch | None = None) -> Iterator[None]:
-    """Within the block dequantized weights go to `scratch`; default: to a new one, since that in use may have grown with another
-    model, and whoever measures would count it."""
+    """Within the block, dequantized weights go to `scratch`.
+
+    By default to a new one: the one in use may have grown with another model, which a measurement would
+    count.
+    """
     global _scratch
     before, _scratch = _scratch, scratch or Scratch()
     try:

@@ -1,7 +1,7 @@
-"""A weight in four bits: `quantize` makes a `QuantizedTensor`, and `.dequantize()` gives the approximation back.
+"""A weight in four bits: `quantize` makes a `QuantizedTensor`, and `.dequantize()` an approximation of it.
 
-What happens to the numbers stands in `labkit.quant.blockwise`, readable; where `labkit.quant.kernels` has a fast path for the same
-call, with the same bits, that runs instead.
+What happens to the numbers stands in `labkit.quant.blockwise`, which is written to be read. Where
+`labkit.quant.kernels` has a fast path for the same call, that runs instead, with the same bits.
 """
 
 import math
@@ -30,7 +30,8 @@ from labkit.quant.kernels.packed import PackedWeight
 
 @dataclass(frozen=True)
 class NestedScales:
-    """The scales of a weight, quantized themselves: about 0.127 instead of 0.5 bit a weight at block size 64.
+    """The scales of a weight, themselves quantized: in blocks of 64 about 0.127 instead of 0.5 bit per
+    weight.
 
     Attributes:
         codes: (n_blocks,) uint8, indices into `dynamic8`.
@@ -79,7 +80,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the packed weight and its scales take (the 16-entry codebook is shared and not counted)."""
+        """Bytes of the packed weight and its scales (the 16-entry codebook is shared, and not counted)."""
         return self.packed.nbytes + self.scales.nbytes
 
     @property
@@ -91,22 +92,22 @@ class QuantizedTensor:
 
         Args:
             dtype: a floating dtype; the original's by default.
-            out: contiguous tensor of `shape` to write to. Memory that was written before is twice as fast as new
-                memory or more, so a loop over layers should keep one.
+            out: contiguous tensor of `shape` to write to. Memory that was written before is at least twice as
+                fast as new memory, so a loop over layers should keep one.
 
         Returns:
             `out`, or a new tensor of `shape`.
 
         Raises:
-            TypeError: `dtype` is not a floating one.
+            TypeError: `dtype` is not a floating dtype.
             ValueError: `out` does not fit.
         """
         if out is not None:
             dtype = dtype or out.dtype
             if out.shape != self.shape or out.dtype != dtype or not out.is_contiguous():
                 raise ValueError(
-                    f"out is {tuple(out.shape)} {out.dtype}, contiguous={out.is_contiguous()}; this weight needs a "
-                    f"contiguous tensor of shape {tuple(self.shape)} and dtype {dtype}"
+                    f"out is {tuple(out.shape)} {out.dtype}, contiguous={out.is_contiguous()}; this weight "
+                    f"needs a contiguous tensor of shape {tuple(self.shape)} and dtype {dtype}"
                 )
         dtype, n = dtype or self.dtype, self.shape.numel()
         if not dtype.is_floating_point:
@@ -121,14 +122,16 @@ class QuantizedTensor:
     def multiply(self, x: Tensor) -> Tensor:
         """`x @ dequantize().T` for few rows x, (rows, in) fp32, without making the dequantized weight.
 
-        Only where `dispatch.multiplies` says that there is a kernel; see `operations.multiply_4bit` for what differs.
+        Only where `labkit.quant.kernels.multiplies` says that there is a kernel; `multiply_4bit` there says
+        what differs.
 
         Raises:
-            ValueError: x is of another width, dtype or device than the kernel reads.
+            ValueError: the kernel does not read x, because of its width, dtype or device.
         """
         if x.dim() != 2 or x.shape[1:] != self.shape[1:] or x.dtype != torch.float32 or not x.is_cpu:
             raise ValueError(
-                f"x is {tuple(x.shape)} {x.dtype} on {x.device}; this weight needs (rows, {self.shape[-1]}) float32 on a CPU"
+                f"x is {tuple(x.shape)} {x.dtype} on {x.device}; this weight needs (rows, {self.shape[-1]}) "
+                "float32 on a CPU"
             )
         return operations.multiply_4bit(x, self.for_kernels(), self.shape[0])
 
@@ -142,11 +145,11 @@ class QuantizedTensor:
         return PackedWeight(self.packed, scales, levels, self.blocksize)
 
     def error(self, weight: Tensor) -> dict[str, float]:
-        """How far this is from `weight`: the errors of its values and, against their size, of the whole.
+        """How far this is from `weight`: the errors of its values, and the relative error of the whole.
 
         Returns:
-            `mean_abs`, `max_abs`, `mean_rel` (mean of |error| / |weight| over weights that are not zero), and
-            `relative_norm` (norm of the error over the norm of the weight).
+            `mean_abs`, `max_abs`, `mean_rel` (the mean of |error| / |weight| over weights that are not zero),
+            and `relative_norm` (the norm of the error divided by that of the weight).
         """
         exact = weight.detach().float()
         error = (self.dequantize(torch.float32) - exact).abs()
@@ -175,17 +178,17 @@ def quantize(
 
     Args:
         weight: any shape, fp32, fp16 or bf16, finite.
-        config: a `QuantConfig`; or, in its place, the values of one, in their order (`quantize(w, "nf4", 64)`) or by
-            name (`quantize(w, double_quant=False)`). By default NF4 in blocks of 64 with double quantization. What is
-            stored does not depend on its `compute_dtype`.
-        others, settings: the values of a config.
+        config: a `QuantConfig`, or the codebook of one. By default NF4 in blocks of 64 with double
+            quantization.
+        others, settings: without a `QuantConfig`, its other values, in their order (`quantize(w, "nf4", 64)`)
+            or by name (`quantize(w, double_quant=False)`).
 
     Returns:
         A `QuantizedTensor`; `.dequantize()` gives the approximation of `weight`.
 
     Raises:
-        TypeError: not a floating tensor of a supported dtype, or settings that `QuantConfig` does not have.
-        ValueError: empty, not finite, or an unknown codebook, block size or rounding.
+        TypeError: the weight is not a tensor of a supported dtype, or `QuantConfig` has no such setting.
+        ValueError: the weight is empty or not finite, or the value of a setting is not allowed.
 
     Source: QLoRA, section 3.
 
@@ -208,7 +211,7 @@ def quantize(
 
 
 def check_quantizable(weight: Tensor) -> None:
-    """Raise a `TypeError` or `ValueError` that says what to do if `weight` cannot be quantized."""
+    """Raise a `TypeError` or `ValueError` that says why, if `weight` cannot be quantized."""
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"a weight must be a float32, float16 or bfloat16 tensor, not {given}")
@@ -217,18 +220,18 @@ def check_quantizable(weight: Tensor) -> None:
 
 
 def check_finite(absmax: Tensor, weight: Tensor) -> None:
-    """Raise a `ValueError` if a weight is NaN or infinite: its block's absmax then is, which is quicker to look at."""
+    """Raise a `ValueError` if a weight is NaN or infinite, as the absmax of its block then is too."""
     if absmax.device.type == "meta" or math.isfinite(absmax.max()):
         return
     bad = int((~torch.isfinite(weight)).sum())
     raise ValueError(
-        f"{bad} of {weight.numel()} weights are NaN or infinite; a block with one has no scale. "
+        f"{bad} of {weight.numel()} weights are NaN or infinite; their blocks have no scale. "
         "Find where they come from (a diverged run, an fp16 overflow) before quantizing."
     )
 
 
 def quantize_scales(absmax: Tensor, rounding: str = "nearest") -> NestedScales:
-    """Double quantization: fp32 scales (n_blocks,) to 8-bit codes, a scale for each 256 of them, and their mean.
+    """Double quantization: fp32 scales (n_blocks,) to 8-bit codes, one scale per 256 of them, and their mean.
 
     Raises:
         ValueError: `rounding` is not one of `SCALE_ROUNDINGS`.

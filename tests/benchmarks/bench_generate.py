@@ -17,7 +17,7 @@ from bench_train_step import bitsandbytes_model
 from labkit import models
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
-from labkit.quant import linear as quant_linear
+from labkit.quant import direct
 from labkit.quant.model import quantize_model
 
 PROMPT = "The three things to know about low-rank adaptation are"
@@ -49,16 +49,16 @@ def main() -> None:
     inputs = tokenizer([PROMPT] * arguments.batch, return_tensors="pt", add_special_tokens=False)
     length = {"min_new_tokens": arguments.tokens, "max_new_tokens": arguments.tokens}
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0, **length}
-    few_rows = quant_linear.FEW_ROWS
+    few_rows = direct.FEW_ROWS
     speeds: dict[str, list[float]] = {name: [] for name in turns}
     for i in range(arguments.rounds + 1):  # the first round warms up and is not counted
         for name, model in turns.items():
-            quant_linear.FEW_ROWS = 0 if name.endswith("made") else few_rows
+            direct.FEW_ROWS = 0 if name.endswith("made") else few_rows
             started = time.perf_counter()
             model.generate(**inputs, **options)
             if i:
                 speeds[name].append(arguments.batch * arguments.tokens / (time.perf_counter() - started))
-    quant_linear.FEW_ROWS = few_rows
+    direct.FEW_ROWS = few_rows
     print(f"batch {arguments.batch}, {arguments.tokens} tokens, {torch.get_num_threads()} threads")
     for name, speed in speeds.items():
         median = statistics.median(speed)

@@ -34,7 +34,8 @@ def bnb_generic_dequantize(packed, state):
 def bnb_dequantize(packed, state):
     """What bitsandbytes returns, except for shapes on which its AVX-512 path is wrong or it compiles code.
 
-    FP4 has two zeros, codes 0 and 8. Its table and its AVX-512 path say +0 for both; on other processors code 8 gives -0.
+    FP4 has two zeros, codes 0 and 8. Its table and its AVX-512 path say +0 for both; on other processors code
+    8 gives -0.
     """
     width = state.shape[-1]
     if width % state.blocksize or state.blocksize >= 2048:

@@ -1,4 +1,5 @@
-"""The codebooks against bitsandbytes' tables and generators, Yoshida's published one, and their definitions."""
+"""The codebooks against bitsandbytes' tables and generators, Yoshida's published one, and their
+definitions."""
 
 import bitsandbytes.functional as bnb
 import pytest

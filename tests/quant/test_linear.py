@@ -1,4 +1,5 @@
-"""The 4-bit linear layer: it computes with the dequantized weight, keeps only the packed one, and lives like a module."""
+"""The 4-bit linear layer: it computes with the dequantized weight, keeps only the packed one, and lives
+like a module."""
 
 import copy
 

@@ -2,11 +2,11 @@
 
 Two facts about bitsandbytes 0.50 on a CPU stand in the way, each verified by a test of its own:
 
-- its AVX-512 `dequantize_4bit` finds a weight's scale per row and not in the flat tensor, and so takes wrong scales
-  when a row does not hold whole blocks. Its AVX2 path and its generic code agree with the format; for such shapes the
-  generic code is the oracle here.
-- `compress_statistics` on a CPU rounds by look-up (`scale_rounding="lookup"`). The rounding of its CUDA kernel,
-  "nearest", is in its generic `quantize_blockwise`, reached by its dispatch key.
+- its AVX-512 `dequantize_4bit` finds a weight's scale per row and not in the flat tensor, and so takes wrong
+  scales when a row does not hold whole blocks. Its AVX2 path and its generic code agree with the format; for
+  such shapes the generic code is the oracle here.
+- `compress_statistics` on a CPU rounds by look-up (`scale_rounding="lookup"`). The rounding of its CUDA
+  kernel, "nearest", is in its generic `quantize_blockwise`, reached by its dispatch key.
 """
 
 import bitsandbytes.functional as bnb
@@ -198,7 +198,8 @@ def test_bits_per_weight_are_4_5_and_4_127():
     assert quantize(weight).bits_per_param == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
 
 
-# bitsandbytes' published mean |error| and mean relative error of NF4 on randn(1024, 1024), with their deviations
+# bitsandbytes' published mean |error| and mean relative error of NF4 on randn(1024, 1024), with their
+# deviations
 PUBLISHED = {
     32: (0.067746, 0.000069, 0.189726, 0.000304),
     64: (0.072798, 0.000074, 0.203339, 0.000340),

@@ -1,13 +1,14 @@
 """The fast path of `labkit.quant`: the same calls, bit for bit, written for speed rather than for reading.
 
-`labkit.hardware.set_fast(False)` turns it off, as LABKIT_FAST=0 does from the start. On a device without a kernel the
-readable PyTorch code runs.
+`labkit.hardware.set_fast(False)` turns it off, as LABKIT_FAST=0 does from the start. On a device without a
+kernel, the readable PyTorch code runs.
 
     operations.py    the calls, and their registration with PyTorch
-    dispatch.py      which kernels run where
+    dispatch.py      which implementation runs
     packed.py        a weight as kernels take it
-    cpu.py           kernels for a CPU, in numba: quantizing, dequantizing, multiplying, on threads.py; what numba
-                     cannot say stands in vectors.py, lookups.py and stores.py
+    cpu.py           kernels for a CPU, compiled by numba: quantizing.py, dequantizing.py, multiplying.py
+    threads.py       the threads that they run on
+    vectors.py       what numba cannot say in Python; lookups.py and stores.py build on it
     triton.py        kernels for CUDA
 """
 

@@ -44,7 +44,7 @@ def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor,
     n, n_blocks, levels = flat.numel(), -(-flat.numel() // 256), dynamic8() if levels is None else levels
     codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n_blocks)
     tensors = flat, *search_tables(levels), codes, absmax
-    # a search takes about eight times as long as quantizing a weight
+    # quantizing a scale takes about eight times as long as quantizing a weight
     addresses = [tensor.data_ptr() for tensor in tensors]
     threads.run(quantize_scales_task.address, n_blocks, 8 * n, n, n_blocks, *addresses)
     return codes, absmax
@@ -53,8 +53,8 @@ def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor,
 def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> None:
     """See `labkit.quant.kernels.operations.dequantize_4bit`; writes to `out`, n values, contiguous.
 
-    `new`: nobody has written to `out` yet. The system then zeroes each page just before it is first written, so the
-    page is in the caches, and going past them would be slower.
+    `new`: nobody has written to `out` yet. The system then zeroes each page just before it is first written,
+    so the page is in the caches, and going past them would be slower.
     """
     if out.dtype not in WRITTEN:  # numba has no half precision on a CPU; float64 holds every float32
         whole = empty(out.numel(), torch.float32, out.device)
@@ -70,7 +70,7 @@ def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> Non
 
 
 def multiply_4bit(x: Tensor, weight: PackedWeight, y: Tensor) -> None:
-    """See `labkit.quant.kernels.operations.multiply_4bit`; writes to `y`, (tokens, height); x and y are contiguous."""
+    """See `labkit.quant.kernels.operations.multiply_4bit`; x and y, (tokens, height), are contiguous."""
     (tokens, width), height = x.shape, y.shape[1]
     n = width * height
     arguments = weight_arguments(weight, n)
@@ -92,8 +92,9 @@ def weight_arguments(weight: PackedWeight, n: int) -> tuple[int, ...]:
         or not (packed.is_contiguous() and scales.is_contiguous())
     ):
         raise ValueError(
-            f"{n} weights in blocks of {blocksize} need {(n + 1) // 2} contiguous bytes and {n_blocks} contiguous "
-            f"scales, float32 or with `nested` uint8; not {packed.numel()} bytes, {scales.numel()} {scales.dtype}"
+            f"{n} weights in blocks of {blocksize} need {(n + 1) // 2} contiguous bytes and {n_blocks} "
+            f"contiguous scales, float32, or uint8 with `nested`; not {packed.numel()} bytes, "
+            f"{scales.numel()} {scales.dtype}"
         )
     if nested is None:
         places = scales.data_ptr(), 0, 0, 0, 0
@@ -102,7 +103,7 @@ def weight_arguments(weight: PackedWeight, n: int) -> tuple[int, ...]:
         if nested.numel() < n_nested or nested.dtype != torch.float32 or not nested.is_contiguous():
             raise ValueError(
                 f"{n_blocks} quantized scales need {n_nested} contiguous float32 scales of their own, not "
-                f"{nested.numel()} {nested.dtype}; was the file that they came from cut short?"
+                f"{nested.numel()} {nested.dtype}; was the file that they come from cut short?"
             )
         places = 0, scales.data_ptr(), nested.data_ptr(), offset.data_ptr(), dynamic8().data_ptr()
     return n, n_blocks, blocksize, packed.data_ptr(), *places, levels.data_ptr()
@@ -111,8 +112,8 @@ def weight_arguments(weight: PackedWeight, n: int) -> tuple[int, ...]:
 def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised (n,) tensor for a result on `device`, the CPU.
 
-    A fresh 64 MB costs 20 ms in page faults, more than filling it. numpy asks the system for huge pages, which cuts
-    that to about 5; torch does not.
+    A fresh 64 MB costs 20 ms in page faults, more than filling it. numpy asks the system for huge pages,
+    which cuts that to about 5; torch does not.
     """
     if n * dtype.itemsize < HUGE_PAGES_FROM:
         return torch.empty(n, dtype=dtype)

@@ -1,11 +1,13 @@
 """Dequantizing on a CPU: the loops that look weights up and write them.
 
-It is bound by memory: half a byte is read and four are written for each weight, so the work per weight must be next to
-nothing. Sixteen levels fit a vector register or two, and thirty-two weights are looked up there at once, see
-`stores.py`. A result too large for the caches is *streamed*: an ordinary store first reads what it is about to
-overwrite, one past the caches does not. That halves the time on 4096 x 4096, and costs more than it saves where the
-result is still in the cache when it is used. (Streamed stores may become visible late; the atomic step with which each
-thread looks for another part, and finds none, waits for them.)
+Dequantizing is bound by memory: half a byte is read and four are written per weight, so the work per weight
+must be next to nothing. Sixteen levels fit into one or two vector registers, where thirty-two weights are
+looked up at once (`stores.py`).
+
+A result too large for the caches is *streamed*: an ordinary store first reads what it is about to overwrite,
+a store past the caches does not. That halves the time on 4096 x 4096, but costs more than it saves if the
+result would still be in the cache when it is used. (Streamed stores may become visible late. The atomic step
+with which each thread asks for another part, and finds none, waits for them.)
 """
 
 import numba
@@ -18,7 +20,7 @@ from labkit.quant.kernels.vectors import LANES, load_floats, next_part, pointer
 
 @numba.njit
 def scale_of(block, scales):
-    """The scale of a block; made of its code first if the scales are quantized themselves."""
+    """The scale of a block; computed from its code if the scales are themselves quantized."""
     absmax, codes, nested, offset, levels = scales
     return levels[codes[block]] * nested[block >> 8] + offset[0] if codes.size else absmax[block]
 
@@ -42,7 +44,7 @@ def _dequantize(first, last, packed, scales, levels, blocksize, out, streamed):
 
 @numba.njit
 def _dequantize_one_by_one(first, last, packed, scales, levels, blocksize, out):
-    """The same without vectors: for the incomplete last block, odd block sizes, and processors that have none."""
+    """The same without vectors: for the incomplete last block, other block sizes, and other processors."""
     scaled = np.empty(16, np.float32)
     table = scaled.view(np.uint32)
     for block in range(first, last):
@@ -59,7 +61,7 @@ def _dequantize_one_by_one(first, last, packed, scales, levels, blocksize, out):
 
 @numba.njit
 def scales_at(a):
-    """Where the scales are, as `weight_arguments` said: in `absmax`, or else in the other four."""
+    """The scales, by the addresses of `cpu.weight_arguments`: in the first array, or in the other four."""
     n_blocks = a[3]
     quantized = a[7] != 0
     return (

@@ -1,6 +1,7 @@
 """Which implementation runs: the kernels for the device of a tensor, or the readable PyTorch code.
 
-numba takes a second to import, and Triton needs a GPU, so a module with kernels is imported when it is first used.
+numba takes a second to import, and Triton needs a GPU, so a module with kernels is imported when it is first
+used.
 """
 
 import importlib.util
@@ -21,12 +22,12 @@ def fast_for(tensor: Tensor) -> bool:
 
 
 def quantizes_scales(flat: Tensor) -> bool:
-    """Is there a kernel for `quantize_scales` of these?"""
+    """Is there a kernel that quantizes these scales?"""
     return fast_paths() and flat.is_cpu and not is_traced(flat)
 
 
 def multiplies(x: Tensor, width: int) -> bool:
-    """Is there a kernel that multiplies these rows of `width` numbers by a 4-bit weight without dequantizing it?"""
+    """Is there a kernel that multiplies rows of `width` numbers by a 4-bit weight without dequantizing it?"""
     if not fast_paths() or not x.is_cpu or x.dtype != torch.float32 or is_traced(x):
         return False
     return kernels_on(x.is_cuda).multiplies(width)

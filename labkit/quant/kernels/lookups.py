@@ -1,11 +1,12 @@
-"""4-bit codes and a table of sixteen numbers, in registers: look a code up, or find the code of a number.
+"""4-bit codes and a table of sixteen numbers, in registers: look up a code, or find the code of a number.
 
-A code is an index into a table of sixteen levels, and sixteen fp32 numbers are one AVX-512 register. The instruction that
-permutes the lanes of a register by indices from another (`vpermd`) then looks up sixteen codes at once. With AVX2 a register has
-eight lanes: two permutations, one for each half of the table, and a choice by the code's highest bit.
+A code is an index into a table of sixteen levels, and sixteen fp32 numbers fit one AVX-512 register. The
+instruction that permutes the lanes of a register by indices from another one (`vpermd`) then looks up sixteen
+codes at once. With AVX2, a register has eight lanes: two permutations, one for each half of the table, and a
+choice by the code's highest bit.
 
-Quantizing asks the other way round, how many of fifteen thresholds a number exceeds: a search of four steps in sixteen numbers
-at once, whose thresholds are looked up in a register too.
+Quantizing asks the reverse, how many of fifteen thresholds a number exceeds: a search in four steps, of
+sixteen numbers at once, whose thresholds are looked up in a register too.
 
 Why the indices are not masked: the permutation reads only the lowest four (AVX2: three) bits of a lane.
 """
@@ -37,7 +38,7 @@ PERMUTE = (
 
 @intrinsic
 def load_codes(typing_context, packed, at):
-    """The bytes packed[at : at + 16] as words: the low four bits of each are a code, the next four another."""
+    """The bytes packed[at : at + 16] as words, which hold a code in their low four bits, and one above it."""
 
     def generate(context, builder, signature, arguments):
         address = place(context, builder, signature.args[0], *arguments, BYTES)
@@ -48,7 +49,7 @@ def load_codes(typing_context, packed, at):
 
 @intrinsic
 def first_codes(typing_context, codes):
-    """The code that comes first in each byte, the high one, moved to the low four bits."""
+    """The first code of each byte, which is in its high four bits, moved to the low four bits."""
     return words(words), lambda context, builder, signature, arguments: first(builder, *arguments)
 
 
@@ -102,7 +103,7 @@ def find(builder: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
 
 @intrinsic
 def ranks(typing_context, values, thresholds):
-    """How many of the first fifteen thresholds, which rise, each value exceeds; of NaN: 0."""
+    """How many of the first fifteen thresholds, which rise, each value exceeds; 0 for NaN."""
 
     def generate(context, builder, signature, arguments):
         values, thresholds = arguments
@@ -134,7 +135,7 @@ def ranks(typing_context, values, thresholds):
 
 @intrinsic
 def store_codes(typing_context, packed, at, first, second):
-    """packed[at : at + 16] = sixteen bytes of two codes each: of first[0] and first[1], …, second[14] and second[15]."""
+    """packed[at : at + 16] = bytes of two codes each: first[0] and first[1], …, second[14] and second[15]."""
 
     def generate(context, builder, signature, arguments):
         packed, at, *codes = arguments

@@ -1,7 +1,7 @@
 """Multiplying one or a few vectors by a 4-bit weight on a CPU, without writing the weight anywhere.
 
-The weights go from the look-up into a sum. An fp32 layer reads four bytes per weight to do so, this one half a byte;
-when text is generated, that is most of the work.
+The weights go from the look-up straight into a sum. An fp32 layer reads four bytes per weight for that, this
+one half a byte; when text is generated, reading weights is most of the work.
 """
 
 import numba
@@ -23,7 +23,7 @@ from labkit.quant.kernels.vectors import (
 
 @numba.njit
 def _split(x):
-    """The numbers that meet the first codes of the bytes, and those that meet the second: x[::2] and x[1::2]."""
+    """x[::2] and x[1::2]: what meets the first code of each byte, and what meets the second."""
     evens, odds = np.empty(x.size // 2, np.float32), np.empty(x.size // 2, np.float32)
     for i in range(evens.size):
         evens[i], odds[i] = x[2 * i], x[2 * i + 1]
@@ -112,6 +112,6 @@ def multiply_task(arguments):
     part = next_part(a)
     while part < parts:
         first, last = height * part // parts, height * (part + 1) // parts
-        if LANES > 0:  # elsewhere there is nothing to compile, and `multiplies` says no
+        if LANES > 0:  # without vectors there is nothing to compile, and `multiplies` says no
             _multiply(first, last, x, width, packed, scales, levels, blocksize, y)
         part = next_part(a)

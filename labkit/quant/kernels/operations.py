@@ -1,12 +1,12 @@
 """The four calls that have kernels, and three of them as operations that PyTorch can trace.
 
-`labkit::quantize_4bit`, `labkit::dequantize_4bit` and `labkit::dequantize_4bit_out` are registered with PyTorch, each
-with a "fake" version that only says what shape and dtype come out. That is what lets `torch.compile`, which cannot
-look into numba or Triton code, put them into its graphs as they are. An operation takes tensors and numbers only, so
-a `PackedWeight` is taken apart at its boundary.
+`labkit::quantize_4bit`, `labkit::dequantize_4bit` and `labkit::dequantize_4bit_out` are registered with
+PyTorch, each with a "fake" version that only says what shape and dtype come out. That is what lets
+`torch.compile`, which cannot look into numba or Triton code, put them into its graphs as they are. An
+operation takes tensors and numbers only, so a `PackedWeight` is taken apart at its boundary.
 
-Why an ordinary call does not go through the registered operation: PyTorch's way there and back takes about 35 µs, as
-long as dequantizing a small layer, and is only needed when the call is traced.
+Why an ordinary call does not go through the registered operation: PyTorch's way there and back takes about 35
+µs, as long as dequantizing a small layer, and is only needed when the call is traced.
 """
 
 import torch
@@ -17,7 +17,7 @@ from labkit.quant.kernels.packed import PackedWeight
 
 
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Nearest level of every value after scaling its block into [-1, 1], two codes to a byte.
+    """The nearest level of every value after its block is scaled into [-1, 1], two codes per byte.
 
     Args:
         flat: (n,) fp32, contiguous.
@@ -25,8 +25,8 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
         blocksize: values per block, even.
 
     Returns:
-        packed ((n + 1) // 2, 1) uint8 and absmax (n_blocks,) fp32. A block with a NaN or infinity gets it as absmax.
-        See `labkit.quant.blockwise.quantize_blocks` and `pack`.
+        packed ((n + 1) // 2, 1) uint8 and absmax (n_blocks,) fp32, which is NaN or infinite if a value of the
+        block is. See `labkit.quant.blockwise.quantize_blocks` and `pack`.
     """
     if is_traced(flat):
         return torch.ops.labkit.quantize_4bit(flat, levels, blocksize)
@@ -41,7 +41,7 @@ def dequantize_4bit(
     Args:
         weight: of n values.
         n: number of values.
-        dtype: a floating one.
+        dtype: a floating dtype.
         out: contiguous tensor of n values of `dtype` to write to, instead of a new one.
 
     Returns:
@@ -70,19 +70,20 @@ def dequantize_to_new(weight: PackedWeight, n: int, dtype: torch.dtype) -> Tenso
 
 
 def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(n,) fp32 in blocks of 256 to 8-bit codes, (n,) uint8, and fp32 absmax; where `quantizes_scales` says so.
+    """Quantize (n,) fp32 scales to 8-bit codes, (n,) uint8, and fp32 absmax, in blocks of 256.
 
-    `levels`: a codebook of 256; by default `dynamic8`. See `labkit.quant.blockwise.quantize_blocks`.
+    Only where `quantizes_scales` allows it. `levels`: a codebook of 256 levels; by default `dynamic8`. See
+    `labkit.quant.blockwise.quantize_blocks`.
     """
     return kernels_on(flat.is_cuda).quantize_scales(flat.contiguous(), levels)
 
 
 def multiply_4bit(x: Tensor, weight: PackedWeight, height: int) -> Tensor:
-    """`x @ dequantized.T`, from the packed codes; where `multiplies(x, width)` says so, and without gradients.
+    """`x @ dequantized.T`, from the packed codes and without gradients, where `multiplies` allows it.
 
-    The weights are the very numbers that `dequantize_4bit` makes, but the terms of a sum are added in another order
-    than by a matrix multiplication, so results differ in rounding. The order is always the same: a row of the result
-    does not depend on the other rows, or on the number of threads.
+    The weights are the very numbers that `dequantize_4bit` makes, but the terms of a sum are added in another
+    order than in a matrix multiplication, so results differ in rounding. The order is always the same: a row
+    of the result depends neither on the other rows nor on the number of threads.
 
     Args:
         x: (tokens, width) fp32.

@@ -10,7 +10,8 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         packed: at least (n + 1) // 2 bytes; the first of two codes is in the high four bits.
-        scales: (n_blocks,) fp32 absmax; or uint8 codes of it, if `nested` and `offset` say how to dequantize them.
+        scales: (n_blocks,) fp32 absmax; or uint8 codes of it, if `nested` and `offset` say how to dequantize
+            them.
         levels: (16,) fp32 codebook.
         blocksize: weights per scale, even.
         nested: (ceil(n_blocks / 256),) fp32 scales of the scales.

@@ -1,7 +1,7 @@
 """Quantizing on a CPU: the loops that find scales and nearest levels.
 
-It is bound by the search for the nearest level. Sixteen searches at once, of four steps each without a branch, beat
-fifteen compares and adds, which are what the compiler makes of the loop below them.
+Quantizing is bound by the search for the nearest level. Sixteen searches at once, each of four steps without
+a branch, beat fifteen comparisons and additions, which is what the compiler makes of `_quantize_one_by_one`.
 """
 
 import numba
@@ -45,7 +45,7 @@ def _quantize(first, last, flat, mids, by_rank, blocksize, absmax, packed):
 
 @numba.njit
 def _find_scale(block, flat, start, stop, absmax):
-    """Write the largest magnitude of flat[start:stop] to absmax[block]; returns it, or `SMALLEST` where it is less."""
+    """Write the largest magnitude of flat[start:stop] to absmax[block]; return it, at least `SMALLEST`."""
     largest_bits = np.int32(0)
     vectors_stop = start + (stop - start) // 16 * 16
     if start < vectors_stop:
@@ -62,7 +62,7 @@ def _find_scale(block, flat, start, stop, absmax):
 
 @numba.njit
 def _quantize_one_by_one(first, last, flat, mids, by_rank, blocksize, absmax, packed):
-    """The same without vectors: for the incomplete last block, odd block sizes, and processors that have none."""
+    """The same without vectors: for the incomplete last block, other block sizes, and other processors."""
     scaled = np.zeros(blocksize, np.float32)
     rank_of = np.empty(blocksize, np.int32)
     for block in range(first, last):
@@ -90,7 +90,7 @@ def _quantize_one_by_one(first, last, flat, mids, by_rank, blocksize, absmax, pa
 
 @numba.njit
 def _quantize_scales(first, last, flat, mids, by_rank, absmax, codes):
-    """The same in blocks of 256, with a codebook of 256 levels: here a binary search, without branches, is best."""
+    """The same in blocks of 256 with 256 levels, for which a binary search without branches is fastest."""
     for block in range(first, last):
         start, stop = block * 256, min(block * 256 + 256, flat.size)
         scale = _find_scale(block, flat, start, stop, absmax)

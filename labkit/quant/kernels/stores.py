@@ -1,15 +1,15 @@
-"""Thirty-two weights from their codes to memory: the innermost step of dequantizing, done in one of two ways.
+"""Thirty-two weights from their codes to memory, the innermost step of dequantizing, in one of two ways.
 
-*By words* (AVX-512), where sixteen words are one register: the levels are multiplied by the scale of the block, rounded if they are to be
-bfloat16, and a weight is one look-up among the sixteen products, as in `lookups.py`.
+*By words* (AVX-512), where sixteen words fit one register: the levels are multiplied by the scale of the
+block, and rounded for bfloat16; then a weight is one look-up among the sixteen products, as in `lookups.py`.
 
-*By bytes* (AVX2). There sixteen words are two registers, and such a look-up takes four instructions. But another instruction
-(`vpshufb`) looks up thirty-two bytes at once in a table of sixteen. So a table of levels is cut into the lowest bytes, the next, …; a
-look-up in each finds the bytes of thirty-two weights, and interleaving puts them together. For bfloat16 the table is that of the
-products, two bytes each. For fp32 it is that of the levels, the same in every block, and the scale comes last: it is the
-same product, so the same bits.
+*By bytes* (AVX2), where that would take two registers and four instructions. Another instruction (`vpshufb`)
+looks up thirty-two bytes at once in a table of sixteen. So the table is cut into its lowest bytes, the next
+ones, …; a look-up in each finds the bytes of thirty-two weights, and interleaving joins them. For bfloat16
+the table is that of the products. For fp32 it is that of the levels, the same for every block, and the scale
+comes last.
 
-What depends only on levels and scale stands within the loop over weights here; LLVM moves it out.
+What depends only on levels and scale stands inside the loop over weights; LLVM moves it out.
 """
 
 from llvmlite import ir
@@ -51,7 +51,7 @@ def store_weights(typing_context, out, at, packed, levels, scale):
 
 @intrinsic
 def stream_weights(typing_context, out, at, packed, levels, scale):
-    """`store_weights`, past the caches straight to memory; the address of out[at] must be a multiple of `ALIGNMENT`."""
+    """`store_weights`, but past the caches; the address of out[at] must be a multiple of `ALIGNMENT`."""
 
     def generate(*arguments):
         return write(*arguments, streamed=True)
@@ -60,7 +60,7 @@ def stream_weights(typing_context, out, at, packed, levels, scale):
 
 
 def write(context, builder: ir.IRBuilder, signature, arguments, streamed: bool) -> ir.Value:
-    """The code of both."""
+    """The code of both kinds of stores."""
     out, at, packed, levels, scale = arguments
     out_type, packed_type = signature.args[0], signature.args[2]
     half = builder.lshr(at, INTP(1))
@@ -99,16 +99,16 @@ def by_words(builder: ir.IRBuilder, codes: ir.Value, table: ir.Value, in_fp32: b
 
 
 def to_bfloat16(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """fp32 bits to bfloat16 bits in the low half of each word: the upper half of a float32, rounded to even."""
+    """fp32 bits to bfloat16 bits in the low half of each word: the upper half, rounded to even."""
     even = builder.and_(builder.lshr(bits, splat(WORDS, 16)), splat(WORDS, 1))
     return builder.lshr(builder.add(builder.add(bits, splat(WORDS, 0x7FFF)), even), splat(WORDS, 16))
 
 
 def by_bytes(builder: ir.IRBuilder, codes: ir.Value, table: ir.Value, size: int) -> list[ir.Value]:
-    """table[code] of thirty-two codes: the lowest `size` bytes, four or two, of sixteen words; in registers of 256 bits.
+    """table[code] of thirty-two codes, as registers of 256 bits; `size` low bytes (four or two) per word.
 
-    Instructions work on each 128 bits of a register by themselves. So each half of the first register gets the codes of half of
-    each result, in order.
+    The instructions treat each 128 bits of a register separately. So each half of the first register gets the
+    codes of half of each result, in order.
     """
     in_half = 16 // size  # of the results in one register
     starts = [start + upper * in_half for upper in range(2) for start in range(0, 32, 2 * in_half)]
@@ -126,7 +126,7 @@ def by_bytes(builder: ir.IRBuilder, codes: ir.Value, table: ir.Value, size: int)
 
 
 def joined(builder: ir.IRBuilder, parts: list[ir.Value]) -> list[ir.Value]:
-    """Numbers of which `parts` are the lowest bytes, the next, …; within each 128 bits."""
+    """Numbers whose lowest bytes are `parts[0]`, whose next bytes are `parts[1]`, …, within each 128 bits."""
     if len(parts) == 1:
         return parts
     lower, upper = [], []
@@ -141,6 +141,6 @@ def joined(builder: ir.IRBuilder, parts: list[ir.Value]) -> list[ir.Value]:
 
 
 def multiplied(builder: ir.IRBuilder, eight: ir.Value, factor: ir.Value) -> ir.Value:
-    """Eight fp32 numbers, given by their bits, times a factor that stands in sixteen lanes."""
+    """Eight fp32 numbers, given as bits, times a factor that stands in sixteen lanes."""
     numbers = builder.bitcast(eight, ir.VectorType(FLOAT, 8))
     return builder.fmul(numbers, lanes(builder, factor, factor, range(8)))

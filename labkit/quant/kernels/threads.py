@@ -1,34 +1,36 @@
 """Run a compiled task on the threads that PyTorch's own operations use.
 
-A task is a C function, `void task(int64_t *arguments)`, that numba compiled. `arguments[0]` counts the parts of the
-work that are taken, `arguments[1]` is their number, and the rest are addresses and sizes that the task knows. Every
-thread that calls the task takes one part after the other until none is left; so it is no matter how many threads come,
-or that one comes late, and no thread runs a line of Python or waits for the interpreter lock.
+A task is a C function, `void task(int64_t *arguments)`, compiled by numba. `arguments[0]` counts the parts of
+the work that are taken, `arguments[1]` is their number, and the rest are addresses and sizes that the task
+knows. Every thread that calls the task takes one part after another until none is left. So it does not matter
+how many threads come, or that one comes late, and no thread runs a line of Python or waits for the
+interpreter lock.
 
-Why PyTorch's own OpenMP threads, called through C: after a matrix multiplication they stay awake for a while, waiting
-for more, and any other thread would have to share a core with one of them. Where that runtime is not found, and in a
-forked process, where it must not be used, Python threads call the same task.
+Why PyTorch's own OpenMP threads, called through C: after a matrix multiplication they stay awake for a while,
+waiting for more, and any other thread would have to share a core with one of them. Where that runtime is not
+found, and in a forked process, where it must not be used, Python threads call the same task.
 """
 
 import ctypes
 import os
 import threading
 from array import array
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 SERIAL_BELOW = 1 << 16  # weights; below this, handing work to a thread costs more than it saves
-# Of small work each thread gets one part, so that it finds its share of the result in its own cache, the next time. Of
-# large work it gets several, so that a thread that comes late leaves them to the others.
+# Small work is cut into one part per thread, so each thread finds its share of the result in its own cache
+# the next time. Large work is cut into several, so a thread that comes late leaves some to the others.
 PARTS_PER_THREAD = 4
-PART = 1 << 17  # weights in a part, at least, where a thread has several
+PART = 1 << 17  # weights in a part, at least, where there are several per thread
 
 Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def find_openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime in this process, PyTorch's on Linux; None if there is none with GNU's entry point."""
+    """The OpenMP runtime in this process, PyTorch's on Linux; None if it does not have GNU's entry point."""
     try:
         library = ctypes.CDLL(None)
         library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -44,7 +46,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def _after_fork() -> None:
-    """A forked child has no threads but its first; OpenMP would wait for the others forever."""
+    """A forked child has only its first thread; OpenMP would wait for the others forever."""
     global _openmp, _lock, _pool
     _openmp, _lock, _pool = None, threading.Lock(), None
 
@@ -59,15 +61,14 @@ def run(task: int, units: int, weights: int, *arguments: int) -> None:
     Args:
         task: address of the C function.
         units: the largest number of parts that the work can be cut into.
-        weights: how many weights are worked on; few are not worth more than one thread.
-        arguments: what `arguments[2:]` shall be.
+        weights: how many weights are worked on; a few are not worth more than one thread.
+        arguments: the task's `arguments[2:]`.
     """
     threads = 1 if weights < SERIAL_BELOW else min(torch.get_num_threads(), units)
     most = PARTS_PER_THREAD * threads
     parts = 1 if threads == 1 else min(units, max(threads, min(most, weights // PART)))
-    block = array(
-        "q", (0, parts, *arguments)
-    )  # int64; made and read in a third of the time of a ctypes array
+    # int64; made and read in a third of the time of a ctypes array
+    block = array("q", (0, parts, *arguments))
     address, _ = block.buffer_info()
     if threads == 1:
         Task(task)(address)
@@ -77,7 +78,7 @@ def run(task: int, units: int, weights: int, *arguments: int) -> None:
         run_in_pool(Task(task), address, threads)
 
 
-def run_in_pool(task, block: int, threads: int) -> None:
+def run_in_pool(task: Callable[[int], None], block: int, threads: int) -> None:
     """Call the task in this thread and in `threads - 1` others."""
     global _pool
     with _lock:

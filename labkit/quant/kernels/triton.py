@@ -1,8 +1,9 @@
 """Four-bit quantize and dequantize for CUDA, in Triton.
 
-To dequantize, every program takes a run of packed bytes, looks up the two levels of each, multiplies by the scales of
-their blocks (made from 8-bit codes first, if they are double-quantized) and writes twice as many values, interleaved.
-To quantize, every program takes one block: its largest magnitude, then fifteen compares per weight.
+To dequantize, each program takes a run of packed bytes, looks up the two levels of each, multiplies by the
+scales of their blocks (made from 8-bit codes first, if they are double-quantized) and writes twice as many
+values, interleaved. To quantize, each program takes one block: its largest magnitude, then fifteen
+comparisons per weight.
 
 Three things that a GPU does by default would change bits. Division is approximate: `div_rn` rounds like the
 reference. A product and a sum fuse into one instruction with one rounding: `enable_fp_fusion=False`. And a
@@ -98,7 +99,7 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
 
 
 def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> None:
-    """See `labkit.quant.kernels.operations.dequantize_4bit`; writes to `out`, (n,) contiguous, be it `new` or not."""
+    """See `labkit.quant.kernels.operations.dequantize_4bit`; writes to `out`, contiguous, `new` or not."""
     packed, scales, levels, blocksize, nested, offset = weight
     n, device = out.numel(), out.device
     is_nested = nested is not None

@@ -1,9 +1,10 @@
-"""Sixteen numbers at once: the part of the CPU kernels that numba cannot say in Python.
+"""Sixteen numbers at once: the part of the CPU kernels that numba cannot express in Python.
 
-This file gives numba two types, a vector of sixteen 32-bit words and one of sixteen fp32 numbers, and the few operations on them
-that the kernels use; those on 4-bit codes are in `lookups.py` and `stores.py`. One AVX-512 register holds such a vector; with AVX2 a register
-has eight lanes, and LLVM cuts a vector in two. On other processors `LANES` is 0, and the kernels loop without vectors (but for
-the largest magnitude of a block, which needs no instruction that any processor lacks).
+This file gives numba two types, a vector of sixteen 32-bit words and one of sixteen fp32 numbers, and the few
+operations on them that the kernels use; those on 4-bit codes are in `lookups.py` and `stores.py`. One AVX-512
+register holds such a vector; with AVX2 a register has eight lanes, and LLVM cuts a vector in two. On other
+processors `LANES` is 0, and the kernels loop without vectors (except for the largest magnitude of a block,
+whose instructions every processor has).
 """
 
 import numba
@@ -39,7 +40,7 @@ def splat(vector: ir.VectorType, value: int) -> ir.Constant:
 
 
 def lanes(builder: ir.IRBuilder, vector: ir.Value, other: ir.Value, chosen) -> ir.Value:
-    """A vector of the `chosen` lanes of two, which are numbered on from the first to the second."""
+    """The `chosen` lanes of two vectors; the lanes of `other` are numbered on from those of `vector`."""
     chosen = list(chosen)
     return builder.shuffle_vector(vector, other, ir.Constant(ir.VectorType(INT32, len(chosen)), chosen))
 
@@ -100,6 +101,7 @@ def magnitudes(typing_context, numbers):
 
 
 def greater(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    """See `larger`."""
     return builder.select(builder.icmp_signed(">", one, other), one, other)
 
 
@@ -120,7 +122,7 @@ def largest(typing_context, integers):
 
 
 def reduce(builder: ir.IRBuilder, join, vector: ir.Value) -> ir.Value:
-    """A vector of one: the lanes joined two by two, always in the same order."""
+    """A vector of one lane: the lanes joined two by two, always in the same order."""
     for half in (8, 4, 2, 1):
         vector = join(builder, *(lanes(builder, vector, vector, range(k, k + half)) for k in (0, half)))
     return vector
@@ -156,7 +158,7 @@ def total(typing_context, one, other):
 
 @intrinsic
 def next_part(typing_context, arguments):
-    """arguments[0] += 1 in one go, also among threads; the value before."""
+    """arguments[0] += 1, atomically among threads; returns the value before."""
 
     def generate(context, builder, signature, values):
         data = context.make_array(signature.args[0])(context, builder, values[0]).data

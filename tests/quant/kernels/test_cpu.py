@@ -1,4 +1,5 @@
-"""The CPU kernels: the reference's bits for any size, dtype and processor, and products without a dequantized weight."""
+"""The CPU kernels: the reference's bits for any size, dtype and processor, and products without a
+dequantized weight."""
 
 import os
 import platform

@@ -92,7 +92,8 @@ def test_four_threads_at_once_get_their_own_results(two_threads, threading_by):
 class QuantizedItems(Dataset):
     """Quantizes in the worker process, with two threads of its own.
 
-    The input is made by numpy: PyTorch's own parallel operations hang in a forked process with more than one thread.
+    The input is made by numpy: PyTorch's own parallel operations hang in a forked process with more than one
+    thread.
     """
 
     def __len__(self):
