@@ -1,1 +1,1 @@
-"""Recipes: how the models and data that the course ships were made, each with one command."""
+"""How the models and data sets of the course were made, each with one command."""

@@ -4,19 +4,16 @@
 
 The text comes from the Debian 12 package `r-cran-janeaustenr`, which holds the novels as Project Gutenberg
 published them, in a database of R: an index (`Rdata.rdx`: name -> offset, length) and serialized objects
-(`Rdata.rdb`), each 4 bytes of length and then zlib. The library `rdata` reads R's serialization. It is needed here
-only, and not to use the data: `pip install rdata==1.1.0`.
+(`Rdata.rdb`), each 4 bytes of length and then zlib. The library `rdata` reads R's serialization. Only this
+recipe needs it, not the data: `pip install rdata==1.1.0`.
 
-Emma, Mansfield Park, Pride and Prejudice, and Sense and Sensibility are for training: the four longest, of which a
-sample fills the budget in equal parts, so that no single plot dominates. The two shortest are held out; each is still
-several times as long as its split needs. Northanger Abbey is the test, because its typography is that of the training novels;
-Persuasion writes “Mr Elliot” without the full stop, which would be tested too.
+The four longest novels are for training; a sample of each fills the budget in equal parts, so no single plot
+dominates. The two shortest are held out; each is still several times as long as its split needs. Northanger
+Abbey is the test, because its typography is that of the training novels; Persuasion writes “Mr Elliot”
+without the full stop, which would be tested too.
 """
 
 import argparse
-import hashlib
-import json
-import os
 import random
 import re
 import tempfile
@@ -25,7 +22,8 @@ from pathlib import Path
 
 from labkit.data.passages import cut_passages
 from labkit.paths import data_folder
-from recipes.tiny_llama.corpus import run
+from recipes.debian import unpack
+from recipes.jsonl import write
 
 PACKAGE = "r-cran-janeaustenr"
 SPLIT = {  # novels, and bytes of text to take from each
@@ -46,24 +44,6 @@ END = re.compile(r"finis|the end|a note on the text", re.I)
 EDITOR = re.compile(r"[\[(](?:End (?:of )?volume|At this point in the first)|\*Vide |[* ]+$")
 
 
-def unpack(package: str, work: Path, debs: Path | None) -> tuple[Path, str]:
-    """Fetch a Debian package with `apt-get download`, or find it in `debs`, and unpack it; nothing is installed.
-
-    Returns:
-        the folder with its files, and the sha256 of the package.
-
-    Raises:
-        RuntimeError: apt-get or dpkg-deb failed, or the package is not in `debs`.
-    """
-    if debs is None:
-        run(["apt-get", "download", package], cwd=work)
-    files = sorted((debs or work).glob(f"{package}_*.deb"))
-    if not files:
-        raise RuntimeError(f"{debs or work} has no {package}_*.deb; get it with: apt-get download {package}")
-    run(["dpkg-deb", "-x", str(files[-1].resolve()), package], cwd=work)
-    return work / package, hashlib.sha256(files[-1].read_bytes()).hexdigest()
-
-
 def read_novels(folder: Path) -> dict[str, list[str]]:
     """The lines of each novel.
 
@@ -71,8 +51,8 @@ def read_novels(folder: Path) -> dict[str, list[str]]:
         RuntimeError: the library `rdata` is not installed.
     """
     try:
-        from rdata.conversion import convert
-        from rdata.parser import parse_data
+        from rdata.conversion import convert  # type: ignore[import-not-found]
+        from rdata.parser import parse_data  # type: ignore[import-not-found]
     except ImportError:
         raise RuntimeError("this recipe reads R's files with rdata: pip install rdata==1.1.0") from None
     base = folder / "usr/lib/R/site-library/janeaustenr/data"
@@ -90,8 +70,8 @@ def read_novels(folder: Path) -> dict[str, list[str]]:
 def paragraphs(lines: list[str]) -> list[str]:
     """Whole paragraphs between the first chapter heading and the end, without headings and editors' notes.
 
-    The lines of a paragraph are joined; those of verse and of letters' heads, which are indented, are kept apart.
-    Underscores, which stand for italics, go.
+    The lines of a paragraph are joined; those of verse and of letters' heads, which are indented, keep their
+    breaks. Underscores, which stand for italics, are removed.
     """
     first = next(i for i, line in enumerate(lines) if HEADING.fullmatch(line.strip()))
     last = next((i for i, line in enumerate(lines) if END.fullmatch(line.strip())), len(lines))
@@ -119,23 +99,15 @@ def sample(texts: list[str], budget: int, seed: int) -> list[str]:
     return taken
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    """Write one JSON object a line, under a temporary name first: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(scratch, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--debs", type=Path, help=f"a folder with {PACKAGE}_*.deb; default: download it")
     parser.add_argument("--out", type=Path, default=data_folder() / "austen")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        folder, checksum = unpack(PACKAGE, Path(work), options.debs)
+        folder, source = unpack(PACKAGE, Path(work), options.debs)
         novels = read_novels(folder)
-    print(f"{PACKAGE}: sha256 {checksum}")
+    print(f"{PACKAGE}: sha256 {source['sha256']}")
     for split, (names, budget) in SPLIT.items():
         rows = [
             {"novel": TITLES[name], "text": text}

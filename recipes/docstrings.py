@@ -2,13 +2,14 @@
 
     python -m recipes.docstrings [--debs FOLDER]
 
-The source is the Debian 12 package `libpython3.11-stdlib`; its modules are read with `ast`, and nothing is imported.
-Whole modules are in train, validation or test, so that a sentence that a module repeats cannot be recognized. A docstring
-is left out when it names a part of the library (any of `MODULES`: the label would be a matter of reading a word),
-when it is shorter than 40 or longer than 500 characters or than 180 tokens, and when it is nearly another one: then
-the one in test stays, rather than the one in validation, rather than the one in train.
+The source is the Debian 12 package `libpython3.11-stdlib`; its modules are read with `ast`, and nothing is
+imported. Whole modules are in train, validation or test, so a sentence that a module repeats cannot be
+recognized. A docstring is left out when it names a part of the library (any of `MODULES`: the label would be
+a matter of reading a word), when it is shorter than 40 or longer than 500 characters or longer than 180
+tokens, and when it is nearly a repeat of another: the one in test is kept first, then the one in validation.
 
-All classes get as many docstrings as the smallest has. Naive Bayes on words says what the task asks without a language model.
+All classes get as many docstrings as the smallest has. Naive Bayes on words shows what the task takes without
+a language model.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from labkit.data.docstrings import PACKAGES
 from labkit.data.passages import tiny_llama_tokens
 from labkit.data.splits import SPLITS
 from labkit.paths import data_folder
-from recipes.austen import unpack, write
+from recipes.debian import unpack
+from recipes.jsonl import write
 
 PACKAGE = "libpython3.11-stdlib"
 LENGTH = range(40, 501)  # characters
@@ -58,7 +60,7 @@ def split_of(module: str) -> str:
 
 
 def read(root: Path) -> list[dict]:
-    """All docstrings of functions and classes in `MODULES` that may be used: `{"label", "module", "text"}`."""
+    """Usable docstrings of functions and classes in `MODULES`: `{"label", "module", "text"}`."""
     label_of = {top: label for label, names in MODULES.items() for top in names.split()}
     given_away = {
         label: re.compile(rf"(?<![a-z])_?(?:{names.replace('_py', '').replace(' ', '|')})", re.I)
@@ -82,14 +84,15 @@ def read(root: Path) -> list[dict]:
 
 
 def runs(text: str) -> frozenset:
-    """Runs of three words; of a shorter text, its words."""
+    """All runs of three words; of a shorter text, its words."""
     words = re.findall(r"\w+", text.lower())
     return frozenset(zip(words, words[1:], words[2:])) or frozenset(words)
 
 
 def without_repeats(rows: list[dict]) -> list[dict]:
     """Leave out every docstring that is nearly an earlier one."""
-    kept, seen = [], []
+    kept: list[dict] = []
+    seen: list[frozenset] = []
     for row in rows:
         new = runs(row["text"])
         if all(len(new & old) < NEAR * len(new | old) for old in seen):
@@ -99,7 +102,7 @@ def without_repeats(rows: list[dict]) -> list[dict]:
 
 
 def balanced(rows: list[dict], seed: int) -> list[dict]:
-    """As many rows of each label as of the rarest, drawn from its modules in turn, in a random order."""
+    """As many rows of each label as the rarest has, drawn from its modules in turn, in a random order."""
     draw = random.Random(seed)
     smallest = min(Counter(row["label"] for row in rows).values())
     chosen = []
@@ -114,8 +117,11 @@ def balanced(rows: list[dict], seed: int) -> list[dict]:
 
 
 def naive_bayes(train: list[dict], test: list[dict]) -> float:
-    """Accuracy of multinomial naive Bayes on lower-case words, with add-one smoothing (Manning et al. 2008, 13.2)."""
-    words = {label: Counter() for label in PACKAGES}
+    """Accuracy of multinomial naive Bayes on lower-case words, with add-one smoothing.
+
+    Source: Manning et al. 2008, section 13.2.
+    """
+    words: dict[str, Counter[str]] = {label: Counter() for label in PACKAGES}
     for row in train:
         words[row["label"]].update(re.findall(r"[a-z]+", row["text"].lower()))
     vocabulary = set().union(*words.values())
@@ -138,9 +144,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=data_folder() / "docstrings")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        folder, checksum = unpack(PACKAGE, Path(work), options.debs)
+        folder, source = unpack(PACKAGE, Path(work), options.debs)
         rows = read(folder / "usr/lib/python3.11")
-    print(f"{PACKAGE}: sha256 {checksum}")
+    print(f"{PACKAGE}: sha256 {source['sha256']}")
     rows.sort(key=lambda row: SPLITS[::-1].index(split_of(row["module"])))
     rows = without_repeats(rows)
     splits = {

@@ -1,8 +1,9 @@
 """Near misses: the wrong queries that a model writes when it almost understood, made from the right one.
 
-`core` are those that every question's rows must tell from the right query: another column of the same type, another
-operator, a condition left out, AND for OR, another aggregate, the other order, another LIMIT, DISTINCT or GROUP BY left
-out. `spare` take another value instead. No question was chosen by them: they measure how often a wrong query passes.
+`core` are those that every question's rows must distinguish from the right query: another column of the same
+type, another operator, a condition left out, AND for OR, another aggregate, the other order, another LIMIT,
+DISTINCT or GROUP BY left out. `spare` take another value instead. No question was chosen by them: they
+measure how often a wrong query passes.
 """
 
 import re
@@ -32,6 +33,7 @@ def other_columns(query: str, content: dict[str, dict]) -> list[str]:
 
 
 def other_conditions(query: str) -> list[str]:
+    """`query` with its condition left out, or with another operator, joint or pattern in it."""
     clause = CLAUSE.search(query)
     if not clause:
         return []
@@ -54,6 +56,7 @@ def other_conditions(query: str) -> list[str]:
 
 
 def other_shapes(query: str) -> list[str]:
+    """`query` with another aggregate, order or limit, or without DISTINCT or GROUP BY."""
     made = []
     for name in AGGREGATES:
         if f"{name}(" in query:
@@ -77,7 +80,7 @@ def core(query: str, content: dict[str, dict]) -> list[str]:
 
 
 def spare(query: str, content: dict[str, dict]) -> list[str]:
-    """`query` with one value replaced by another value of its column: each other text, the next number up and down."""
+    """`query` with another value of the same column: each other text, or the next number up or down."""
     made = []
     for found in re.finditer(r"(\w+) (?:=|!=|<|>) ('[^']*'|[\d.]+)", query):
         column, value = found.groups()

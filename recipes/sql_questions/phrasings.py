@@ -1,7 +1,8 @@
-"""The ways to ask, apart for train, validation and test: no phrase of one split is in another; `more` adds to those of train.
+"""The ways to ask. No phrase of train, validation or test is in another split; `more` adds to those of train.
 
-A question is a *frame* with a *condition* put in. Slots: {A} the columns asked for, {sg} and {pl} what a row is, {C} the
-condition, {n} a column, {v} and {w} values, {g} the column to group by, {k} how many, {sup} "heaviest".
+A question is a *frame* with a *condition* put in. Slots: {A} the columns asked for, {sg} and {pl} what a row
+is and many rows are, {C} the condition, {n} a column, {v} and {w} values, {g} the column to group by, {k} how
+many, {sup} "heaviest".
 """
 
 CONDITIONS = {

@@ -1,1 +1,4 @@
-"""How `tiny-llama` was made: text, tokenizer, pretraining, evaluation, model card. See data/tiny-llama/README.md."""
+"""How `tiny-llama` was made: text, tokenizer, pretraining, evaluation, model card.
+
+See data/tiny-llama/README.md.
+"""

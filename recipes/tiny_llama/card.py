@@ -1,4 +1,4 @@
-"""The model card, data/tiny-llama/README.md, written from the measurements so that no number is typed by hand."""
+"""The model card, data/tiny-llama/README.md, written from measurements: no number is typed by hand."""
 
 NAMES = {
     "kjv": "King James Bible",
@@ -84,7 +84,8 @@ course judges 4-bit codebooks and runs its sweeps. It has the architecture of Ll
 
 ```python
 import labkit
-model, tokenizer = labkit.models.load("tiny-llama")   # fp32, offline
+
+model, tokenizer = labkit.models.load("tiny-llama")  # fp32, offline
 ```
 
 | | |
@@ -97,7 +98,7 @@ model, tokenizer = labkit.models.load("tiny-llama")   # fp32, offline
 | licence | weights: Apache-2.0, like the course. Held-out text: see `heldout/README.md` |
 
 ## Held-out results, in bits per byte
-Lower is better. Bits per byte divide by the text and not by its tokens, so that models and compressors can be compared.
+Lower is better. Bits per byte divide by the text, not by its tokens, so that models and compressors can be compared.
 
 {table(["text", *columns, "tiny-llama, nats per token"], scores)}
 
@@ -106,17 +107,17 @@ Lower is better. Bits per byte divide by the text and not by its tokens, so that
 - **xz, gzip**: "after training text" is what the held-out text adds to the compressed training text; "alone" compresses it by itself.
 - Bits that tiny-llama saves (negative: needs more) against Kneser–Ney 5: {bits}, `devil` {100 * new:.0f} %. Against the 5-gram of the own domain: {against_own}.
 - Each document is scored by itself after `<|endoftext|>`, in windows of 512 tokens that overlap by half.
-- One training run, one seed: these are point values. The held-out files are small (35 to 60 kB), so that differences of 1 or 2 % mean little.
+- One training run, one seed: these are point values. The held-out files are small (35 to 60 kB), so differences of 1 or 2 % mean little.
 
 ![training loss and held-out loss per domain against tokens seen](loss_curve.png)
 
-`training_log.csv` has the numbers behind the curve. Its held-out columns are quick: four windows a domain, in the middle of training.
+`training_log.csv` has the numbers behind the curve. Its held-out columns are quick: four windows per domain, in the middle of training.
 
 ## Text
 {table(["domain", "what", "Debian 12 package", "licence", "trained on", "held out here", "held out are", "overlap"], data)}
 
-*Overlap* is the share of the held-out runs of 12 words that also stand in the training text. Whole documents were held out. Training
-lines of 40 characters or more that also stand in held-out text were removed, and so were repeated training lines of 80 or more.
+*Overlap* is the share of the held-out runs of 12 words that also occur in the training text. Whole documents were held out. Training
+lines of 40 characters or more that also occur in held-out text were removed, and so were repeated training lines of 80 or more.
 For `docstrings` the overlap is short formulas that the library repeats, and signatures of methods; treat its score as the least strict.
 The pages of `pydocs` were held out together with the docstrings of the same modules. `pydoc_data.topics` was left out, because it repeats
 the reference manual. The licence of Python's text is in `heldout/PSF-LICENSE.txt`; it asks that this notice be kept with the text.
@@ -125,13 +126,18 @@ The other sources ask for nothing; the Jargon File asks for the courtesy of cita
 ### The held-out text in a notebook
 ```python
 import json
-from labkit.data.encoding import data_folder
+from labkit.paths import data_folder
+
 
 def held_out(domain):  # kjv, jargon, pydocs, docstrings, sqlite, devil
     path = data_folder() / "tiny-llama" / "heldout" / f"{{domain}}.jsonl"
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
-ids = [[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in held_out("kjv")]
+
+ids = [
+    [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    for text in held_out("kjv")
+]
 ```
 Score the tokens after the first; a document longer than 512 tokens has to be cut into windows. `devil` is a domain for adapting to: split it.
 
@@ -162,7 +168,7 @@ tokenizer and the model, measures, and writes this folder. Progress is printed; 
 at any time and run it again: it goes on from the last checkpoint (every 100 steps), with the same result bit for bit (tested without `--compile`). `--tokens` governs
 the end, nothing depends on the clock; a resumed run may be given another `--tokens` while neither decay has begun.
 `--compile` needs a C++ compiler; `--bf16` is fast only on a CPU with bfloat16 instructions and can be left out. Other machines round
-differently, so that the weights come out similar and not equal. On a system without apt, fetch the packages elsewhere and pass `--debs FOLDER`;
+differently, so the weights come out similar, not equal. On a system without apt, fetch the packages elsewhere and pass `--debs FOLDER`;
 the King James text also needs the Linux program in `bible-kjv` that unpacks it.
 
 ## What it writes

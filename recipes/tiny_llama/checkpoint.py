@@ -1,4 +1,4 @@
-"""Checkpoints without pickle: tensors as safetensors, the rest as JSON, in a folder that appears whole or not at all."""
+"""Checkpoints without pickle: safetensors and JSON, in a folder that appears whole or not at all."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""From the trained weights to data/tiny-llama: fp16 safetensors, held-out text, measurements, figure, model card.
+"""From the trained weights to data/tiny-llama: fp16 weights, held-out text, measurements, figure, model card.
 
     python -m recipes.tiny_llama.finish --work build/tiny-llama       # again, from the last checkpoint there
 
@@ -9,15 +9,21 @@ import argparse
 import csv
 import hashlib
 import json
+import platform
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+import transformers
+from transformers import LlamaForCausalLM
 
+from recipes.tiny_llama import corpus, tokens
 from recipes.tiny_llama.card import card
 from recipes.tiny_llama.checkpoint import load_checkpoint
-from recipes.tiny_llama.corpus import DOMAINS, HELD_OUT_BYTES, Document, overlap
+from recipes.tiny_llama.corpus import DOMAINS, HELD_OUT_BYTES, overlap
 from recipes.tiny_llama.evaluate import WINDOW, baselines, bits_per_byte, held_out, model_nats
+from recipes.tiny_llama.settings import ARCHITECTURE, Plan, make_model, make_optimizer
+from recipes.tiny_llama.sources import Document
 from recipes.tiny_llama.tokens import ids_of
 
 PROMPTS = (
@@ -29,7 +35,7 @@ PROMPTS = (
 )
 HELD_OUT_README = """# Held-out text of tiny-llama
 
-One JSON object a line, `{"name", "text"}`, a document each. None of it was trained on. Documents of `devil` are a domain
+One JSON object per line, `{"name", "text"}`, one per document. None of it was trained on. Documents of `devil` are a domain
 that was not trained on at all; the others are whole chapters, entries, pages and modules of trained domains.
 
 | file | from (Debian 12 package) | licence |
@@ -108,8 +114,40 @@ def finish(
     (out / "README.md").write_text(card(made), encoding="utf-8")
 
 
+def provenance(state: dict, packages: dict) -> dict:
+    """What the weights came from: versions, machine, tokens, seconds."""
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {
+        "plan": state["plan"],
+        "steps": state["step"],
+        "tokens_seen": state["step"] * state["plan"]["batch"] * state["plan"]["context"],
+        "seconds": round(state["seconds"]),
+        "cpu_seconds": round(state["cpu_seconds"]),
+        "sessions": state["sessions"],
+        "training_stream_sha256": state["data"],
+        "packages": packages,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        },
+        "hardware": {"cpu": cpu, "threads": torch.get_num_threads(), "weights": "float32"},
+    }
+
+
 def export(model, tokenizer, out: Path) -> None:
-    """Weights rounded to fp16, and the tokenizer under the class name that every version of transformers knows."""
+    """Write the weights, rounded to fp16, and the tokenizer.
+
+    The tokenizer gets a class name that every version of transformers knows.
+    """
     half = LlamaForCausalLM(model.config).to(torch.float16)
     half.load_state_dict(model.state_dict())  # copies and rounds
     half.config.dtype = torch.float16
@@ -123,7 +161,10 @@ def export(model, tokenizer, out: Path) -> None:
 
 
 def slice_nats(model, tokenizer, heldout: Path) -> float:
-    """Mean loss of 4 windows of 512 tokens: the first of kjv, pydocs, sqlite and jargon; the tests compute it again."""
+    """Mean loss of 4 windows of 512 tokens: the first of kjv, pydocs, sqlite and jargon.
+
+    The tests compute it again.
+    """
     losses = []
     for domain in ("kjv", "pydocs", "sqlite", "jargon"):
         lines = (heldout / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -199,8 +240,6 @@ def psf_licence(work: Path) -> str:
 
 
 def main() -> None:
-    from recipes.tiny_llama import corpus, pretrain, tokens
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -208,13 +247,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/tiny-llama"))
     args = parser.parse_args()
     documents = corpus.make(args.work)
-    tokenizer: PreTrainedTokenizerFast = tokens.make_tokenizer(args.work, documents)
-    model = pretrain.make_model(pretrain.ARCHITECTURE, 0)
-    state = load_checkpoint(args.work / "checkpoints", model, pretrain.make_optimizer(model, pretrain.Plan()))
+    tokenizer = tokens.make_tokenizer(args.work, documents)
+    model = make_model(ARCHITECTURE, 0)
+    state = load_checkpoint(args.work / "checkpoints", model, make_optimizer(model, Plan()))
     if state is None:
         parser.error(f"{args.work} has no checkpoint; run python -m recipes.tiny_llama.pretrain first")
     packages = json.loads((args.work / "packages.json").read_text())
-    finish(model, tokenizer, documents, state, pretrain.provenance(state, packages), args.out, args.work)
+    finish(model, tokenizer, documents, state, provenance(state, packages), args.out, args.work)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Interpolated Kneser–Ney, the baseline that tiny-llama has to beat, on the same tokens.
 
-An n-gram model of order k takes the counts of k-grams, discounts each a little, and gives the mass so freed to the
-model of order k − 1:
+An n-gram model of order k takes the counts of k-grams, discounts each a little, and gives the mass so freed
+to the model of order k − 1:
 
     P_k(w | h) = (c(hw) − d(c(hw))) / c(h·)  +  γ(h) · P_{k−1}(w | h without its first word)
     γ(h) = Σ_w d(c(hw)) / c(h·)
 
-At the highest order c is the plain count. Below it, c(hw) is the number of different words seen *before* hw: what a
-backed-off model is asked is how many new contexts a word turns up in, not how often it stood in old ones. P_0 is
-uniform over the vocabulary, so every P_k sums to one over w. The discounts are the modified ones, one each for counts
-1, 2 and 3 or more, estimated from the counts of counts (Chen and Goodman 1999, section 4.1.6); a k-gram whose context
-was never seen takes P_{k−1} as it is.
+At the highest order c is the plain count. Below it, c(hw) is the number of different words seen *before* hw:
+a backed-off model is asked in how many new contexts a word turns up, not how often it occurred in old ones.
+P_0 is uniform over the vocabulary, so every P_k sums to one over w. The discounts are the modified ones, for
+counts of 1, 2 and 3 or more (Chen and Goodman 1999, section 4.1.6); a k-gram whose context was never seen
+takes P_{k−1} as it is.
 
-A token of a vocabulary of at most 4,096 is 12 bits, so a 5-gram is an integer below 2^60 and the whole model is sorted
-integers: counting is `np.unique`, looking up is `np.searchsorted`.
+A token of a vocabulary of at most 4,096 is 12 bits, so a 5-gram is an integer below 2^60 and the whole model
+is sorted integers: counting is `np.unique`, looking up is `np.searchsorted`.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ def packed(tokens: np.ndarray, k: int) -> np.ndarray:
 
 
 def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each wanted key stands, and whether it is there at all."""
+    """Where each wanted key is, and whether it is there at all."""
     at = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
     return at, sorted_keys[at] == wanted
 
@@ -95,8 +95,8 @@ def fit(tokens: np.ndarray, order: int, vocab: int, discount: float | None = Non
     """
     if not 1 <= order <= 5 or not 1 <= vocab <= 1 << BITS or len(tokens) < order:
         raise ValueError(
-            f"order={order}, vocab={vocab}, {len(tokens)} tokens: order can be 1 to 5, vocab up to 4096, and there "
-            "must be at least `order` tokens"
+            f"order={order}, vocab={vocab}, {len(tokens)} tokens: order can be 1 to 5, vocab up to 4096, and "
+            "there must be at least `order` tokens"
         )
     keys, counts = np.unique(packed(np.asarray(tokens, np.int64), order), return_counts=True)
     levels = []

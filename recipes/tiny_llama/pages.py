@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """The readable text of an HTML page: blocks on their own lines, `pre` as it stands, no navigation."""
+    """The readable text of an HTML page: each block on its own lines, `pre` as it is, no navigation."""
 
     SKIP = re.compile("script|style|svg|head|nav|form|button")
     BLOCK = re.compile("p|div|h[1-6r]|br|li|ul|ol|dl|dt|dd|table|tr|section|blockquote|center")
@@ -59,6 +59,7 @@ class Page(HTMLParser):
 
 
 def page_text(html: str) -> str:
+    """The readable text of a page."""
     page = Page()
     page.feed(html)
     page.close()

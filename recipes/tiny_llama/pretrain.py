@@ -1,120 +1,41 @@
 """Pretrain tiny-llama: a Llama of 4.0 M parameters on 18 MB of text, in fp32, on one CPU thread.
 
-    python -m recipes.tiny_llama.pretrain                      # everything: text, tokenizer, training, data/tiny-llama
-    python -m recipes.tiny_llama.pretrain --tokens 2000000     # the same, shorter
+    python -m recipes.tiny_llama.pretrain                      # everything: text, tokenizer, training,
+    data/tiny-llama python -m recipes.tiny_llama.pretrain --tokens 2000000     # the same, shorter
 
-A *step* sees `batch` windows of `context` tokens of the training stream. Each epoch cuts the stream into windows at
-another offset and shuffles them; both follow from (seed, epoch) alone, so step k sees the same tokens whether or not
-the run was interrupted. The learning rate is warm-up, stable, decay (WSD; Hu et al. 2024, arXiv:2404.06395): a linear
-warm-up, then constant, then linear to zero over the last `decay` of the budget. The budget, `--tokens`, governs the
-stop; nothing depends on the clock. As the stable phase does not know where it ends, a resumed run may be given
-another budget, as long as its decay has not begun. AdamW has the settings of Llama (Touvron et al. 2023): betas 0.9
-and 0.95, weight decay 0.1 on matrices only, gradients clipped to norm 1.
+A *step* sees `batch` windows of `context` tokens of the training stream; `settings` says which, and at what
+learning rate. The budget, `--tokens`, decides when the run ends; nothing depends on the clock.
 
-Every 100 steps, and on SIGTERM, all state (weights, both moments, step, log) goes to a temporary folder that is then
-renamed, as safetensors and JSON. Run the command again to go on: the result is that of an uninterrupted run, bit for
-bit (tests/recipes/test_tiny_llama.py). torch.compile (`--compile`) makes it 1.2× faster and rounds differently.
+Every 100 steps, and on SIGTERM, all state (weights, both moments, step, log) goes to a temporary folder that
+is then renamed, as safetensors and JSON. Run the command again to go on: the result is that of an
+uninterrupted run, bit for bit (tests/recipes/test_tiny_llama.py). torch.compile (`--compile`) makes it 1.2×
+faster and rounds differently.
 """
 
 import argparse
 import hashlib
 import json
-import platform
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from recipes.tiny_llama import corpus, tokens
 from recipes.tiny_llama.checkpoint import load_checkpoint, save_checkpoint
-
-ARCHITECTURE = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 704,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What decides the result: with the same plan, text and machine, the weights come out the same."""
-
-    tokens: int = 8_400_000
-    batch: int = 4
-    context: int = 512
-    lr: float = 3e-3
-    warmup: int = 100  # steps
-    decay: float = 0.25  # share of the budget
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    seed: int = 0
-    compile: bool = False
-    bf16: bool = False  # matrix products in bfloat16; weights, gradients, moments and the loss stay fp32
-
-    @property
-    def steps(self) -> int:
-        return self.tokens // (self.batch * self.context)
-
-    @property
-    def decay_from(self) -> int:
-        return self.steps - round(self.decay * self.steps)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        up = min(1.0, (step + 1) / self.warmup)
-        down = min(1.0, (self.steps - step) / max(1, self.steps - self.decay_from))
-        return self.lr * up * down
-
-
-def windows(stream: np.ndarray, plan: Plan, step: int) -> Tensor:
-    """The token ids (batch, context + 1) of a step: a function of the plan and the step only."""
-    per_epoch = (
-        (len(stream) - plan.context - 1) // plan.context // plan.batch
-    )  # steps; one window spare for the offset
-    if per_epoch < 1:
-        raise ValueError(
-            f"{len(stream)} tokens are too few for a batch of {plan.batch} windows of {plan.context}"
-        )
-    epoch, place = divmod(step, per_epoch)
-    random = np.random.default_rng([plan.seed, epoch])
-    offset = random.integers(plan.context)
-    chosen = random.permutation(per_epoch * plan.batch)[place * plan.batch : (place + 1) * plan.batch]
-    starts = offset + chosen * plan.context
-    return torch.from_numpy(np.stack([stream[s : s + plan.context + 1] for s in starts]).astype(np.int64))
-
-
-def make_model(architecture: dict, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**architecture)).float()
-
-
-def make_optimizer(model: LlamaForCausalLM, plan: Plan) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [
-        {"params": matrices, "weight_decay": plan.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, fused=True)
+from recipes.tiny_llama.corpus import DOMAINS
+from recipes.tiny_llama.finish import finish, provenance
+from recipes.tiny_llama.settings import ARCHITECTURE, Plan, make_model, make_optimizer, windows
+from recipes.tiny_llama.tokens import ids_of
 
 
 def check_same_run(state: dict, plan: Plan, data: str, step: int) -> None:
-    """A checkpoint continues only the run that it is of; the budget may change while both decays lie ahead."""
+    """A checkpoint continues only its own run; but the budget may change while both decays lie ahead."""
     was, now = dict(state["plan"]), json.loads(json.dumps(asdict(plan)))
     before = Plan(**{**was, "betas": tuple(was["betas"])})
     different = [key for key in now if now[key] != was[key] and key != "tokens"]
@@ -125,8 +46,9 @@ def check_same_run(state: dict, plan: Plan, data: str, step: int) -> None:
         )
     if plan.tokens != before.tokens and step > min(before.decay_from, plan.decay_from):
         raise ValueError(
-            f"the budget cannot change from {before.tokens} to {plan.tokens} tokens at step {step}: the decay of one of "
-            f"them begins at step {min(before.decay_from, plan.decay_from)}. Go on with --tokens {before.tokens}"
+            f"the budget cannot change from {before.tokens} to {plan.tokens} tokens at step {step}: the decay "
+            f"of one of them begins at step {min(before.decay_from, plan.decay_from)}. Go on with --tokens "
+            f"{before.tokens}"
         )
 
 
@@ -143,8 +65,14 @@ def token_loss(model, ids: Tensor) -> Tensor:
 
 
 def pretrain(
-    stream, plan: Plan, folder: Path, architecture=ARCHITECTURE, probes=None, stop_at=None, every=100
-):
+    stream: np.ndarray,
+    plan: Plan,
+    folder: Path,
+    architecture: dict = ARCHITECTURE,
+    probes: dict[str, Tensor] | None = None,
+    stop_at: int | None = None,
+    every: int = 100,
+) -> tuple[LlamaForCausalLM, dict]:
     """Train to the end of the plan, from the newest checkpoint in `folder` if there is one.
 
     Args:
@@ -174,16 +102,10 @@ def pretrain(
         loss_of = torch.compile(loss_of)
     stopping = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    start, cpu_start, base, cpu_base = (
-        time.time(),
-        time.process_time(),
-        state["seconds"],
-        state["cpu_seconds"],
-    )
-    recent: list[
-        float
-    ] = []  # losses since the last log line; kept in checkpoints, so that the log resumes too
-    recent.extend(state.pop("recent", []))
+    start, cpu_start = time.time(), time.process_time()
+    base, cpu_base = state["seconds"], state["cpu_seconds"]
+    # losses since the last log line; kept in checkpoints, so the log resumes too
+    recent: list[float] = [*state.pop("recent", [])]
     try:
         while state["step"] < plan.steps and not stopping and state["step"] != stop_at:
             step = state["step"]
@@ -223,48 +145,17 @@ def pretrain(
 
 
 def progress_line(row: dict, plan: Plan) -> str:
+    """What is printed of a line of the log."""
     left = row["seconds"] / row["step"] * (plan.steps - row["step"]) / 60
     held = "  ".join(f"{key[9:]} {value:.3f}" for key, value in row.items() if key.startswith("held_out/"))
     return (
-        f"step {row['step']}/{plan.steps} ({row['step'] / plan.steps:.0%})  loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
-        f"{row['tokens'] / row['seconds']:.0f} tokens/s  {left:.0f} min left  {held}"
+        f"step {row['step']}/{plan.steps} ({row['step'] / plan.steps:.0%})  loss {row['loss']:.3f}  "
+        f"lr {row['lr']:.1e}  {row['tokens'] / row['seconds']:.0f} tokens/s  {left:.0f} min left  {held}"
     )
-
-
-def provenance(state: dict, packages: dict) -> dict:
-    """What the weights came from: versions, machine, tokens, seconds."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {
-        "plan": state["plan"],
-        "steps": state["step"],
-        "tokens_seen": state["step"] * state["plan"]["batch"] * state["plan"]["context"],
-        "seconds": round(state["seconds"]),
-        "cpu_seconds": round(state["cpu_seconds"]),
-        "sessions": state["sessions"],
-        "training_stream_sha256": state["data"],
-        "packages": packages,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-        },
-        "hardware": {"cpu": cpu, "threads": torch.get_num_threads(), "weights": "float32"},
-    }
 
 
 def held_out_probes(documents, tokenizer, context: int, n: int = 4) -> dict[str, Tensor]:
     """The first n windows of each trained domain's held-out text, for the log only."""
-    from recipes.tiny_llama.corpus import DOMAINS
-    from recipes.tiny_llama.tokens import ids_of
-
     probes = {}
     for domain in DOMAINS:
         texts = [d.text for d in documents if d.held_out and d.domain == domain]
@@ -295,9 +186,6 @@ def main() -> None:
     parser.add_argument("--no-finish", action="store_true", help="leave out evaluation and export")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-
-    from recipes.tiny_llama import corpus, tokens
-
     args.work.mkdir(parents=True, exist_ok=True)
     documents = corpus.make(args.work, args.debs)
     tokenizer = tokens.make_tokenizer(args.work, documents)
@@ -310,8 +198,6 @@ def main() -> None:
     probes = held_out_probes(documents, tokenizer, plan.context)
     model, state = pretrain(stream, plan, args.work / "checkpoints", probes=probes, stop_at=args.stop_at)
     if state["step"] == plan.steps and not args.no_finish:
-        from recipes.tiny_llama.finish import finish
-
         packages = json.loads((args.work / "packages.json").read_text())
         finish(model, tokenizer, documents, state, provenance(state, packages), args.out, args.work)
 

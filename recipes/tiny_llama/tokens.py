@@ -1,8 +1,9 @@
 """The tokenizer of tiny-llama and the token stream that it is trained on.
 
-Byte-level BPE: text is cut into words, words into bytes, and the most frequent neighbours are merged until there are
-4,096 entries (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2). Every byte is in the vocabulary, so no
-text is out of vocabulary and bits per byte are defined for all of it. Digits stay single tokens.
+Byte-level BPE: text is cut into words, words into bytes, and the most frequent neighbours are merged until
+there are 4,096 entries (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2). Every byte is in the
+vocabulary, so no text is out of vocabulary and bits per byte are defined for all of it. Digits stay single
+tokens.
 """
 
 import os
@@ -12,7 +13,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recipes.tiny_llama.corpus import DOMAINS, Document
+from recipes.tiny_llama.corpus import DOMAINS
+from recipes.tiny_llama.sources import Document
 
 VOCAB = 4096
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -53,13 +55,14 @@ def make_tokenizer(work: Path, documents: list[Document]) -> PreTrainedTokenizer
 
 
 def ids_of(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """The token ids of each text, without special tokens."""
     return [
         encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     ]
 
 
 def make_stream(work: Path, documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """All training documents as one array of uint16, in the order of `DOMAINS`, `EOS` before each document."""
+    """All training documents as one array of uint16, by domain, with `EOS` before each document."""
     path = work / "train.npy"
     if not path.exists():
         texts = [d.text for domain in DOMAINS for d in documents if d.domain == domain and not d.held_out]

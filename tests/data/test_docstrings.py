@@ -1,4 +1,4 @@
-"""Labelled docstrings: balanced, apart, without a word that gives the label away, and as the datasheet says."""
+"""Labelled docstrings: balanced, as the datasheet says, without a word that gives the label away."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""Austen and the held-out text: passages fit and lose nothing, splits are apart, the datasheets count right."""
+"""Austen and the held-out text: passages fit and lose nothing, splits share nothing, datasheets are right."""
 
 import hashlib
 import re
