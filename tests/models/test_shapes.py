@@ -1,4 +1,4 @@
-"""The shape of a decoder, as its config gives it, against the modules that transformers builds of that config."""
+"""The shape of a decoder, from its config, against the modules that transformers builds."""
 
 import pytest
 from torch import nn

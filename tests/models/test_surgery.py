@@ -1,4 +1,4 @@
-"""Finding and replacing modules: names by whole parts, tied weights by the tensor, the model's output unchanged."""
+"""Finding and replacing modules: names by whole parts, ties by the tensor, the output unchanged."""
 
 import pytest
 import torch

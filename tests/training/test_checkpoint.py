@@ -109,7 +109,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, records, tokenizer, m
 
 
 def test_a_run_that_version_0_1_0_left_half_done_goes_on_to_its_numbers(tmp_path):
-    """The fixture is the checkpoint that it wrote after 3 of 6 steps; the losses are those of its run without a stop."""
+    """The fixture is its checkpoint after 3 of 6 steps; the losses are those of its run without a stop."""
     shutil.copy(
         Path(__file__).parents[1] / "fixtures" / "saved_before" / "checkpoint" / "run.safetensors", tmp_path
     )

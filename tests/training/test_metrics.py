@@ -60,7 +60,7 @@ class Fixed(nn.Module):
 
 
 def knows(tokenizer, facts, known):
-    """A model that is certain of the digits of the first `known` facts, and of the others knows that digits follow."""
+    """A model that is certain of the digits of the first `known` facts, and guesses digits for the rest."""
     digit_ids = torch.tensor([tokenizer(d, add_special_tokens=False)["input_ids"][0] for d in "0123456789"])
     memory = {}
     for fact in facts[:known]:

@@ -1,4 +1,4 @@
-"""The optimizer of a run: what trains, at which rate (LoRA+: B at one of its own, as in PEFT), under which budget."""
+"""The optimizer of a run: what trains, at which rate (LoRA+: that of PEFT), under which budget."""
 
 import pytest
 import torch

@@ -86,7 +86,10 @@ def test_the_output_is_gone_after_the_forward_pass_and_kept_without():
 
 
 def test_hooks_of_the_caller_see_all_that_is_kept():
-    """A hook that counts sees everything but the outputs; one that moves (`save_on_cpu`) moves all, and the bits are the same."""
+    """A hook that counts sees everything but the outputs.
+
+    One that moves (`save_on_cpu`) moves all, and the bits are the same.
+    """
     model, kept = with_random_adapter(make_small_llama()), []
     expected = gradients(model, forward(model))
     wide = lambda: sum(t.shape == (2, 16, model.config.intermediate_size) for t in kept)  # noqa: E731
