@@ -1,16 +1,16 @@
 """The fast path of `labkit.training.loss.supervised_loss`: a few rows of scores at a time, and none of them
 kept.
 
-With p = softmax(W h), the gradient that goes on to h is (p - onehot) W: all that it needs is at hand as soon
-as the loss of these rows has been taken. So `ROWS` rows are scored, turned into their gradient, and dropped
-before the next are scored. No scores wait for the backward pass.
+With p = softmax(W h), the gradient that goes on to h is (p - onehot) W, and all that it needs is at hand once
+the loss of these rows is known. So `ROWS` rows are scored, turned into their gradient, and dropped before the
+next.
 
-This needs an output layer that is frozen, as under LoRA, and logits that are its output and nothing else:
-Gemma 2 caps them, Cohere and Granite scale them. The second cannot be read off a model. So the first forward
-pass of each lets the output layer score one row, and compares that with the model's logits.
+This needs a frozen output layer, as under LoRA, and logits that are its output and nothing else: Gemma 2 caps
+them, Cohere and Granite scale them. That cannot be read off every model, so the first forward pass lets the
+output layer score one row, and compares it with the model's logits.
 
-Sources: chunked cross-entropy, "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024),
-section 4; Liger kernel (Hsu et al. 2024), section 3.2, whose gradient in the forward pass this is.
+Sources: "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024), section 4; Liger kernel
+(Hsu et al. 2024), section 3.2, whose gradient in the forward pass this is.
 """
 
 import weakref

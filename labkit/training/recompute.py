@@ -1,17 +1,16 @@
 """Make the output of an activation function again in the backward pass, instead of keeping it.
 
-A Llama's MLP computes  h = act(g) * u.  Autograd keeps g for the derivative of act, and both factors, act(g)
-and u, for that of the product. But act(g) follows from g, which is kept anyway: so it is dropped, and made
-again when the backward pass asks for it. For T tokens and f neurons that saves T f numbers per layer, a sixth
-of all that SmolLM2 keeps under LoRA, for about 1 % of the time of a step. (Gradient checkpointing drops
-everything within a block, for a third or more of the time.)
+A Llama's MLP computes  h = act(g) * u.  Autograd keeps g for the derivative of act, and act(g) and u for that
+of the product. But act(g) follows from g: so it is dropped, and made again when it is needed. For T tokens
+and f neurons that saves T f numbers per layer, a sixth of all that SmolLM2 keeps under LoRA, for about 1 % of
+the time of a step.
 
-How: autograd passes each tensor that it keeps to a *pack hook*, and later hands whatever that returned to an
-*unpack hook*. A forward hook marks the output of an activation function with the function and its input;
-where a marked tensor would be kept, the mark is kept instead.
+How: autograd passes each tensor that it keeps to a *pack hook*, and hands what that returned to an *unpack
+hook*. A forward hook marks the output of an activation function with the function and its input; the mark is
+kept in its place.
 
-Source: selective activation recomputation, "Reducing Activation Recomputation in Large Transformer Models"
-(Korthikanti et al. 2022), section 5, which does the same for attention.
+Source: "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et al. 2022), section 5,
+which does so for attention.
 """
 
 from collections.abc import Callable, Iterator

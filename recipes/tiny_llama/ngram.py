@@ -1,19 +1,17 @@
 """Interpolated Kneser–Ney, the baseline that tiny-llama has to beat, on the same tokens.
 
-An n-gram model of order k takes the counts of k-grams, discounts each a little, and gives the mass so freed
-to the model of order k − 1:
+An n-gram model of order k discounts the counts of k-grams a little, and gives the mass so freed to the model
+of order k − 1:
 
     P_k(w | h) = (c(hw) − d(c(hw))) / c(h·)  +  γ(h) · P_{k−1}(w | h without its first word)
     γ(h) = Σ_w d(c(hw)) / c(h·)
 
-At the highest order c is the plain count. Below it, c(hw) is the number of different words seen *before* hw:
-a backed-off model is asked in how many new contexts a word turns up, not how often it occurred in old ones.
-P_0 is uniform over the vocabulary, so every P_k sums to one over w. The discounts are the modified ones, for
-counts of 1, 2 and 3 or more (Chen and Goodman 1999, section 4.1.6); a k-gram whose context was never seen
-takes P_{k−1} as it is.
+At the highest order c is the plain count. Below it, c(hw) is the number of different words seen *before* hw.
+P_0 is uniform, so every P_k sums to one over w. The discounts are the modified ones, for counts of 1, 2 and 3
+or more (Chen and Goodman 1999, section 4.1.6).
 
-A token of a vocabulary of at most 4,096 is 12 bits, so a 5-gram is an integer below 2^60 and the whole model
-is sorted integers: counting is `np.unique`, looking up is `np.searchsorted`.
+A token of a vocabulary of at most 4,096 is 12 bits, so a 5-gram is an integer below 2^60: counting is
+`np.unique`, looking up is `np.searchsorted`.
 """
 
 from dataclasses import dataclass
