@@ -3,14 +3,14 @@
 A Llama's MLP computes  h = act(g) * u.  Autograd keeps g for the derivative of act, and act(g) and u for that
 of the product. But act(g) follows from g: so it is dropped, and made again when it is needed. For T tokens
 and f neurons that saves T f numbers per layer, a sixth of all that SmolLM2 keeps under LoRA, for about 1 % of
-the time of a step.
+a step's time.
 
 How: autograd passes each tensor that it keeps to a *pack hook*, and hands what that returned to an *unpack
 hook*. A forward hook marks the output of an activation function with the function and its input; the mark is
 kept in its place.
 
 Source: "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et al. 2022), section 5,
-which does so for attention.
+on attention.
 """
 
 from collections.abc import Callable, Iterator
