@@ -1,4 +1,4 @@
-"""The settings of quantization: checked when they are given, as one object or one by one, wherever that is."""
+"""The settings of quantization, checked when they are given: as one object or one by one, everywhere."""
 
 import copy
 from dataclasses import FrozenInstanceError, asdict, replace
