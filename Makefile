@@ -22,11 +22,11 @@ model: setup     ## fetch and verify the base model
 lab: model       ## set everything up and open JupyterLab on the first notebook
 	@$(PY) scripts/open_lab.py $(FIRST)
 
-test: model      ## set everything up and run all tests, notebooks included
-	@LABKIT_STATIC=1 $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=2400 $(ARGS)
+test: model      ## set everything up and run all tests, notebooks included, on WORKERS processes
+	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=2400 $(ARGS)
 
 test-fast: model ## run everything but notebooks and slow tests, on WORKERS processes
-	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' tests labkit $(ARGS)
+	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' tests labkit $(ARGS)
 
 named:
 	@test -f "$(NB)" || { echo "error: NB='$(NB)' is not a file; for example: make run NB=$(FIRST)"; exit 2; }
