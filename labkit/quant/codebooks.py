@@ -39,7 +39,7 @@ def nf4(offset: float = 0.9677083) -> Tensor:
     """The 16 levels of NF4 (4-bit NormalFloat).
 
     Levels at equally spaced quantiles would each be used equally often. Two half-ranges are taken, eight
-    steps above zero and seven below, so that zero itself is a level: a pruned or padded weight stays exactly
+    steps above zero and seven below, so zero itself is a level: a pruned or padded weight stays exactly
     zero.
 
     Args:

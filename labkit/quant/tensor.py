@@ -30,8 +30,7 @@ from labkit.quant.kernels.packed import PackedWeight
 
 @dataclass(frozen=True)
 class NestedScales:
-    """The scales of a weight, themselves quantized: in blocks of 64 about 0.127 instead of 0.5 bit per
-    weight.
+    """The scales of a weight, quantized too: in blocks of 64 they take 0.127 instead of 0.5 bit per weight.
 
     Attributes:
         codes: (n_blocks,) uint8, indices into `dynamic8`.

@@ -53,8 +53,8 @@ def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor,
 def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> None:
     """See `labkit.quant.kernels.operations.dequantize_4bit`; writes to `out`, n values, contiguous.
 
-    `new`: nobody has written to `out` yet. The system then zeroes each page just before it is first written,
-    so the page is in the caches, and going past them would be slower.
+    `new`: `out` has not been written to yet. The system then zeroes each page just before it is first
+    written, so the page is in the caches, and going past them would be slower.
     """
     if out.dtype not in WRITTEN:  # numba has no half precision on a CPU; float64 holds every float32
         whole = empty(out.numel(), torch.float32, out.device)

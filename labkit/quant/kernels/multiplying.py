@@ -51,7 +51,7 @@ def _multiply_one(at, end, evens, odds, x_at, packed, scales, levels, blocksize)
 
 @numba.njit
 def _multiply_four(at, end, evens, odds, x_at, packed, scales, levels, blocksize):
-    """The same, in the same order, for four rows of x at once, so that a weight is looked up once for all."""
+    """The same, in the same order, for four rows of x at once: a weight is looked up once for all of them."""
     a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
     b0, b1, b2, b3 = zeros(), zeros(), zeros(), zeros()
     sixteen = load_floats(levels, 0)

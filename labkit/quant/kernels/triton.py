@@ -73,7 +73,7 @@ def _dequantize(
     index = first + tl.arange(0, BYTES)  # (BYTES,)
     inside = 2 * index < n
     byte = tl.load(packed + index, mask=inside, other=0).to(tl.int32)
-    block = 2 * index // blocksize  # a block is even, so that both weights of a byte share it
+    block = 2 * index // blocksize  # blocks are even, so both weights of a byte share one
     if NESTED:
         code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
         factor = tl.load(nested + block // 256, mask=inside, other=0.0)
