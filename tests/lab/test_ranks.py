@@ -23,14 +23,11 @@ from tests.lab import exercise_checks, explorers
 
 
 def counted(shapes, targets, layers, r):
-    """Counted, not derived: what `add_lora` trains."""
+    """Counted, not derived: what `add_lora` trains in a block, once per layer."""
     with torch.device("meta"):
-        model = torch.nn.ModuleList(
-            torch.nn.ModuleDict({name: torch.nn.Linear(i, o, bias=False) for name, (o, i) in shapes.items()})
-            for _ in range(layers)
-        )
-        labkit.add_lora(model, labkit.LoRAConfig(r=r, targets=targets))
-    return labkit.trainable(model).trainable
+        linears = {name: torch.nn.Linear(i, o, bias=False) for name, (o, i) in shapes.items()}
+        block = labkit.add_lora(torch.nn.ModuleDict(linears), labkit.LoRAConfig(r=r, targets=targets))
+    return layers * labkit.trainable(block).trainable
 
 
 def by_trying(shapes, targets, layers, budget):

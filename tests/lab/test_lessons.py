@@ -1,0 +1,35 @@
+"""One word names a lesson in its checks, its explorer, its pictures and its tests."""
+
+import pkgutil
+from pathlib import Path
+
+from labkit.lab import check, explore, figures
+
+
+def modules(package):
+    return {module.name for module in pkgutil.iter_modules(package.__path__)}
+
+
+WORDS = modules(check) - {"compare"}
+
+
+def test_checks_explorers_pictures_and_tests_of_a_lesson_share_a_word():
+    assert modules(explore) - {"panel"} == WORDS
+    assert modules(figures) <= WORDS
+    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert tests >= WORDS
+
+
+def test_each_lesson_has_a_check_and_an_explorer_that_lab_offers():
+    for package in (check, explore):
+        offered = {getattr(package, name).__module__.rpartition(".")[2] for name in package.__all__}
+        assert offered >= WORDS and offered - WORDS <= {"compare"}
+
+
+def test_every_explorer_is_offered():
+    for word in WORDS:
+        module = getattr(explore, word)
+        made = {
+            n for n, f in vars(module).items() if n.endswith("_explorer") and f.__module__ == module.__name__
+        }
+        assert made <= set(explore.__all__), word
