@@ -39,8 +39,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a layer that can have an adapter. What goes into an embedding is as wide as the
-    vocabulary."""
+    """(in, out) of a layer that can have an adapter; the vocabulary is the input width of an embedding."""
     if is_transposed(module):
         return tuple(module.weight.shape)
     return module.in_features, module.out_features
