@@ -7,7 +7,10 @@ although Python counts it as an `int`.
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import TypeGuard
+
+import numpy as np
 
 
 def nearest(given: object, known: Iterable[str]) -> str:
@@ -49,13 +52,25 @@ def is_same(value: object, one: object) -> bool:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Is it an `int` or a `float`, and neither a bool nor NaN?"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    """Is it a real number, Python's or numpy's, and neither a bool nor NaN?"""
+    return (
+        isinstance(value, (int, float, np.integer, np.floating))
+        and type(value) is not bool
+        and not math.isnan(value)
+    )
 
 
 def is_whole(value: object, at_least: int = 1) -> TypeGuard[int]:
-    """Is it an `int` (and not a bool) of at least that much?"""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    """Is it an integer, Python's or numpy's (and not a bool), of at least that much?"""
+    return isinstance(value, (int, np.integer)) and type(value) is not bool and bool(value >= at_least)
+
+
+def use_python_numbers(config: object) -> None:
+    """Turn numpy's numbers in the fields of a (frozen) dataclass into Python's, which JSON can hold."""
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if isinstance(value, (np.integer, np.floating)):
+            object.__setattr__(config, field.name, value.item())
 
 
 def check_whole(name: str, value: object, at_least: int = 1, usual: str = "") -> None:

@@ -1,5 +1,7 @@
 """The checks of settings: what passes, what does not, and that the message says what is allowed."""
 
+import dataclasses
+import json
 import math
 from fractions import Fraction
 
@@ -19,6 +21,8 @@ from labkit.checks import (
     nearest,
     not_known,
 )
+from labkit.lora.config import LoRAConfig
+from labkit.training.config import TrainConfig
 
 NOT_NUMBERS = ["1", None, True, False, [1], 1j, Fraction(1, 2), torch.tensor(1.0), math.nan]
 
@@ -109,3 +113,12 @@ def test_usual_values_end_the_message():
         check_whole("r", 0, usual="8 is usual")
     with pytest.raises(ValueError, match=r"lr='x' must be a positive number; 1e-3 is usual$"):
         check_positive("lr", "x", usual="1e-3 is usual")
+
+
+def test_numbers_of_numpy_are_taken_and_kept_as_python_numbers_which_json_can_hold():
+    config = TrainConfig(steps=np.int64(5), lr=np.float32(0.5), batch_size=np.int32(2))
+    assert (config.steps, config.lr, config.batch_size) == (5, 0.5, 2)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["steps"] == 5
+    assert LoRAConfig(r=np.int64(4), alpha=np.float64(8)) == LoRAConfig(r=4, alpha=8.0)
+    with pytest.raises(ValueError, match="steps=0 must be a whole number of at least 1"):
+        TrainConfig(steps=np.int64(0))

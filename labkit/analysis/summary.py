@@ -82,7 +82,8 @@ def ranks(parts: Mapping[str, SVD], suffix: str) -> dict[str, float]:
 
 def agreement(first: Mapping[str, SVD], second: Mapping[str, SVD], suffix: str) -> dict[str, float]:
     """phi(1, 1) and phi(8, 8), or phi(r, r) below rank 8, of the input and output directions of two runs;
-    mean over layers."""
+    mean over layers.
+    """
     found = {}
     for side, directions in (("in", lambda one: one.Vh.T), ("out", lambda one: one.U)):
         tables = [

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from labkit.checks import check_choice, is_number, is_whole, not_known
+from labkit.checks import check_choice, is_number, is_whole, not_known, use_python_numbers
 
 VARIANTS = ("lora", "rslora", "dora", "rsdora")
 RANDOM_STARTS = ("default", "gaussian", "b_random", "b_random_small")  # they leave the base as it is
@@ -55,6 +55,7 @@ class LoRAConfig:
     modules_to_save: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self):
+        use_python_numbers(self)
         for name, r in (("r", self.r), *self.rank_pattern.items()):
             if not is_whole(r):
                 raise ValueError(

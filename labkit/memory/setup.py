@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from labkit.checks import check_choice, check_whole, is_number, nearest, not_known
+from labkit.checks import check_choice, check_whole, is_number, nearest, not_known, use_python_numbers
 from labkit.models.shapes import ATTENTION
 from labkit.quant.config import BLOCKSIZES, QuantConfig
 from labkit.training.loss import LOGITS
@@ -81,6 +81,7 @@ class Setup:
     device: str = "cuda"
 
     def __post_init__(self):
+        use_python_numbers(self)
         choices = (
             ("method", METHODS),
             ("optimizer", OPTIMIZERS),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from labkit.alternatives.sized import SIZED_METHODS
-from labkit.checks import check_choice, check_whole
+from labkit.checks import check_choice, check_whole, use_python_numbers
 from labkit.lora.config import LoRAConfig
 from labkit.training.config import TrainConfig
 
@@ -60,6 +60,7 @@ class RunConfig:
     size: int | None = None
 
     def __post_init__(self):
+        use_python_numbers(self)
         check_choice("task", self.task, TASK_NAMES)
         check_choice("method", self.method, METHODS)
         for name in ("examples", "d", "size"):

@@ -42,7 +42,8 @@ class Results:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per run: its settings, `status`, its metrics (missing if it diverged or failed), `seconds`,
-        and `diverged_at`."""
+        and `diverged_at`.
+        """
         rows = [
             {**r["config"], "status": r["status"], **r.get("metrics", {})}
             | {"seconds": r["seconds"], "diverged_at": r.get("step")}
@@ -145,7 +146,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def summarize(frame: pd.DataFrame, by: str | list[str], metric: str) -> pd.DataFrame:
     """One row per value of `by`, over the runs that finished: the `mean` of `metric`, the `half`-width of its
-    95 % interval, and `n`; `missing` counts the runs without the metric, which diverged or failed."""
+    95 % interval, and `n`; `missing` counts the runs without the metric, which diverged or failed.
+    """
     groups = frame.groupby(by, sort=False)[metric]
     made = groups.agg(
         mean="mean",

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from labkit.checks import check_choice, check_number, check_positive, check_whole
+from labkit.checks import check_choice, check_number, check_positive, check_whole, use_python_numbers
 from labkit.training.loss import LOGITS
 from labkit.training.optimizer import OPTIMIZERS
 
@@ -70,6 +70,7 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self):
+        use_python_numbers(self)
         for name in ("lr", "lora_plus", "epochs"):
             check_positive(name, getattr(self, name))
         for name in ("batch_size", "accumulation", "max_length", "checkpoint_every"):

@@ -49,7 +49,8 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
 @contextmanager
 def output_layer_sees(model: nn.Module, keep: Tensor) -> Iterator[None]:
     """Within the block, the output layer is given the positions in `keep`, (batch, time - 1), as one long
-    sequence."""
+    sequence.
+    """
 
     def select(_, arguments: tuple[Tensor]) -> tuple[Tensor]:
         return (arguments[0][:, :-1][keep][None],)  # (1, n_supervised, width)

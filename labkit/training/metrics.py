@@ -119,7 +119,8 @@ def parse_json(text: str) -> dict | None:
 @dataclass(frozen=True)
 class Score:
     """Exact match of JSON answers: `exact` of `n` right in all fields, the share per field, and which were
-    wrong."""
+    wrong.
+    """
 
     exact: int
     n: int

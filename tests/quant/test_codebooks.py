@@ -1,5 +1,6 @@
 """The codebooks against bitsandbytes' tables and generators, Yoshida's published one, and their
-definitions."""
+definitions.
+"""
 
 import bitsandbytes.functional as bnb
 import pytest

@@ -1,5 +1,6 @@
 """The 4-bit linear layer: it computes with the dequantized weight, keeps only the packed one, and lives
-like a module."""
+like a module.
+"""
 
 import copy
 

@@ -1,5 +1,6 @@
 """The CPU kernels: the reference's bits for any size, dtype and processor, and products without a
-dequantized weight."""
+dequantized weight.
+"""
 
 import os
 import platform
