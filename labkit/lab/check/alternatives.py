@@ -13,7 +13,8 @@ from labkit.lab.check.compare import compare
 
 def bottleneck_parameters(function: Callable) -> None:
     """`function(width, size, layers)`: parameters, biases included, of bottleneck adapters after the
-    attention and after the MLP of every block."""
+    attention and after the MLP of every block.
+    """
 
     def inputs():
         # a width of 9 to 30 sizes, and numbers of layers that set all mistakes apart
@@ -48,7 +49,8 @@ def bottleneck_parameters(function: Callable) -> None:
 
 def bottleneck_forward(function: Callable) -> None:
     """`function(f, x, down, up, form)`: the output of a sub-layer f with a bottleneck adapter; down and up
-    are (weight, bias), form is "serial" or "parallel", the activation is relu."""
+    are (weight, bias), form is "serial" or "parallel", the activation is relu.
+    """
 
     forms = itertools.cycle(["serial", "parallel"])
 
@@ -140,7 +142,8 @@ def ia3_merge(function: Callable) -> None:
 
 def prefix_cache_bytes(function: Callable) -> None:
     """`function(length, layers, heads, kv_heads, head_dim, number_bytes)`: bytes of key-value cache that a
-    prefix takes for one sequence."""
+    prefix takes for one sequence.
+    """
 
     numbers = itertools.cycle([4, 2])  # with 2 alone, "keys alone" and "no bytes" would give the same answer
 
@@ -197,7 +200,8 @@ def attend(
 
 def prefix_attention(function: Callable) -> None:
     """`function(q, k, v, prefix_k, prefix_v)`: causal attention of one head, (time, dim), over a prefix, (n,
-    dim), and the text."""
+    dim), and the text.
+    """
 
     def inputs():
         n, time, dim = 3, 5, 4

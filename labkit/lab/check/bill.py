@@ -10,7 +10,8 @@ from labkit.lab.check.compare import compare
 def static_bytes(function: Callable) -> None:
     """`function(parameters, weight, gradient, moment, master)`: bytes of weights, gradients and AdamW's
     state, given the bytes of one weight, one gradient and one number of a moment; `master`: an fp32 copy of
-    every weight as well."""
+    every weight as well.
+    """
 
     turns = iter([True, False])  # with and without a master copy
 
@@ -51,7 +52,8 @@ def static_bytes(function: Callable) -> None:
 def eight_bit_state(function: Callable) -> None:
     """`function(sizes)`: bytes of 8-bit AdamW's state for parameters of these sizes, in numbers: two moments
     of 1 byte per number, each with an fp32 scale for every 256 numbers; a parameter of fewer than 4096 keeps
-    both in fp32."""
+    both in fp32.
+    """
 
     def inputs():
         # small enough for a single scale to show, and with tails that would fit into one block together
@@ -94,7 +96,8 @@ def eight_bit_state(function: Callable) -> None:
 def step_peak(function: Callable) -> None:
     """`function(static, gradients, activations, temporary)`: the most bytes live at one time. The
     activations, and the temporary scores, are live at the end of the forward pass, the gradients when the
-    optimizer steps, and `static` always."""
+    optimizer steps, and `static` always.
+    """
     turns = iter([True, False])  # does the optimizer's step hold more?
 
     def inputs():
@@ -134,7 +137,8 @@ def step_peak(function: Callable) -> None:
 def largest_batch(function: Callable) -> None:
     """`function(card, reserve, static, gradients, per_example)`: the most examples that a step may have; 0 if
     none fits. All in bytes; `per_example`: of activations; the peak is as in `step_peak`, without temporary
-    scores."""
+    scores.
+    """
     turns = iter(["fits", "gradients do not", "static does not"])
 
     def inputs():

@@ -10,7 +10,8 @@ from labkit.lab.check.compare import compare
 
 def peak_of_events(function: Callable) -> None:
     """`function(events)`: [the most live bytes, the number of the event after which they are live]; events
-    are signed bytes, positive for an allocation, negative for a release."""
+    are signed bytes, positive for an allocation, negative for a release.
+    """
 
     def inputs():
         kept = [random.randint(5, 9) * 100 for _ in range(4)]
@@ -52,7 +53,8 @@ def peak_of_events(function: Callable) -> None:
 
 def linear_keeps(function: Callable) -> None:
     """`function(tokens, d_in, d_out, trains, rank)`: fp32 bytes of activations that a linear layer keeps for
-    the backward pass; `trains`: does its own weight train; `rank`: of its LoRA adapter, 0 for none."""
+    the backward pass; `trains`: does its own weight train; `rank`: of its LoRA adapter, 0 for none.
+    """
 
     cases = [(True, 0), (False, 0), (False, random.choice([4, 8, 16])), (False, 32), (True, 0)]
     turn = iter(cases * 2)
@@ -97,7 +99,8 @@ def linear_keeps(function: Callable) -> None:
 def checkpoint_bytes(function: Callable) -> None:
     """`function(layers, segment, block_input, per_block)`: the most bytes of activations when every `segment`
     blocks are checkpointed together: the input of each segment, and all that the blocks of one segment keep
-    while it runs again."""
+    while it runs again.
+    """
 
     def inputs():
         layers, segment = random.choice([(30, 4), (32, 5), (22, 3), (80, 7), (26, 4)])
@@ -135,7 +138,8 @@ def checkpoint_bytes(function: Callable) -> None:
 
 def step_flops(function: Callable) -> None:
     """`function(weights, tokens, base_trains, checkpointing)`: floating-point operations of the products with
-    the base weights in one step, 2 per weight and token for each product."""
+    the base weights in one step, 2 per weight and token for each product.
+    """
 
     cases = [(True, False), (True, True), (False, True), (False, False), (False, True)]
     turn = iter(cases * 2)

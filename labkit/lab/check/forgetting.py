@@ -57,7 +57,8 @@ def forgetting_rise(function: Callable) -> None:
 
 def gap_share(function: Callable) -> None:
     """`function(base, full, lora)`: the share of full fine-tuning's gain that LoRA misses, from the three
-    losses; 0 if it misses nothing."""
+    losses; 0 if it misses nothing.
+    """
 
     lora_wins = cycle([False, True])  # alternately; first False, where a flipped sign differs from abs
 
@@ -101,7 +102,8 @@ def gap_share(function: Callable) -> None:
 def gain_within(function: Callable) -> None:
     """`function(budget, gains, rises)`: what a method learns if it may forget `budget`, along straight lines
     between its runs in the order of their rise, starting from the base (0, 0). Both lists are ordered by
-    learning rate."""
+    learning rate.
+    """
 
     # alternately, so both are tried; "between" first, where the nearest run and a missing base differ
     place = cycle(["between", "before the first"])
@@ -166,7 +168,8 @@ def unsorted_line(x: float, xs: list[float], ys: list[float]) -> float:
 
 def bits_per_parameter(function: Callable) -> None:
     """`function(facts, digits, loss, parameters)`: bits learned per trained parameter; `loss` is the mean
-    over the digits, in nats, and anything worse than guessing counts as 0."""
+    over the digits, in nats, and anything worse than guessing counts as 0.
+    """
 
     guessing_is_better = cycle([False, False, True])
 

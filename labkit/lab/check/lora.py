@@ -42,7 +42,8 @@ def lora_forward(function: Callable) -> None:
 
 def llama_lora_parameters(function: Callable) -> None:
     """`function(hidden, heads, kv_heads, head_dim, mlp, layers, r)`: the number of parameters that train with
-    LoRA on all seven linear layers of each block."""
+    LoRA on all seven linear layers of each block.
+    """
 
     def inputs():
         kv_heads = random.randint(2, 4)
@@ -65,7 +66,7 @@ def llama_lora_parameters(function: Callable) -> None:
             "k and v are counted as wide as q; with grouped queries they have kv_heads * head_dim outputs": (
                 lambda h, n, kv, d, mlp, L, r: count(h, n * d, n * d, mlp, L * r)
             ),
-            "twice the number: a layer has r * (in + out), without another factor of 2": (
+            "that is twice the number: a layer has r * (in + out), without another factor of 2": (
                 lambda h, n, kv, d, mlp, L, r: count(h, n * d, kv * d, mlp, 2 * L * r)
             ),
             "that is one block; multiply by the number of layers": (

@@ -34,7 +34,7 @@ def target_parameters(function: Callable) -> None:
                 lambda shapes, targets, layers, r: r * total(shapes, targets)
             ),
             "the rank is missing": lambda shapes, targets, layers, r: layers * total(shapes, targets),
-            "twice the number: A has r * in and B has out * r, which makes r * (in + out)": (
+            "that is twice the number: A has r * in and B has out * r, which makes r * (in + out)": (
                 lambda shapes, targets, layers, r: 2 * layers * r * total(shapes, targets)
             ),
             "that is the number of weights in the matrices themselves, which LoRA freezes": (

@@ -167,7 +167,8 @@ def factored_singular_values(function: Callable) -> None:
 
 def count_intruders(function: Callable) -> None:
     """`function(before, after, epsilon)`: how many columns of `after` (d, k) have a |cosine| below epsilon
-    with every column of `before` (d, n)."""
+    with every column of `before` (d, n).
+    """
 
     def inputs():
         before = torch.linalg.qr(torch.randn(16, 16)).Q

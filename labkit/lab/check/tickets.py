@@ -18,7 +18,7 @@ def lora_parameters(function: Callable) -> None:
         function,
         lambda shapes, r: sum(r * (out + inp) for out, inp in shapes),
         {
-            "twice the number: A has r * in and B has out * r, which makes r * (in + out), not 2 * r * (in + out)": (
+            "that is twice the number: A has r * in and B has out * r, which makes r * (in + out), not 2 * r * (in + out)": (
                 lambda shapes, r: sum(2 * r * (out + inp) for out, inp in shapes)
             ),
             "that is the number of weights in the layers themselves, which LoRA freezes": (

@@ -143,7 +143,7 @@ def pissa_split(function: Callable) -> None:
             "those are the smallest singular values; PiSSA trains the largest": (
                 lambda W, r, s: flat(with_rest(W, s, *factors(W, r, s, min(W.shape) - r)))
             ),
-            "the product is right, but one factor has all of the singular values; each gets their square roots": (
+            "the product is right, but one factor has all of the singular values; each should get their square roots": (
                 lambda W, r, s: flat(uneven(W, r, s))
             ),
             "A and B are swapped: A (r, in) comes first": (
