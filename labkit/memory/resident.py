@@ -41,7 +41,8 @@ def measure_resident(name: str, method: str = "qlora", give_back: bool = True, *
 
     Returns:
         Bytes: `before` (resident at the start of a step, with model and optimizer state), `peak` (the most in
-        it), `step` (peak - before), `allocated` (the same by PyTorch's allocator: its peak less what is static).
+        the step), `step` (peak - before), `allocated` (the same by PyTorch's allocator: its peak less what is
+        static).
 
     Raises:
         ValueError: an unknown setting, or one that is out of its range.

@@ -1,4 +1,4 @@
-"""What the tests of the memory ledger share: a small config, and measured steps of tiny-llama, each taken once."""
+"""What the tests of the memory ledger share: a small config, and measured steps of tiny-llama."""
 
 import json
 
@@ -27,7 +27,7 @@ def close(a: float, b: float, share: float) -> bool:
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Measured ledgers of tiny-llama: `tiny(method, checkpointing, batch_size, max_length, **choices)`, each once."""
+    """`tiny(method, checkpointing, batch_size, max_length, **choices)`: a measured ledger, made once."""
     made = {}
 
     def get(method, checkpointing, batch_size, max_length, **choices):

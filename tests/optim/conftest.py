@@ -1,4 +1,4 @@
-"""What the tests of paging share: fifteen optimizers, runs that repeat to the bit, and a comparison of two."""
+"""What the tests of paging share: fifteen optimizers, runs that repeat to the bit, and how to compare two."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def make(kind, dtype=torch.float32, shapes=SHAPES):
 
 
 def run(parameters, optimizer, steps, first=0):
-    """Steps with gradients that depend on the number of the step alone; one parameter in five goes without one."""
+    """Steps with gradients that depend on the step's number alone; one parameter in five has none."""
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         for n, p in enumerate(parameters):

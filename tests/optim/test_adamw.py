@@ -1,4 +1,4 @@
-"""AdamW against torch.optim's, bit for bit; 8-bit AdamW against bitsandbytes' on a CPU, and within bitsandbytes' own tolerances."""
+"""AdamW against torch.optim's, bit for bit; 8-bit AdamW against bitsandbytes', and within its tolerances."""
 
 import logging
 
@@ -125,8 +125,8 @@ def test_from_the_same_8_bit_state_the_update_is_that_of_bitsandbytes_bit_for_bi
         for name, n in (("exp_avg", 1), ("exp_avg_sq", 2)):
             assert torch.equal(state[f"{name}_absmax"], other[f"absmax{n}"]), "the scales are the same"
             assert torch.equal(MAPS[name], other[f"qmap{n}"]), "and the maps"
-            # codes: ours are the nearest; on a CPU bitsandbytes takes the nearest to the centre of one of 65,536
-            # bins over [-1, 1], so that its level is off by up to a bin and a gap between levels
+            # codes: ours are the nearest; on a CPU bitsandbytes takes the nearest to the centre of one of
+            # 65,536 bins over [-1, 1], so that its level is off by up to a bin and a gap between levels
             mine_, other_ = (MAPS[name][codes.view(-1).int()] for codes in (state[name], other[f"state{n}"]))
             gaps = MAPS[name].diff()
             gap = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))[state[name].int()]
@@ -138,7 +138,7 @@ def test_from_the_same_8_bit_state_the_update_is_that_of_bitsandbytes_bit_for_bi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [32, 257])
 def test_adamw8bit_stays_within_the_tolerances_of_bitsandbytes_own_test(dtype, width):
-    """As bitsandbytes' test_optimizer8bit: 50 steps beside 32-bit Adam, which gets the dequantized state after each."""
+    """As bitsandbytes' test_optimizer8bit: 50 steps beside 32-bit Adam, which gets the state after each."""
     generator = torch.Generator().manual_seed(0)
     p2 = torch.nn.Parameter((0.1 * torch.randn(1024, width, generator=generator)).to(dtype))
     p1 = torch.nn.Parameter(p2.detach().float())

@@ -25,7 +25,7 @@ def storages_alive():
 
 
 def bytes_alive_during_updates(budget: int, store: str) -> list[int]:
-    """What is alive besides parameters and gradients, after every update of a run; for a process of its own."""
+    """What is alive besides parameters and gradients, after every update; for a process of its own."""
     seen, known = [], []
 
     class Watching(AdamW):
@@ -61,12 +61,14 @@ RESIDENT = """
     budget, store = int(sys.argv[1]), sys.argv[2]
     def status(key):
         return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
-    parameters = [torch.nn.Parameter(torch.zeros(1 << 19)) for _ in range(48)]  # 2 MB each, 8 bytes of state a number: 201 MB
+    # 2 MB each, and 8 bytes of state per number: 201 MB
+    parameters = [torch.nn.Parameter(torch.zeros(1 << 19)) for _ in range(48)]
     gradient = torch.full((1 << 19,), 1e-3)
     for p in parameters:
         p.grad = gradient
     optimizer = torch.optim.AdamW(parameters, foreach=False)
-    optimizer_of_one = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1 << 19))])  # warm up what torch loads on first use
+    # warm up what torch loads on first use
+    optimizer_of_one = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1 << 19))])
     optimizer_of_one.param_groups[0]["params"][0].grad = gradient
     optimizer_of_one.step()
     del optimizer_of_one
@@ -91,7 +93,7 @@ def test_resident_memory_of_the_process_falls_to_the_budget(store):
     assert peak > 195e6 and after > 195e6, "unpaged, the state is resident"
     budget = 30_000_000
     peak, after = measure(budget)
-    # the optimizer's own temporaries, 2 MB a parameter, and what the C library holds until it is told to let go
+    # the optimizer's own temporaries, 2 MB per parameter, and what the C library holds until told to let go
     assert after <= budget + 4e6 and peak <= budget + 16e6
 
 

@@ -238,7 +238,8 @@ KILLED = """
             p.grad = torch.randn(p.shape, generator=generator)
         optimizer.step()
         if (step + 1) % 3 == 0:
-            saved = {"step": step + 1, "optimizer": optimizer.state_dict(), "parameters": [p.detach() for p in parameters]}
+            values = [p.detach() for p in parameters]
+            saved = {"step": step + 1, "optimizer": optimizer.state_dict(), "parameters": values}
             torch.save(saved, checkpoint + ".part")
             os.replace(checkpoint + ".part", checkpoint)
     torch.save([p.detach() for p in parameters], checkpoint + ".done")
