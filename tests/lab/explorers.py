@@ -40,7 +40,8 @@ class Explorer:
 
     def figure(self, **values) -> Figure:
         """The figure for the first static values, changed by `values`; it must be the only thing
-        displayed."""
+        displayed.
+        """
         displayed: list = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.module, "display", displayed.append)

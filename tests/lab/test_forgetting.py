@@ -143,7 +143,8 @@ def test_a_run_that_diverged_must_be_taken_out_first():
 @pytest.fixture(scope="module")
 def runs():
     """Two seeds; at the same gain LoRA costs twice what full does, and three times that in the second
-    domain."""
+    domain.
+    """
     rows = []
     for seed in (0, 1):
         for steps in (100, 300):
