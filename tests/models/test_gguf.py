@@ -19,12 +19,14 @@ def reference(tmp_path_factory):
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file="source.gguf")
 
 
+@pytest.mark.slow
 def test_weights_equal_transformers_own_gguf_reader_bit_for_bit(smollm2, reference):
     ours, theirs = smollm2[0].state_dict(), reference[0].state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_logits_and_generated_tokens_equal_transformers_own_gguf_reader(smollm2, reference):
     (model, tokenizer), (other, _) = smollm2, reference
     chat = [{"role": "user", "content": "Name three rivers of Europe, with their lengths in km."}]

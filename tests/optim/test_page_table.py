@@ -81,6 +81,7 @@ RESIDENT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads resident memory from /proc")
 def test_resident_memory_of_the_process_falls_to_the_budget(store):
     def measure(budget):

@@ -246,6 +246,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_in_the_middle_of_a_step_a_run_goes_on_to_the_same_bits_and_leaves_no_file(store, tmp_path):
     def start(name, kill_at):

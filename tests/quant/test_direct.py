@@ -83,6 +83,7 @@ def test_a_forked_worker_uses_a_layer_that_the_parent_used():
     assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_generated_tokens_are_those_of_the_dense_model(smollm2, monkeypatch):
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     quantize_model(model, progress=False)

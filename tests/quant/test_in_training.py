@@ -3,6 +3,7 @@
 import copy
 
 import bitsandbytes as bnb
+import pytest
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from tests.quant.cases import (
 )
 
 
+@pytest.mark.slow
 def test_an_adapted_model_compiles_and_trains(small_llama):
     torch.compiler.reset()
     quantize_model(small_llama, progress=False)
@@ -94,6 +96,7 @@ def test_losses_of_twenty_steps_equal_those_on_bitsandbytes_layers():
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_the_real_model_equal_those_on_bitsandbytes_layers(smollm2):
     ids = torch.randint(0, 49152, (1, 24), generator=torch.Generator().manual_seed(0))
     losses, gradients = [], []

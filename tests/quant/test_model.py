@@ -167,6 +167,7 @@ print(sum("model.safetensors" in line for line in Path("/proc/self/maps").read_t
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads Linux's list of mapped files")
 def test_a_quantized_model_does_not_hold_on_to_the_file_that_it_came_from(smollm2):
     done = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True)

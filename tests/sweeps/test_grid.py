@@ -77,12 +77,14 @@ def test_a_recorded_run_is_not_done_again(tmp_path, monkeypatch):
     assert again.to_frame().equals(first.to_frame())
 
 
+@pytest.mark.slow
 def test_processes_beside_each_other_record_what_one_process_records(tmp_path, one_thread):
     alone = grid.run_experiment(configs(r=[1, 2]), tmp_path / "a.jsonl", jobs=0, progress=False)
     beside = grid.run_experiment(configs(r=[1, 2]), tmp_path / "b.jsonl", jobs=2, progress=False)
     assert table(alone) == table(beside)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_that_is_started_again_gives_the_same_table(tmp_path, one_thread):
     toml = tmp_path / "small.toml"
     toml.write_text(

@@ -1,9 +1,12 @@
 """A run learns something, and its hash covers the data that its numbers rest on."""
 
+import pytest
+
 from labkit.sweeps import runs, tasks
 from labkit.sweeps.config import RunConfig
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_the_new_domain():
     before = runs.run(RunConfig(task="austen", method="none")).metrics
     after = runs.run(RunConfig(task="austen", method="lora", r=4, lr=1e-2, steps=12, batch_size=4)).metrics

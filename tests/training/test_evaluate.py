@@ -24,6 +24,7 @@ def test_held_out_loss_does_not_depend_on_the_batch_size_and_counts_its_tokens(
     assert [loss for loss, _ in losses] == pytest.approx([losses[0][0]] * 3, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batched_generation_equals_transformers_one_prompt_at_a_time(smollm2):
     model, tokenizer = smollm2
     chats = [

@@ -190,6 +190,7 @@ print(cpu.LANES)
 AVX2 = "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe,+cx16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cpu_name", "features", "lanes"), [("haswell", AVX2, 8), ("generic", "+sse2", 0)])
 def test_kernels_compiled_for_lesser_processors_give_the_reference_bits(cpu_name, features, lanes):
     if platform.machine() not in ("x86_64", "AMD64") or (lanes and not torch.cpu._is_avx2_supported()):
