@@ -22,16 +22,16 @@ class DoRALinear(LoRALinear):
     tokens are generated one at a time; `labkit.merge` saves it there.
     """
 
+    row_squares: Tensor | None  # (out,): |W_i|^2, or None while the base has not been measured
+
     def __init__(self, base: nn.Module, config: LoRAConfig):
         super().__init__(base, config)
-        self.measure()
         self.lora_magnitude = nn.Parameter(self.row_norms())  # (out,)
 
-    def measure(self) -> None:
-        """Keep |W_i|^2, which changes only with another base, as when this one is quantized."""
-        squares = dense_weight(self.base).to(self.lora_A.dtype).square().sum(1)
-        self.register_buffer("row_squares", squares, persistent=False)  # (out,)
-        object.__setattr__(self, "measured", self.base)  # not by nn.Module's own, which would make it a child
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "base":  # the rows of another one, which is quantized for example, have other lengths
+            self.register_buffer("row_squares", None, persistent=False)
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
@@ -40,8 +40,8 @@ class DoRALinear(LoRALinear):
         V itself, (out, in), is never made: |V_i|^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 |(B A)_i|^2, where
         W A^T is what the base layer makes of the r rows of A, and |(B A)_i|^2 = B_i (A A^T) B_i^T.
         """
-        if self.measured is not self.base:
-            self.measure()
+        if self.row_squares is None:
+            self.row_squares = dense_weight(self.base).to(self.lora_A.dtype).square().sum(1)
         A, B, s = self.lora_A, self.lora_B, self.scaling
         WA = self.base(A.to(self.base.weight.dtype)).to(A.dtype)  # (r, out)
         if self.base.bias is not None:
