@@ -20,9 +20,8 @@ def list_modules(package) -> None:
     for info in pkgutil.iter_modules(package.__path__):
         try:
             module = importlib.import_module(f"{package.__name__}.{info.name}")
-        except (
-            ModuleNotFoundError
-        ) as error:  # kernels for a GPU need Triton, which is not installed without one
+        except ModuleNotFoundError as error:
+            # kernels for a GPU need Triton, which is not installed without one
             print(f"left out {package.__name__}.{info.name}: {error}")
             continue
         names.append(info.name)

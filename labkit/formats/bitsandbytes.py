@@ -123,9 +123,8 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
         scales = NestedScales(scales, state_dict[f"{prefix}.nested_absmax"].float(), offset)
     else:
         scales = scales.float()
-    packed = (
-        state_dict[prefix].view(torch.uint8).view(-1, 1)
-    )  # saved as uint8, or as another dtype of the same bytes
+    # saved as uint8, or as another dtype of the same bytes
+    packed = state_dict[prefix].view(torch.uint8).view(-1, 1)
     return QuantizedTensor(
         packed, scales, torch.Size(rest["shape"]), getattr(torch, rest["dtype"]), name, blocksize
     )

@@ -70,9 +70,8 @@ def record_run(config: RunConfig) -> dict:
         record["metrics"] = runs.run(config).metrics
     except TrainingDiverged as error:
         record |= {"status": "diverged", "step": len(error.history.steps) + 1, "error": str(error)}
-    except (
-        ValueError
-    ) as error:  # a config that cannot run: r above a layer's width, a target that matches nothing
+    except ValueError as error:
+        # a config that cannot run: r above a layer's width, a target that matches nothing
         record |= {"status": "failed", "error": str(error)}
     return record | {
         "data": runs.data_hash(config),

@@ -21,12 +21,13 @@ from labkit.training.config import TrainConfig
 from labkit.training.history import BestWeights, History
 
 FILE = "run.safetensors"
+# none changes a result
 MAY_DIFFER = (
     "checkpoint_folder",
     "checkpoint_every",
     "progress",
     "state_budget_bytes",
-)  # none changes a result
+)
 
 
 def identity_of(config: TrainConfig, examples: list[Encoded], total: int) -> dict:

@@ -97,9 +97,8 @@ def classification_accuracy(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([examples[i] for i in chosen], tokenizer.pad_token_id or 0)
-        last = torch.tensor(
-            [len(examples[i].prompt) - 1 for i in chosen]
-        )  # the position that predicts the label
+        # the position that predicts the label
+        last = torch.tensor([len(examples[i].prompt) - 1 for i in chosen])
         logits = model(input_ids=batch.ids.to(device), use_cache=False).logits  # (batch, time, vocab)
         scores = logits[torch.arange(len(chosen)), last].cpu()[:, ids]  # (batch, n_labels)
         right += (scores.argmax(dim=1) == torch.tensor([gold[i] for i in chosen])).sum().item()

@@ -27,11 +27,12 @@ from labkit.lora.count import trainable
 from labkit.lora.inject import add_lora
 from labkit.lora.merging import merge
 
+# (batch, tokens): the paper's (32, 512), (16, 256), (1, 128), in proportion
 SHAPES = (
     (8, 128),
     (4, 64),
     (1, 32),
-)  # (batch, tokens): the paper's (32, 512), (16, 256), (1, 128), in proportion
+)
 PROMPT = 16  # tokens before the writing begins
 
 

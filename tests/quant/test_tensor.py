@@ -223,9 +223,8 @@ def test_nf4_errors_are_those_that_bitsandbytes_publishes(blocksize):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(
-    "where", [0, 70, 129]
-)  # in a whole block, in another, and in the incomplete last one
+# in a whole block, in another, and in the incomplete last one
+@pytest.mark.parametrize("where", [0, 70, 129])
 def test_nan_and_infinity_are_refused_with_their_number(path, bad, where):
     for dtype in DTYPES:
         weight = torch.randn(130).to(dtype)

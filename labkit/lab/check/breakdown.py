@@ -15,9 +15,8 @@ def peak_of_events(function: Callable) -> None:
 
     def inputs():
         kept = [random.randint(5, 9) * 100 for _ in range(4)]
-        late = (
-            sum(kept) + 2000
-        )  # the largest single allocation; it comes after most was released, so it is not the peak
+        # the largest single allocation; it comes after most was released, so it is not the peak
+        late = sum(kept) + 2000
         up = [*kept[:2], 37, -37, *kept[2:], 1111]
         down = [-1111, *(-k for k in reversed(kept[1:]))]
         return (up + down + [late - kept[0] - 500, -300, 211],)

@@ -68,9 +68,8 @@ def test_scales_on_and_beside_every_midpoint_get_the_reference_codes():
         [middle, torch.nextafter(middle, infinity), torch.nextafter(middle, -infinity), dynamic8()]
     )
     blocks = torch.nn.functional.pad(values, (0, -len(values) % 255)).view(-1, 255)
-    flat = torch.cat([torch.ones(len(blocks), 1), blocks], dim=1).view(
-        -1
-    )  # absmax 1: values stay as they are
+    # absmax 1: values stay as they are
+    flat = torch.cat([torch.ones(len(blocks), 1), blocks], dim=1).view(-1)
     codes, _ = quantize_blocks(flat, dynamic8(), 256)
     assert torch.equal(operations.quantize_scales(flat)[0], codes)
 
