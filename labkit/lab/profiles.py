@@ -68,7 +68,7 @@ def profile(model: str | None = None, name: str | None = None) -> Profile:
         units = (
             "has matrix units for that" if products == torch.bfloat16 else "has no matrix units for bfloat16"
         )
-        why = f"{threads} threads, {memory_bytes() / 2**30:.0f} GiB; "
+        why = f"{threads} thread{'s' if threads > 1 else ''}, {memory_bytes() / 2**30:.0f} GiB; "
         why += f"4-bit layers multiply in {short(products)}: this processor {units}"
         chosen = Profile("cpu", model, torch.device("cpu"), torch.float32, products, None, 2, 1.0, 100, why)
     else:
