@@ -1,6 +1,8 @@
 """How tests are spread over workers, and the models that they share, loaded once per worker."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from labkit import models
 
-# Notebooks that take a minute or more, the longest first: a worker that starts one of them last keeps the
+# Notebooks that take half a minute or more, the longest first: a worker that starts one of them last keeps the
 # others waiting.
-LONGEST_FIRST = ("08", "03", "05", "10", "02", "06", "07", "00")
+LONGEST_FIRST = ("08", "06", "02", "03", "10", "05", "04", "09", "11", "07", "00")
 
 
 def pytest_configure():
@@ -42,6 +44,29 @@ def make_small_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=49152, num_key_value_heads=2, tie_word_embeddings=True, **sizes | changes)
     return LlamaForCausalLM(config).eval()
+
+
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Within the block PyTorch computes on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    with on_threads(1):
+        yield
+
+
+@pytest.fixture
+def two_threads():
+    with on_threads(2):
+        yield
 
 
 @pytest.fixture

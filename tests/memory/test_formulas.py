@@ -1,7 +1,6 @@
 """plan and crossover: any way to name a model, the notes, and the figures that others have published."""
 
 import pytest
-import torch
 
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
@@ -34,15 +33,7 @@ def test_a_folder_a_config_and_a_model_give_the_same_ledger(tmp_path):
 # --- crossover
 
 
-@pytest.fixture
-def one_thread():
-    """Operations in bf16 take scratch memory per thread: 0.3 MB more with two threads than with one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+# on one thread: operations in bf16 take scratch memory per thread, 0.3 MB more with two than with one
 def test_the_crossover_is_where_measurement_puts_it(tiny, one_thread):
     """QLoRA with all that is not in 4 bits in fp32 against LoRA in bf16: more memory from some length on."""
     frame = crossover(

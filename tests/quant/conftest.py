@@ -1,7 +1,6 @@
 """Both paths, both ways of threading, and a look at what the direct kernel is given."""
 
 import pytest
-import torch
 
 from labkit.hardware import set_fast
 from labkit.quant.kernels import operations, threads
@@ -25,14 +24,6 @@ def products(monkeypatch):
 
     monkeypatch.setattr(operations, "multiply_4bit", spy)
     return shapes
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["openmp", "pool"])

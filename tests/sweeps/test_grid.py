@@ -6,21 +6,11 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from labkit.sweeps import grid, runs
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.records import summarize
 from tests.sweeps.cases import QUICK, ROOT, configs, table
-
-
-@pytest.fixture
-def one_thread():
-    """Runs in this process on one thread, as a sweep's processes have it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_grid_is_the_product_of_its_lists_with_the_seeds_innermost():
