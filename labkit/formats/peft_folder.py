@@ -11,7 +11,7 @@ is how other loaders come to act as the identity, with an adapter of which no ke
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,31 +24,64 @@ from labkit.formats.provenance import PROVENANCE
 from labkit.lora.fingerprint import AdapterMismatch
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OURS = (WEIGHTS, CONFIG, PROVENANCE)
 PREFIX = "base_model.model."  # of the names of modules in a folder
 NAMED_PROBLEMS = 3  # of a folder that does not fit; the others are counted
 
 
 def write_folder(path: Path, tensors: dict[str, Tensor], config: dict, provenance: dict) -> Path:
-    """Write a PEFT folder with a `labkit.json`, so that an old one at `path` is replaced whole or not at all.
+    """Write a PEFT folder with a `labkit.json`. An old adapter at `path` is replaced whole or not at all, and
+    whatever else lies in that folder (a tokenizer, notes, a checkpoint) stays.
 
     Raises:
         ValueError: a tensor holds NaN or infinity; nothing is written then.
+        NotADirectoryError: there is a file at `path`.
     """
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(
             f"{broken[0]} and {len(broken) - 1} more tensors hold NaN or infinity; nothing was saved"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    place = path.resolve()  # where a link leads to
+    if place.exists() and not place.is_dir():
+        raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder, so give another name")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}"
+    scratch.mkdir()  # not tempfile's, which nobody else on the machine could read
     try:
         save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2))
         (scratch / PROVENANCE).write_text(json.dumps(provenance, indent=2))
-        replace_folder(scratch, path)
+        # safetensors lets only the owner read; whoever may read the other two may read this one
+        (scratch / WEIGHTS).chmod((scratch / CONFIG).stat().st_mode)
+        if not place.exists() or any((place / name).exists() for name in OURS):
+            link_others(place, scratch)
+            replace_folder(scratch, place)
+        else:  # somebody's folder, without an adapter to replace: leave it where it is
+            for name in OURS:
+                os.replace(scratch / name, place / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def link_others(path: Path, scratch: Path) -> None:
+    """Give `scratch` what lies in the folder `path` and is not part of an adapter: the same files, not copies."""
+    for entry in path.iterdir() if path.exists() else ():
+        if entry.name in OURS:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, scratch / entry.name, symlinks=True, copy_function=link_or_copy)
+        else:
+            link_or_copy(entry, scratch / entry.name)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Another name for a file; a copy where the file system knows no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def replace_folder(new: Path, path: Path) -> None:

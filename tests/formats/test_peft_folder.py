@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from labkit.formats import peft_folder
 from labkit.formats.adapters import load_adapter, save_adapter
@@ -58,3 +59,63 @@ def test_nothing_to_save_or_nan_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         save_adapter(model, tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_else_lies_in_the_folder_stays(tmp_path):
+    folder = tmp_path / "my-run"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "notes.txt").write_text("a week of work")
+    (folder / "logs" / "1.txt").write_text("loss 2.1")
+    (folder / "latest").symlink_to("notes.txt")
+    others = {"notes.txt", "logs", "latest"}
+    for seed in (1, 2, 3):  # into somebody's folder; then in place of an old adapter
+        model = adapted(seed=seed)
+        save_adapter(model, folder)
+        assert {entry.name for entry in folder.iterdir()} == others | set(peft_folder.OURS)
+        assert (folder / "latest").is_symlink() and (folder / "latest").read_text() == "a week of work"
+        assert (folder / "logs" / "1.txt").read_text() == "loss 2.1"
+        loaded, wanted = load_adapter(make_small_llama(seed), folder), lora_layers(model)
+        assert all(torch.equal(m.lora_A, wanted[n].lora_A) for n, m in lora_layers(loaded).items())
+        assert os.listdir(tmp_path) == ["my-run"], "no temporary folder is left"
+
+
+def test_a_file_that_is_open_in_the_folder_can_be_written_on(tmp_path):
+    save_adapter(adapted(), tmp_path / "a")
+    with (tmp_path / "a" / "log.txt").open("w") as log:
+        save_adapter(adapted(seed=2), tmp_path / "a")
+        log.write("step 2")
+    assert (tmp_path / "a" / "log.txt").read_text() == "step 2"
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    save_adapter(adapted(), tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(
+        os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(1, "Operation not permitted"))
+    )
+    save_adapter(adapted(seed=2), tmp_path / "a")
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_is_followed_and_a_file_is_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for seed in (1, 2):
+        save_adapter(adapted(seed=seed), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / peft_folder.WEIGHTS).exists()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(NotADirectoryError, match="file is a file; an adapter is saved as a folder"):
+        save_adapter(adapted(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = save_adapter(adapted(), tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert all(entry.stat().st_mode & 0o044 == 0o044 for entry in folder.iterdir())
