@@ -6,6 +6,7 @@ holds all of it, with the small things as JSON in its header, so one rename make
 at once.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -17,23 +18,43 @@ from safetensors.torch import save_file
 from torch import nn
 
 from labkit.data.encoding import Encoded, fingerprint
+from labkit.lora.inject import lora_layers
 from labkit.training.config import TrainConfig
 from labkit.training.history import BestWeights, History
 
 FILE = "run.safetensors"
 # none changes a result
-MAY_DIFFER = (
-    "checkpoint_folder",
-    "checkpoint_every",
-    "progress",
-    "state_budget_bytes",
-)
+MAY_DIFFER = ("checkpoint_folder", "checkpoint_every", "progress", "state_budget_bytes")
+SINCE_0_2 = ("model", "adapter")  # parts of an identity that older checkpoints do not have
 
 
-def identity_of(config: TrainConfig, examples: list[Encoded], total: int) -> dict:
-    """What must be the same for a run to go on where another stopped: settings, data, number of steps."""
+def identity_of(model: nn.Module, config: TrainConfig, examples: list[Encoded], total: int) -> dict:
+    """What must be the same for a run to go on where another stopped: settings, data, number of steps, and of
+    the model all that the checkpoint does not hold."""
     same = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER}
-    return {**same, "betas": list(config.betas), "data": fingerprint(examples), "total": total}
+    same |= {"betas": list(config.betas), "data": fingerprint(examples), "total": total}
+    return same | {"model": hash_frozen(model), "adapter": hash_adapter(model)}
+
+
+def hash_frozen(model: nn.Module) -> str:
+    """A short hash of the values that do not train, with their names, dtypes and shapes: the same base in four
+    bits, or in another dtype, is another one."""
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if name not in trained:
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def hash_adapter(model: nn.Module) -> str:
+    """A short hash of what an adapter computes with beside its weights: variant, scaling, dropout by layer."""
+    layers = {
+        name: [type(layer).__name__, layer.scaling, layer.dropout.p]
+        for name, layer in lora_layers(model).items()
+    }
+    return hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def exists(folder: Path) -> bool:
@@ -105,9 +126,11 @@ def load(
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}); delete it to start the run from the beginning"
         ) from None
-    differs = [k for k in identity if json.loads(json.dumps(identity[k])) != state["identity"].get(k)]
-    names = {key.removeprefix("parameter/") for key in tensors if key.startswith("parameter/")}
-    if names != set(parameters):
+    recorded = state["identity"]
+    known = [key for key in identity if key in recorded or key not in SINCE_0_2]
+    differs = [key for key in known if json.loads(json.dumps(identity[key])) != recorded.get(key)]
+    shapes = {k.removeprefix("parameter/"): v.shape for k, v in tensors.items() if k.startswith("parameter/")}
+    if shapes != {name: p.shape for name, p in parameters.items()}:
         differs.append("trained parameters")
     if differs:
         raise ValueError(

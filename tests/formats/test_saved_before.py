@@ -98,7 +98,7 @@ def test_a_checkpoint_is_taken_up_bit_for_bit(tiny):
     groups = parameter_groups(model, config.lr, config.lora_plus)
     optimizer = make_optimizer(config.optimizer, groups, None, betas=config.betas, eps=config.eps)
     examples, _ = encode_all(load_austen("train")[:12], tokenizer, config.max_length)
-    identity = checkpoint.identity_of(config, examples, 6)
+    identity = checkpoint.identity_of(model, config, examples, 6)
     done, history, best = checkpoint.load(SAVED / "checkpoint", identity, parameters, optimizer)
     assert done == 3 and best is None and history.losses == EXPECTED["checkpoint"][:3]
     file = load_file(SAVED / "checkpoint" / checkpoint.FILE)

@@ -16,10 +16,12 @@ from labkit import models
 from labkit.data.passages import load_austen
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
+from labkit.quant.model import quantize_model
 from labkit.training import checkpoint
 from labkit.training.config import TrainConfig
 from labkit.training.history import History
 from labkit.training.loop import train
+from tests.conftest import make_small_llama
 from tests.training.small_runs import QUIET, adapted
 
 SCRIPT = textwrap.dedent(
@@ -91,6 +93,45 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, records, tokenizer):
     (tmp_path / "run.safetensors").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         train(adapted(), tokenizer, records, TrainConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"alpha": 128}, "adapter"),
+        ({"dropout": 0.1}, "adapter"),
+        ({"variant": "rslora"}, "adapter"),
+        ({"init": "pissa"}, "model"),
+        ({"r": 2}, "trained parameters"),
+        ({"targets": ["q_proj"]}, "trained parameters"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, records, tokenizer, change, part):
+    def fresh(**settings):
+        return add_lora(make_small_llama(), LoRAConfig(**{"r": 4, "targets": "attention"} | settings))
+
+    config = TrainConfig(**QUIET | {"steps": 1, "checkpoint_folder": tmp_path})
+    train(fresh(), tokenizer, records, config)
+    other = fresh(**change)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=f"belongs to another run .different: .*{part}"):
+        train(other, tokenizer, records, config)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert train(fresh(), tokenizer, records, config).stopped == "finished", "its own run takes it"
+
+
+@pytest.mark.parametrize("other", ["another seed", "4 bits", "bf16"])
+def test_a_checkpoint_of_another_base_is_refused(tmp_path, records, tokenizer, other):
+    config = TrainConfig(**QUIET | {"steps": 1, "checkpoint_folder": tmp_path})
+    train(add_lora(make_small_llama(), LoRAConfig(r=4)), tokenizer, records, config)
+    base = make_small_llama(seed=1 if other == "another seed" else 0)
+    if other == "4 bits":
+        quantize_model(base, progress=False)
+    if other == "bf16":
+        base.bfloat16()
+    with pytest.raises(ValueError, match=r"belongs to another run \(different: model\)"):
+        train(add_lora(base, LoRAConfig(r=4)), tokenizer, records, config)
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, records, tokenizer, monkeypatch):
