@@ -95,7 +95,9 @@ class TrainingRun:
         )
         self.best: BestWeights | None = None
         self.folder = None if config.checkpoint_folder is None else Path(config.checkpoint_folder)
-        self.identity = self.folder and checkpoint.identity_of(model, config, examples, self.total)
+        self.identity = (
+            {} if self.folder is None else checkpoint.identity_of(model, config, examples, self.total)
+        )
 
     def train(self) -> History:
         """Take the steps that are left; afterwards the model's mode and the optimizer are as before."""
