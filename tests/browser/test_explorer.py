@@ -109,6 +109,7 @@ def wait_for_another_figure(page, cell, before):
     )
 
 
+@pytest.mark.slow
 def test_slider_redraws_the_figure_and_a_prediction_is_remembered(browser, lab_url):
     page = run_all_cells(browser, lab_url.format("first"))
     figure = page.locator(".jp-OutputArea img").first
@@ -129,6 +130,7 @@ def test_slider_redraws_the_figure_and_a_prediction_is_remembered(browser, lab_u
     page.close()
 
 
+@pytest.mark.slow
 def test_every_control_of_the_explorers_redraws_the_figure(browser, lab_url):
     page = run_all_cells(browser, lab_url.format("explorers"))
     for number, controls in enumerate(EXPLORERS.values(), 1):

@@ -10,6 +10,7 @@ from labkit.memory.resident import measure_resident
 from tests.memory.conftest import close
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_operating_system_sees_what_the_allocator_says():
     seen = measure_resident("tiny-llama", "lora", dtype="fp32", batch_size=4, max_length=512, supervised=0.5)

@@ -42,6 +42,7 @@ def bytes_alive_during_updates(budget: int, store: str) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_tensors_alive_during_every_update_stay_under_the_budget(store):
     budget, page = 3 * 36_864, 36_864
     # in a process of its own, where no other test has left a tensor behind

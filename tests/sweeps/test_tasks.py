@@ -30,6 +30,7 @@ def test_docstrings_are_judged_by_the_letter():
     assert 0 <= metrics["test_accuracy"] < 0.25, "eight letters that it was never told"
 
 
+@pytest.mark.slow
 def test_a_run_of_the_task_spectra_records_numbers_with_their_controls(monkeypatch):
     few = {split: tasks.load_austen(split)[:8] for split in ("train", "validation")}
     monkeypatch.setattr(tasks, "load_austen", few.__getitem__)
