@@ -1,7 +1,9 @@
 """`import labkit`: what it offers, what it does not load, and how an old import fails."""
 
+import importlib
 import importlib.metadata
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +80,12 @@ def test_an_experiment_is_a_command():
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m labkit.sweep"), done.stderr
     wrong = python("-m", "labkit.sweep", "experiments/nothing.toml")
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: "), wrong.stderr
+
+
+def test_every_module_is_imported_without_running_anything():
+    """As the generator of the API pages imports them."""
+    names = [m.name for m in pkgutil.walk_packages(labkit.__path__, "labkit.")]
+    assert "labkit.models.__main__" in names and len(names) > 150
+    for name in names:
+        if name != "labkit.quant.kernels.triton":  # needs Triton
+            importlib.import_module(name)
