@@ -65,7 +65,7 @@ def hash_base(model: nn.Module) -> dict:
 
 def update(digest, tensor: Tensor) -> None:
     """Add the bytes of `tensor` to a hash."""
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def differences(recorded: dict, here: dict) -> list[str]:

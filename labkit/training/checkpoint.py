@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from labkit.data.encoding import Encoded, fingerprint
+from labkit.lora.fingerprint import update
 from labkit.lora.inject import lora_layers
 from labkit.training.config import TrainConfig
 from labkit.training.history import BestWeights, History
@@ -44,7 +45,7 @@ def hash_frozen(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if name not in trained:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            update(digest, value)
     return digest.hexdigest()[:16]
 
 
