@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab test test-fast run bench lint docs clean
+.PHONY: help named setup model lab test test-fast campaign run bench lint docs clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: model      ## set everything up and run all tests, notebooks included, on 
 
 test-fast: model ## run everything but notebooks and slow tests, on WORKERS processes
 	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' tests labkit $(ARGS)
+
+campaign: model  ## kill, starve and mistreat everything, for up to half an hour; make test plays a slice of it
+	@LABKIT_STATIC=1 LABKIT_CAMPAIGN=full $(PY) -m pytest -n $(WORKERS) tests/campaign $(ARGS)
 
 named:
 	@test -f "$(NB)" || { echo "error: NB='$(NB)' is not a file; for example: make run NB=$(FIRST)"; exit 2; }

@@ -1,0 +1,328 @@
+"""The one way in which labkit writes files that others read, and reads files that others wrote.
+
+**Writing.** A file (`new_file`) or a whole folder (`new_folder`) is made in a scratch folder beside its place,
+`.NAME.1a2b3c4d.part`, brought to the disk, given the permissions that the umask allows, and then put in its place
+by one rename. Whoever looks, and whatever is killed, sees the old one or the new one. The scratch folder holds a
+lock while its writer lives; the next writer to the same place takes away those whose writer does not
+(`clear_leftovers`), so that a kill leaves nothing for ever.
+
+**Reading.** Nothing about a file that came from somewhere else is believed: it must be a regular file of a bounded
+size (`read_json` of a pipe or an endless device would never return), JSON without duplicate keys, and safetensors,
+which unlike pickle cannot run code.
+"""
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+LOCK, OLD = ".lock", ".old"  # inside a scratch folder
+MAX_JSON = 16 * 2**20  # bytes; the largest configuration or header that is read
+IN_THE_WAY = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than is allowed",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "writing there is not permitted",
+    errno.EPERM: "writing there is not permitted",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EIO: "the disk reports an error",
+}
+
+
+class CannotWrite(OSError):
+    """A file or folder could not be written; the message says which, why, and that the old one is intact."""
+
+
+class InUse(RuntimeError):
+    """Another process is using what only one may use at a time."""
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to; at the end of the block the file replaces the one at `path`.
+
+    Nothing changes at `path` if the block raises.
+
+    Raises:
+        CannotWrite: no space, no permission; the old file is intact.
+    """
+    place = Path(os.path.realpath(path))  # where a link leads
+    with explained(path), scratch_beside(place) as scratch:
+        made = scratch / place.name
+        yield made
+        settle(made, scratch)
+        os.replace(made, place)
+        bring_to_disk(place.parent)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Give an empty temporary folder to fill; at the end of the block it replaces the one at `path`.
+
+    On Linux and macOS the two change places in one step. Elsewhere there is an instant between two renames in
+    which there is nothing at `path`; if the process is killed right then, `clear_leftovers` puts the old one
+    back.
+
+    Raises:
+        CannotWrite: no space, no permission, or a file at `path`; what was there is intact.
+    """
+    place = Path(os.path.realpath(path))
+    with explained(path), scratch_beside(place) as scratch:
+        made = scratch / place.name
+        made.mkdir()
+        yield made
+        for file in [f for f in made.rglob("*") if f.is_file() and not f.is_symlink()]:
+            settle(file, scratch)
+        bring_to_disk(made)
+        if place.exists() and not place.is_dir():
+            raise CannotWrite(
+                f"cannot write the folder {path}: there is a file of that name; give another name"
+            )
+        if not place.exists():
+            os.replace(made, place)
+        elif not exchange(made, place):
+            os.replace(place, scratch / OLD)
+            os.replace(made, place)
+        bring_to_disk(place.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8) by way of `new_file`."""
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object, indent: int | None = 2) -> None:
+    """Write JSON by way of `new_file`."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def only_one(path: str | Path, taken: str, wait: float = 0) -> Iterator[None]:
+    """Hold the lock file `path` during the block.
+
+    Args:
+        path: of the lock file, which stays.
+        taken: what to say if another process holds it.
+        wait: seconds to wait for it; -1 for as long as it takes.
+
+    Raises:
+        InUse: with `taken` as its message.
+        CannotWrite: the lock file cannot be made.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        with explained(path):
+            lock.acquire(timeout=wait)
+    except Timeout:
+        raise InUse(taken) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def scratch_beside(place: Path) -> Iterator[Path]:
+    """A locked temporary folder beside `place`, gone at the end, after those of killed writers are cleared."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(place)
+    while True:
+        scratch = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.part"
+        scratch.mkdir()
+        lock = FileLock(scratch / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue  # another writer took it for a leftover, between mkdir and here
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        if (scratch / LOCK).exists():
+            break
+        lock.release()
+    try:
+        yield scratch
+    finally:
+        lock.release()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def clear_leftovers(place: Path) -> None:
+    """Take away what killed writers to `place` left beside it; put back what one had just moved out of the way."""
+    for left in place.parent.glob(f".{glob_escape(place.name)}.????????.part"):
+        lock = FileLock(left / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            continue  # its writer lives, or it is another user's
+        if (left / OLD).exists() and not place.exists():
+            os.replace(left / OLD, place)
+        lock.release()
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def glob_escape(name: str) -> str:
+    """`name` as a pattern that matches nothing else."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+@contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Say in one sentence why `path` cannot be written, where the system has a reason that a user can mend."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else number_in(str(error))
+        if number not in IN_THE_WAY:
+            raise
+        cannot = CannotWrite(f"cannot write {path}: {IN_THE_WAY[number]}; what was there before is intact")
+        cannot.errno = number
+        raise cannot from error
+
+
+def number_in(message: str) -> int | None:
+    """The system's error number in a message of safetensors: "... (os error 28)"."""
+    _, found, rest = message.partition("(os error ")
+    digits = rest.partition(")")[0]
+    return int(digits) if found and digits.isdigit() else None
+
+
+def settle(file: Path, scratch: Path) -> None:
+    """Bring a file to the disk, with the permissions that the umask allows (safetensors gives only the owner's)."""
+    if os.name == "posix":
+        file.chmod(stat.S_IMODE(scratch.stat().st_mode) & 0o666)  # mkdir has just applied the umask
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def bring_to_disk(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            pass  # some network file systems cannot
+        finally:
+            os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system cannot."""
+    if sys.platform == "linux":
+        name, arguments = (
+            "renameat2",
+            (-100, os.fsencode(one), -100, os.fsencode(other), 2),
+        )  # AT_FDCWD, EXCHANGE
+    elif sys.platform == "darwin":
+        name, arguments = "renamex_np", (os.fsencode(one), os.fsencode(other), 2)  # RENAME_SWAP
+    else:
+        return False
+    call = getattr(ctypes.CDLL(None), name, None)
+    return call is not None and call(*arguments) == 0
+
+
+def read_bytes(path: str | Path, at_most: int = MAX_JSON) -> bytes:
+    """The contents of a regular file of at most `at_most` bytes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a pipe, a device, a folder, or a file that is too large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        check_regular(path, os.fstat(descriptor), at_most)
+        return file.read(at_most + 1)
+
+
+def check_regular(path: str | Path, info: os.stat_result, at_most: int | None = None) -> None:
+    """Raise a `ValueError` unless it is a regular file, of at most `at_most` bytes."""
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    if at_most is not None and info.st_size > at_most:
+        raise ValueError(f"{path} has {info.st_size:,} bytes; at most {at_most:,} are read")
+
+
+def read_json(path: str | Path, at_most: int = MAX_JSON) -> object:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: see `read_bytes`; or not JSON, with a key twice, or nested too deeply.
+    """
+    return parse_json(path, read_bytes(path, at_most))
+
+
+def parse_json(path: str | Path, raw: bytes) -> object:
+    """The value of JSON in `raw`; `path` is for the message."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return made
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is not valid JSON ({reason})") from None
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: not a regular file, cut off, damaged, a header too large or with a name twice.
+    """
+    read_header(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def read_header(path: str | Path) -> dict:
+    """The header of a safetensors file: name → dtype, shape, offsets; and `__metadata__`, if there is any.
+
+    Raises:
+        as `read_tensors`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        info = os.fstat(descriptor)
+        check_regular(path, info)
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_JSON, info.st_size - 8):
+            raise ValueError(f"{path} is cut off, or not a safetensors file (a header of {length:,} bytes)")
+        header = parse_json(path, file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file (its header is no object)")
+    return header
+
+
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
