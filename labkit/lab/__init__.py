@@ -6,7 +6,7 @@
 
 import logging
 
-from labkit.lab import check, explore, plots
+from labkit.lab import cells, check, explore, plots
 from labkit.lab.claims import claim
 from labkit.lab.machine import gflops, preflight
 from labkit.lab.predictions import predict
@@ -16,3 +16,5 @@ __all__ = ["check", "claim", "explore", "gflops", "plots", "predict", "preflight
 
 # PEFT imports bitsandbytes, which then reports a missing optional kernel: nothing that a student can act on
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+cells.watch()  # in a notebook, a cell that needs another says which
