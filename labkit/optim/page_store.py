@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from platformdirs import user_cache_dir
 from torch import Tensor
+
+from labkit.paths import cache_folder
 
 FRAME = 4096  # bytes, of the system's memory and of a slot
 # all of it at once: one processor fault per 4 KiB takes longer than reading them
@@ -88,7 +89,7 @@ class FileStore:
 
     def __init__(self, folder: str | Path | None = None):
         if folder is None:
-            folder = Path(os.environ.get("LABKIT_CACHE") or user_cache_dir("labkit")) / "paging"
+            folder = cache_folder() / "paging"
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
