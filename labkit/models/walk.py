@@ -12,7 +12,7 @@ Whatever changes "every layer" of a model walks it here, chooses by `Layer.kind`
 `describe` what it did not reach, in bytes.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ STANDS_IN = {
     "AdaptionPromptModel": "model",
     "AdaptedAttention": "model",
     "AuxiliaryTrainingWrapper": "original_module",  # PEFT's modules_to_save
+    "StandIn": "base",  # ours: see `labkit.models.stand_in`
     "LoRALinear": "base",
     "IA3Linear": "base",
     "Bottleneck": "base",
@@ -140,6 +141,28 @@ def path_of(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
+def places(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(own name, path, module) of every place in `model`, in the order of the model, wrappers taken off.
+
+    A module that is in several places comes several times; adapters, no part of the model, never.
+    """
+
+    def visit(module: nn.Module, name: str, path: str, above: tuple[nn.Module, ...]):
+        standing = path
+        while (child := stood_in_for(module)) is not None:
+            module, path = module._modules[child], f"{path}.{child}".lstrip(".")
+        if any(module is one for one in above):  # a model may hold a part that holds the model
+            return
+        yield name, standing, module
+        for part, inside in module._modules.items():
+            if inside is not None and not any(is_a(inside, added) for added in ADDED):
+                yield from visit(
+                    inside, f"{name}.{part}".lstrip("."), f"{path}.{part}".lstrip("."), (*above, module)
+                )
+
+    return visit(model, "", "", ())
+
+
 def walk(model: nn.Module) -> list[Layer]:
     """Every module of `model` with weights of its own, once, in the order of the model.
 
@@ -147,31 +170,21 @@ def walk(model: nn.Module) -> list[Layer]:
     """
     found: dict[int, Layer] = {}
     outputs = {id(module) for module in output_layers(model)}
-
-    def visit(module: nn.Module, name: str, path: str) -> None:
-        standing = path
-        while (child := stood_in_for(module)) is not None:
-            module, path = module._modules[child], f"{path}.{child}".lstrip(".")
+    for name, path, module in places(model):
         kind = kind_of(module)
         if kind != OTHER or next(module.parameters(recurse=False), None) is not None:
             layer = found.setdefault(id(module), Layer(module, kind, is_output=id(module) in outputs))
             layer.names.append(name)
-            layer.paths.append(standing)
-        for part, child_module in module._modules.items():
-            if child_module is not None and not any(is_a(child_module, added) for added in ADDED):
-                visit(child_module, f"{name}.{part}".lstrip("."), f"{path}.{part}".lstrip("."))
-
-    visit(model, "", "")
+            layer.paths.append(path)
     return list(found.values())
 
 
 def kind_of(module: nn.Module) -> str:
     """Which of `KINDS` a module is, whatever stands in for it taken off."""
     module = unwrap(module)
-    weight = getattr(module, "weight", None)
     if isinstance(module, nn.Embedding):
         return EMBEDDING
-    if is_a(module, "QuantLinear") or (isinstance(module, nn.Linear) and not weight.is_floating_point()):
+    if is_a(module, "QuantLinear") or (isinstance(module, nn.Linear) and is_packed(module)):
         return PACKED
     if isinstance(module, nn.Linear):
         return LINEAR if type(module) is nn.Linear else SUBCLASS
@@ -180,6 +193,12 @@ def kind_of(module: nn.Module) -> str:
     own = module.parameters(recurse=False)
     is_torchs = type(module).__module__.startswith("torch.nn")  # its convolutions have three dimensions too
     return EXPERTS if not is_torchs and any(p.dim() == 3 for p in own) else OTHER
+
+
+def is_packed(linear: nn.Linear) -> bool:
+    """Is the weight not one number for each input and output? Bytes may be stored under a floating dtype."""
+    weight = linear.weight
+    return not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features)
 
 
 def output_layers(model: nn.Module) -> list[nn.Module]:

@@ -130,7 +130,9 @@ def test_every_kind_of_layer_is_named_as_what_it_is():
     quantized = make_model()
     quantize_model(quantized, progress=False)
     assert {layer.kind for layer in walk(quantized) if "proj" in layer.name} == {PACKED}
-    assert walk(Linear4bit(64, 64, quant_type="nf4").to("cpu"))[0].kind == PACKED
+    for storage in (torch.uint8, torch.bfloat16):
+        theirs = Linear4bit(64, 64, quant_type="nf4", quant_storage=storage).to("cpu")
+        assert walk(theirs)[0].kind == PACKED, "bytes, whatever the dtype that they are stored under"
 
 
 def test_a_layer_in_two_places_is_one_layer_with_two_names_and_its_bytes_count_once():
@@ -140,6 +142,13 @@ def test_a_layer_in_two_places_is_one_layer_with_two_names_and_its_bytes_count_o
     assert first.names == first.paths == ["encoder", "decoder"] and head.names == ["head"]
     assert total_bytes(walk(model)) == sum(p.nbytes for p in model.parameters())
     assert left_out(model, ["decoder"]) == [head]
+
+
+def test_a_part_that_holds_the_whole_is_walked_once():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.part = nn.Module()
+    model.part.whole = model
+    assert [layer.names for layer in walk(model)] == [["0"]]
 
 
 def test_what_was_left_is_told_in_bytes_which_with_the_rest_are_all_there_are():
