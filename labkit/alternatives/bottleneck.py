@@ -13,6 +13,7 @@ layer norms too; here they stay frozen.
 Sources: Houlsby et al. 2019, section 2.1; He et al. 2021, table 1 and section 4.2 (parallel, scale s).
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from labkit.alternatives.methods import AddedMethod, check_unadapted, install
-from labkit.alternatives.sublayers import sublayers_of, train_dtype
+from labkit.alternatives.sublayers import device_of, input_embeddings, sublayers_of, train_dtype
 from labkit.checks import check_choice, check_positive, check_whole
 from labkit.models.shapes import decoder_shape
+from labkit.models.walk import own_name, unwrap
 
 FORMS = ("serial", "parallel")
 INITS = ("zero", "near-identity")
@@ -64,7 +66,7 @@ class BottleneckConfig:
 
 
 class Bottleneck(nn.Module):
-    """A sub-layer with an adapter after it, or beside it.
+    """A sub-layer with an adapter after it, or beside it; what else is read of it is the sub-layer's own.
 
     Args:
         base: attention or MLP of a block; maps (batch, time, width) to the same, or to a tuple that begins
@@ -80,7 +82,7 @@ class Bottleneck(nn.Module):
             raise ValueError(
                 f"size={config.size} is not a bottleneck in a model of width {width}; choose a smaller size"
             )
-        self.base, self.config = base, config
+        self.base, self.config, self.is_used = base, config, False
         self.down = nn.Linear(width, config.size, device=device, dtype=dtype)
         self.up = nn.Linear(config.size, width, device=device, dtype=dtype)
         nn.init.zeros_(self.down.bias)
@@ -97,15 +99,35 @@ class Bottleneck(nn.Module):
         z = ACTIVATIONS[self.config.activation](self.down(h.to(self.down.weight.dtype)))  # (..., size)
         return (self.config.scale * self.up(z)).to(h.dtype)
 
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not there yet: in the middle of copying or unpickling
+                raise
+            return getattr(self.base, name)
+
     def forward(self, *args, **kwargs):
         """What `base` returns, corrected."""
+        self.is_used = True
         output = self.base(*args, **kwargs)
         y = output[0] if isinstance(output, tuple) else output  # (batch, time, width)
         if self.config.form == "serial":
             y = y + self.correction(y)
         else:
-            y = y + self.correction(args[0] if args else kwargs["hidden_states"])
+            first = next(iter(inspect.signature(self.base.forward).parameters))
+            y = y + self.correction(args[0] if args else kwargs[first])
         return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def put_over(self, base: nn.Module) -> None:
+        """Stand over `base`, as this module did before over it, or over what it was then."""
+        self.base = base
+        self.down.to(device_of(base))
+        self.up.to(device_of(base))
+
+    def plain_base(self) -> nn.Module:
+        """The sub-layer without the adapter."""
+        return self.base
 
 
 def add_bottleneck(model: nn.Module, config: BottleneckConfig) -> nn.Module:
@@ -116,15 +138,16 @@ def add_bottleneck(model: nn.Module, config: BottleneckConfig) -> nn.Module:
             bottleneck. Nothing is changed then.
     """
     check_unadapted(model, "a bottleneck adapter")
-    width, device = decoder_shape(model).hidden_size, model.get_input_embeddings().weight.device
+    inner = unwrap(model)
+    width, device = decoder_shape(inner).hidden_size, device_of(input_embeddings(inner))
     layers = {
-        name: Bottleneck(module, width, config, device, train_dtype(model)).train(module.training)
+        path: Bottleneck(module, width, config, device, train_dtype(inner)).train(module.training)
         for kind in config.where
-        for name, module in sublayers_of(model, kind).items()
+        for path, module in sublayers_of(inner, kind).items()
     }
     return install(model, AddedMethod(config, layers))
 
 
 def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
-    """The adapted sub-layers of `model`, by full name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Bottleneck)}
+    """The adapted sub-layers of `model`, by the names that they have in the base."""
+    return {own_name(model, path): m for path, m in model.named_modules() if isinstance(m, Bottleneck)}

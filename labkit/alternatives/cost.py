@@ -16,9 +16,10 @@ from torch import nn
 from labkit.alternatives.ia3 import IA3Config
 from labkit.alternatives.methods import AddedMethod, require_method
 from labkit.alternatives.prefixes import Prefix
-from labkit.alternatives.sublayers import decoder
+from labkit.alternatives.sublayers import decoder, stream_dtype
 from labkit.alternatives.virtual_tokens import VirtualTokens
 from labkit.models.shapes import decoder_shape
+from labkit.models.walk import unwrap
 from labkit.quant.layer_kinds import is_linear, widths
 
 
@@ -72,7 +73,7 @@ def cost(model: nn.Module) -> Cost:
 
 def cost_of_tokens(model: nn.Module, tokens: VirtualTokens, trained: int) -> Cost:
     """Each written token attends to `tokens.length` more keys, in every layer."""
-    s, n = decoder_shape(model), tokens.length
+    s, n = decoder_shape(unwrap(model)), tokens.length
     if isinstance(tokens, Prefix):
         name, kept = "prefix tuning", n * 2 * s.num_hidden_layers * s.kv_width
     else:
@@ -84,14 +85,14 @@ def cost_of_tokens(model: nn.Module, tokens: VirtualTokens, trained: int) -> Cos
         # scores of n more keys, and the sum of n more values: one product each, per head
         flops_per_token=2 * s.num_hidden_layers * 2 * n * s.num_attention_heads * s.head_dim,
         elementwise_per_token=s.num_hidden_layers * n * s.num_attention_heads,  # entries of the softmax
-        cache_bytes_per_layer=2 * n * s.kv_width * model.get_input_embeddings().weight.element_size(),
+        cache_bytes_per_layer=2 * n * s.kv_width * stream_dtype(model).itemsize,
         lost_positions=n,
     )
 
 
 def cost_of_factors(added: AddedMethod, trained: int) -> Cost:
     """One multiplication per factor, until they are merged."""
-    if added.base_before_merge:
+    if all(layer.is_merged for layer in added.layers.values()):
         return Cost("(IA)^3", trained, kept=0, merges=True)
     factors = sum(layer.vector.numel() for layer in added.layers.values())
     return Cost("(IA)^3", trained, kept=trained, elementwise_per_token=factors, merges=True)
@@ -117,7 +118,7 @@ def prefill_flops(model: nn.Module, tokens: int) -> int:
     added = require_method(model)
     if added.tokens is None or isinstance(added.tokens, Prefix):
         return tokens * cost(model).flops_per_token
-    s, n = decoder_shape(model), added.tokens.length
+    s, n = decoder_shape(unwrap(model)), added.tokens.length
     linears = [widths(layer) for layer in decoder(model).modules() if is_linear(layer)]
     pairs = (tokens + n) ** 2 - tokens**2  # of queries and keys
     per_pair = 2 * 2 * s.num_attention_heads * s.head_dim  # a score, and a part of the sum of values

@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from labkit.alternatives.methods import AddedMethod, check_unadapted, install, method_of
-from labkit.alternatives.sublayers import layers_named
+from labkit.alternatives.methods import AddedMethod, check_unadapted, install
+from labkit.alternatives.sublayers import device_of, layers_named
+from labkit.models.walk import own_name, unwrap
 from labkit.quant.layer_kinds import is_conv1d, widths
 from labkit.quant.linear import QuantLinear
+from labkit.quant.tensor import QuantizedTensor
 
 # (outputs, inputs): which layers make keys and values, and which reads the inner activations of the MLP
 KNOWN_NAMES = (
@@ -68,28 +70,96 @@ class IA3Config:
 class IA3Linear(nn.Module):
     """A linear layer with a learned vector on its output, `l * base(x)`, or on its input, `base(l * x)`.
 
+    It stands in for its layer: code that reads `weight` and `bias` and multiplies by itself, as PyTorch's attention
+    does, gets those with the vector in them, so what it computes is right, and trains the vector.
+
     Args:
         base: `nn.Linear`, `QuantLinear` or GPT-2's `Conv1D`.
         on_input: multiply the input.
+
+    Attributes:
+        base_before_merge: the base as it was, while the vector is in the weight of `base`. It is no child, which
+            would be counted and saved, but moves and is cast with the layer.
+        is_used: has a forward pass used the vector?
     """
 
     def __init__(self, base: nn.Module, on_input: bool):
         super().__init__()
         n_in, n_out = widths(base)
-        device = base.packed.device if isinstance(base, QuantLinear) else base.weight.device
         dtype = torch.promote_types(base.weight.dtype, torch.float32)  # LoRA's reason: small updates
-        self.base, self.on_input = base, on_input
-        self.vector = nn.Parameter(torch.ones(n_in if on_input else n_out, device=device, dtype=dtype))
-        self.is_merged = False  # is the vector in the weight of `base`?
+        self.base, self.on_input, self.is_used = base, on_input, False
+        self.in_features, self.out_features = n_in, n_out
+        self.vector = nn.Parameter(
+            torch.ones(n_in if on_input else n_out, device=device_of(base), dtype=dtype)
+        )
+        self.aside: tuple[nn.Module, ...] = ()
+
+    @property
+    def base_before_merge(self) -> nn.Module | None:
+        return self.aside[0] if self.aside else None
+
+    @property
+    def is_merged(self) -> bool:
+        """Is the vector in the weight of `base`?"""
+        return bool(self.aside)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the vector in it, stored as the base stores its own, a 4-bit one dequantized."""
+        self.is_used = True
+        if self.is_merged:
+            return self.base.weight
+        weight = self.base.weight
+        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        factors = self.vector[None, :] if self.on_input else self.vector[:, None]  # of an (out, in) weight
+        return (weight * (factors.T if is_conv1d(self.base) else factors)).to(weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, with the vector in it if that is on the output."""
+        bias = self.base.bias
+        if bias is None or self.on_input or self.is_merged:
+            return bias
+        return (bias * self.vector).to(bias.dtype)
+
+    def _apply(self, fn, recurse: bool = True):
+        for kept in self.aside:
+            kept._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
+        self.is_used = True
         if self.is_merged:
             return self.base(x)
         if self.on_input:
             return self.base((x * self.vector).to(x.dtype))
         y = self.base(x)  # (..., out)
         return (y * self.vector).to(y.dtype)
+
+    def put_over(self, base: nn.Module) -> None:
+        """Stand over `base`, as this layer did before over it, or over what it was then."""
+        was_merged = self.is_merged
+        if base is self.plain_base():
+            return
+        self.aside, self.base = (), base
+        self.vector.data = self.vector.to(device_of(base))
+        if was_merged:
+            self.merge(self.merged_layer())
+
+    def plain_base(self) -> nn.Module:
+        """The base without the vector."""
+        for kept in self.aside:
+            kept.training = self.training
+        return self.aside[0] if self.aside else self.base
+
+    def merge(self, merged: nn.Module) -> None:
+        """Compute with `merged`, and keep the base aside."""
+        self.aside, self.base = (self.base,), merged
+
+    def unmerge(self) -> None:
+        """Compute with the very base that `merge` kept."""
+        self.base, self.aside = self.plain_base(), ()
 
     @torch.no_grad()
     def merged_layer(self) -> nn.Module:
@@ -100,18 +170,14 @@ class IA3Linear(nn.Module):
         """
         if isinstance(self.base, QuantLinear):
             return self.merged_in_four_bits()
-        weight, bias = self.base.weight, self.base.bias
-        factors = self.vector[None, :] if self.on_input else self.vector[:, None]  # of an (out, in) weight
-        new = (weight * (factors.T if is_conv1d(self.base) else factors)).to(weight.dtype)
         if is_conv1d(self.base):
             layer = type(self.base)(self.base.nf, 1)  # its weight and bias are set below
             layer.nx = self.base.nx
         else:
-            layer = nn.Linear(self.base.in_features, self.base.out_features, bias is not None, device="meta")
-        layer.weight = nn.Parameter(new, requires_grad=False)
-        if bias is not None:
-            bias = bias.clone() if self.on_input else (bias * self.vector).to(bias.dtype)
-            layer.bias = nn.Parameter(bias, requires_grad=False)
+            layer = nn.Linear(self.in_features, self.out_features, self.base.bias is not None, device="meta")
+        layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self.base.bias is not None:
+            layer.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return layer.train(self.base.training)
 
     def merged_in_four_bits(self) -> QuantLinear:
@@ -147,11 +213,12 @@ def add_ia3(model: nn.Module, config: IA3Config | None = None) -> nn.Module:
     config = config or IA3Config()
     if config.outputs is None:
         config = IA3Config(*names_in(model))
-    layers = {
-        name: IA3Linear(layer, on_input).train(layer.training)
-        for names, on_input in ((config.outputs, False), (config.inputs, True))
-        for name, layer in layers_named(model, tuple(names)).items()
-    }
+    inner, layers, made = unwrap(model), {}, {}
+    for names, on_input in ((config.outputs, False), (config.inputs, True)):
+        for path, layer in layers_named(inner, tuple(names)).items():
+            if id(layer) not in made:  # else it stands in several places, and so does what stands in for it
+                made[id(layer)] = IA3Linear(layer, on_input).train(layer.training)
+            layers[path] = made[id(layer)]
     return install(model, AddedMethod(config, layers))
 
 
@@ -174,8 +241,8 @@ def names_in(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
-    """The layers of `model` with vectors, by full name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, IA3Linear)}
+    """The layers of `model` with vectors, by the names that they have in the base."""
+    return {own_name(model, path): m for path, m in model.named_modules() if isinstance(m, IA3Linear)}
 
 
 def merge_ia3(model: nn.Module) -> nn.Module:
@@ -189,7 +256,7 @@ def merge_ia3(model: nn.Module) -> nn.Module:
     """
     layers = ia3_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no (IA)^3 vectors to merge; call add_ia3 first")
+        raise ValueError(f"{type(unwrap(model)).__name__} has no (IA)^3 vectors to merge; call add_ia3 first")
     new = {}
     for name, layer in layers.items():
         if layer.is_merged:
@@ -198,9 +265,8 @@ def merge_ia3(model: nn.Module) -> nn.Module:
             new[name] = layer.merged_layer()
         except ValueError as error:
             raise ValueError(f"{name} is a 4-bit layer that cannot be merged: {error}") from None
-    method_of(model).base_before_merge = {name: layer.base for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.base, layer.is_merged = new[name], True
+        layer.merge(new[name])
     return model
 
 
@@ -212,10 +278,9 @@ def unmerge_ia3(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing is merged.
     """
-    merged = {name: layer for name, layer in ia3_layers(model).items() if layer.is_merged}
+    merged = [layer for layer in ia3_layers(model).values() if layer.is_merged]
     if not merged:
-        raise ValueError(f"{type(model).__name__} has no merged (IA)^3 vectors to unmerge")
-    kept = method_of(model).base_before_merge
-    for name, layer in merged.items():
-        layer.base, layer.is_merged = kept.pop(name), False
+        raise ValueError(f"{type(unwrap(model)).__name__} has no merged (IA)^3 vectors to unmerge")
+    for layer in merged:
+        layer.unmerge()
     return model

@@ -19,10 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from labkit.alternatives.methods import AddedMethod, check_unadapted, install, method_of
-from labkit.alternatives.sublayers import decoder, train_dtype
+from labkit.alternatives.sublayers import (
+    decoder,
+    device_of,
+    evaluating,
+    input_embeddings,
+    stream_dtype,
+    train_dtype,
+)
 from labkit.alternatives.virtual_tokens import VirtualTokens, check_tokens, text_ids
 from labkit.checks import check_whole
 from labkit.models.shapes import DecoderShape, decoder_shape
+from labkit.models.walk import unwrap
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,16 @@ class Prefix(VirtualTokens):
         if inputs.get("past_key_values") is None:
             inputs["past_key_values"] = DynamicCache(config=decoder.config)
             self.own_cache = inputs.get("use_cache") is False
-        s, dtype = self.shape, decoder.get_input_embeddings().weight.dtype
-        layers = self.values().to(dtype).view(-1, s.num_hidden_layers, 2, s.num_key_value_heads, s.head_dim)
+        self.filled, s = inputs["past_key_values"], self.shape
+        layers = (
+            self.values()
+            .to(stream_dtype(decoder))
+            .view(-1, s.num_hidden_layers, 2, s.num_key_value_heads, s.head_dim)
+        )
         layers = layers.permute(1, 2, 3, 0, 4)  # (layers, 2, kv_heads, length, head_dim)
         for i, (keys, values) in enumerate(layers):
             keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
-            inputs["past_key_values"].update(keys, values, i)
+            self.filled.update(keys, values, i)
 
 
 def add_prefix(model: nn.Module, config: PrefixConfig, tokenizer=None) -> nn.Module:
@@ -110,8 +122,9 @@ def add_prefix(model: nn.Module, config: PrefixConfig, tokenizer=None) -> nn.Mod
         ValueError: as for `add_prompt`.
     """
     check_unadapted(model, "prefix tuning")
-    shape = decoder_shape(model)
-    like = dict(device=model.get_input_embeddings().weight.device, dtype=train_dtype(model))
+    shape = decoder_shape(unwrap(model))
+    check_cache(model, shape, config.length)
+    like = dict(device=device_of(input_embeddings(model)), dtype=train_dtype(model))
     width = 2 * shape.num_hidden_layers * shape.kv_width
     if config.projection:
         embedding = torch.randn(config.length, shape.kv_width, **like)
@@ -140,18 +153,51 @@ def fold_prefix(model: nn.Module) -> nn.Module:
     added = method_of(model)
     prefix = None if added is None else added.tokens
     if not isinstance(prefix, Prefix) or prefix.mlp is None:
-        raise ValueError(f"{type(model).__name__} has no prefix with a projection to fold")
+        raise ValueError(f"{type(unwrap(model)).__name__} has no prefix with a projection to fold")
     prefix.prefix = nn.Parameter(prefix.values().detach().clone())
     prefix.mlp = prefix.embedding = None
     return model
 
 
 @torch.no_grad()
+def cache_of(model: nn.Module, ids: Tensor) -> list:
+    """What the layers of the model's cache keep of the tokens `ids`, (length,)."""
+    stack = decoder(model)
+    with evaluating(stack):
+        ids = ids[None].to(device_of(stack))
+        return stack(input_ids=ids, use_cache=True).past_key_values.layers
+
+
+def check_cache(model: nn.Module, shape: DecoderShape, length: int) -> None:
+    """Raise a `ValueError` unless each layer keeps keys and values of one token as a prefix has them.
+
+    The model is asked, by a pass over one token: some layers of hybrid models keep a state instead, the values of
+    others are narrower than the keys, and a window that slides passes over what lies before it.
+    """
+    if next(decoder(model).parameters()).is_meta:
+        return  # shapes alone: nothing can be computed
+    each = (1, shape.num_key_value_heads, 1, shape.head_dim)
+    layers = cache_of(model, torch.zeros(1, dtype=torch.long))
+    kept = [
+        tuple(tuple(getattr(layer, n).shape) for n in ("keys", "values") if hasattr(layer, n))
+        for layer in layers
+    ]
+    if kept != [(each, each)] * shape.num_hidden_layers:
+        odd = next((str(k) for k in kept if k != (each, each)), f"{len(kept)} layers")
+        raise ValueError(
+            f"{type(model).__name__} does not keep keys and values of {each[1:]} in each of its "
+            f"{shape.num_hidden_layers} layers, but {odd}, and a prefix has nowhere to be; use prompt tuning or LoRA"
+        )
+    window = min((w for layer in layers if (w := layer.get_max_length()) > 0), default=length + 1)
+    if length >= window:
+        raise ValueError(
+            f"length={length}: some layers of {type(model).__name__} look back over {window} tokens, so part of the "
+            "prefix would have no effect there; choose a shorter one"
+        )
+
+
 def keys_and_values(model: nn.Module, ids: Tensor) -> Tensor:
     """What the model keeps of the tokens `ids`, (length,), as a prefix, (length, 2 * layers * kv_width)."""
-    was_training, stack = model.training, decoder(model).eval()
-    cache = stack(input_ids=ids[None].to(model.get_input_embeddings().weight.device), use_cache=True)
-    model.train(was_training)
-    pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.past_key_values.layers]
+    pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache_of(model, ids)]
     kept = torch.stack(pairs)  # (layers, 2, kv_heads, length, head_dim)
     return kept.permute(3, 0, 1, 2, 4).flatten(1)

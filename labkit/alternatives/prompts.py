@@ -6,6 +6,9 @@ A soft prompt passes through the network as tokens do, so each layer makes its k
 text meets it only through attention: n more keys to attend to in each layer, n more entries in the key-value
 cache, n positions of the context. It cannot be merged into weights.
 
+E is the embedding *layer*, not its table: Gemma's multiplies a row by sqrt(width), and OPT's may be narrower than
+the blocks. A start from words is what the layer makes of them.
+
 Source: Lester et al. 2021, section 2. Agrees with: PEFT `tuners/prompt_tuning` and `peft_model.py`, except
 for positions under padding on the left; see `labkit.alternatives.virtual_tokens`.
 """
@@ -16,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from labkit.alternatives.methods import AddedMethod, check_unadapted, install
-from labkit.alternatives.sublayers import train_dtype
+from labkit.alternatives.sublayers import decoder, device_of, embed, evaluating, input_embeddings, train_dtype
 from labkit.alternatives.virtual_tokens import VirtualTokens, check_tokens, text_ids
 from labkit.models.shapes import decoder_shape
+from labkit.models.walk import unwrap
+
+KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")  # inputs per token that are handled
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,15 @@ class SoftPrompt(VirtualTokens):
         text = inputs.get("inputs_embeds")
         if text is None:
             text = decoder.get_input_embeddings()(inputs["input_ids"])  # (batch, time, width)
+        per_token = [
+            name
+            for name, value in inputs.items()
+            if name not in KNOWN and isinstance(value, Tensor) and value.shape[:2] == text.shape[:2]
+        ]
+        if per_token:
+            raise ValueError(
+                f"a soft prompt has no {', '.join(per_token)} to put before those of the text; leave them out"
+            )
         prompt = self.embedding.to(text.dtype).expand(batch, -1, -1)  # (batch, length, width)
         inputs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt, text], 1)}
         positions = inputs.get("position_ids")
@@ -72,18 +87,39 @@ def add_prompt(model: nn.Module, config: PromptConfig, tokenizer=None) -> nn.Mod
     """Freeze `model` and put a trained soft prompt before everything it reads; in place. Returns `model`.
 
     Raises:
-        ValueError: the model has a method already, the prompt is as long as its context, or `text` has no
-            tokenizer.
+        ValueError: the model has a method already, the prompt is as long as its context, `text` has no
+            tokenizer, or the model reads more of a token than its embedding. Nothing is changed then.
     """
     check_unadapted(model, "prompt tuning")
-    embeddings = model.get_input_embeddings().weight  # (vocab, width)
-    device, dtype = embeddings.device, train_dtype(model)
+    table, dtype = input_embeddings(model), train_dtype(model)
+    check_embeddings_are_enough(model)
+    device = device_of(table)
     if config.init == "random":
-        start = torch.randn(config.length, embeddings.shape[1], device=device, dtype=dtype)
+        width = embed(model, torch.zeros(1, dtype=torch.long)).shape[1]
+        start = torch.randn(config.length, width, device=device, dtype=dtype)
     elif config.init == "vocab":
-        start = embeddings[torch.randint(len(embeddings), (config.length,), device=device)]
+        start = embed(model, torch.randint(table.num_embeddings, (config.length,), device=device))
     else:
-        start = embeddings[text_ids(config.text, config.length, tokenizer).to(device)]
-    start = start.detach().clone().to(device, dtype)  # (length, width)
-    prompt = SoftPrompt(start, decoder_shape(model).max_position_embeddings)
+        start = embed(model, text_ids(config.text, config.length, tokenizer))
+    prompt = SoftPrompt(start.to(device, dtype), decoder_shape(unwrap(model)).max_position_embeddings)
     return install(model, AddedMethod(config, tokens=prompt))
+
+
+@torch.no_grad()
+def check_embeddings_are_enough(model: nn.Module) -> None:
+    """Raise a `ValueError` if the decoder makes another thing of two tokens than of their embeddings.
+
+    Gemma 3n, for one, looks up more about a token in each of its layers, which a soft prompt does not have.
+    """
+    stack, ids = decoder(model), torch.arange(2)
+    embedded = embed(model, ids)[None]
+    if embedded.is_meta:
+        return  # shapes alone: nothing can be computed
+    with evaluating(stack):
+        by_ids = stack(input_ids=ids[None].to(embedded.device), use_cache=False)[0]
+        by_embeddings = stack(inputs_embeds=embedded, use_cache=False)[0]
+    if not torch.allclose(by_ids, by_embeddings, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"{type(model).__name__} reads more of a token than its embedding, and a soft prompt has nothing more; "
+            "train a prefix (add_prefix), or use LoRA"
+        )

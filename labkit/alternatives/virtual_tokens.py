@@ -12,11 +12,12 @@ memory, but takes no position. (In PEFT, the positions of a soft prompt depend o
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from labkit.alternatives.sublayers import decoder
+from labkit.alternatives.sublayers import decoder, device_of
 from labkit.checks import check_choice, check_whole
 
 
@@ -47,16 +48,20 @@ class VirtualTokens(nn.Module):
                 "choose far fewer"
             )
         self.length, self.context = length, math.inf if context is None else context
-        # of the pass under way: hidden states before the text, and whether its cache was made here, unasked
+        self.is_used = False  # has a forward pass taken them in?
+        # of the pass under way: hidden states before the text, the cache that was filled before it, and whether
+        # that cache was made here, unasked
         self.cut, self.own_cache = 0, False
+        self.filled: Any = None
 
     def attach(self, model: nn.Module) -> None:
         """Take part in every forward pass of `model` from now on, as its child `virtual_tokens`."""
-        model.virtual_tokens = self
-        self.names = tuple(inspect.signature(decoder(model).forward).parameters)
-        enter = decoder(model).register_forward_pre_hook(self.enter, with_kwargs=True)
-        leave = decoder(model).register_forward_hook(self.leave)
+        stack = decoder(model)
+        self.names = tuple(inspect.signature(stack.forward).parameters)
+        enter = stack.register_forward_pre_hook(self.enter, with_kwargs=True)
+        leave = stack.register_forward_hook(self.leave)
         self.handles = enter, leave
+        model.virtual_tokens = self.to(device_of(stack))
 
     def detach(self, model: nn.Module) -> None:
         """Undo `attach`."""
@@ -72,6 +77,8 @@ class VirtualTokens(nn.Module):
         """Before the decoder: put the virtual tokens before the text, unless its cache holds them already."""
         inputs = dict(zip(self.names, args)) | kwargs
         ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if ids is None and embedded is None:
+            return args, kwargs  # the decoder says what it misses
         batch, time = (ids if embedded is None else embedded).shape[:2]
         cache = inputs.get("past_key_values")
         if getattr(cache, "is_compileable", False):
@@ -96,20 +103,25 @@ class VirtualTokens(nn.Module):
             inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.length), mask], 1)
         if positions is not None:
             inputs["position_ids"] = positions + self.length
-        self.cut, self.own_cache = 0, False
+        self.cut, self.filled, self.own_cache = 0, None, False
         if not seen:
             self.insert(decoder, inputs, batch)
+        self.total = total
         return (), inputs
 
     def leave(self, decoder: nn.Module, args: tuple, output):
         """After the decoder: drop the hidden states before the text, and a cache that nobody asked for."""
+        cut, filled, own_cache = self.cut, self.filled, self.own_cache
+        self.cut, self.filled, self.own_cache = 0, None, False
+        reached = output[0].shape[1] if cut else self.total if filled is None else filled.get_seq_length()
+        if reached == self.total:  # else the decoder read neither, and the model's first pass is an error
+            self.is_used = True
         if isinstance(output, tuple):
-            return (output[0][:, self.cut :], *output[1:]) if self.cut else output
-        if self.cut:
-            output.last_hidden_state = output.last_hidden_state[:, self.cut :]
-        if self.own_cache:
+            return (output[0][:, cut:], *output[1:]) if cut else output
+        if cut:
+            output.last_hidden_state = output.last_hidden_state[:, cut:]
+        if own_cache:
             output.past_key_values = None
-        self.cut, self.own_cache = 0, False
         return output
 
     def extra_repr(self) -> str:
