@@ -9,7 +9,7 @@ from labkit.data.docstrings import load_docstrings
 from labkit.data.encoding import Encoded, encode, encode_all
 from labkit.data.facts import make_facts
 from labkit.data.passages import cut_passages, load_austen, load_held_out
-from labkit.data.splits import SPLITS
+from labkit.data.splits import SPLITS, read_jsonl
 from labkit.data.sql import load_questions
 from labkit.data.tickets import load_tickets, ticket_chat
 
@@ -30,5 +30,6 @@ __all__ = [
     "load_questions",
     "load_tickets",
     "make_facts",
+    "read_jsonl",
     "ticket_chat",
 ]

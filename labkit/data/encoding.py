@@ -8,71 +8,107 @@ A record is a dict, either a chat, whose last message is the assistant's answer 
 or plain text: `{"prompt": "…", "completion": "…"}`. Only the completion is *supervised*: the loss is taken on
 its tokens, and the prompt is context. A model that is trained on its prompts too spends most of its gradient
 on learning to write customers' messages, which nobody asked it to do.
+
+What begins and ends a plain text, the tokenizer says; for a chat, its template (`labkit.data.chats`) says both.
+Without an end, a model would not learn to stop: where the template writes none, the tokenizer's is added. How
+prompt and completion become tokens is in `labkit.data.tokens`.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from labkit.data.chats import split_chat
+from labkit.data.records import not_a_record, records_of, shortened
+from labkit.data.tokens import completion_ids, end_ids, ids_of, prompt_ids, special_ids
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One record as token ids: the prompt, and the completion, which alone is supervised."""
+    """One record as token ids: the prompt, and the completion, which alone is supervised.
+
+    Attributes:
+        prompt: context.
+        completion: what is learned, with the mark that ends it.
+        end: how many of the completion's last tokens are that mark.
+    """
 
     prompt: list[int]
     completion: list[int]
+    end: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
 
+    @property
+    def n_supervised(self) -> int:
+        """Tokens with something before them to predict them from."""
+        return len(self.completion) if self.prompt else max(0, len(self.completion) - 1)
 
-def encode(record: dict, tokenizer) -> Encoded:
-    """Token ids of a record. Prompt and completion are tokenized separately, as when the model generates.
+    def without_end(self) -> "Encoded":
+        """The same without the mark that ends it."""
+        return Encoded(self.prompt, self.completion[: len(self.completion) - self.end])
+
+
+def encode(record: Mapping, tokenizer) -> Encoded:
+    """Token ids of a record; those of its prompt are what `labkit.training.evaluate.generate` would go on from.
 
     Raises:
-        ValueError: the record is neither a chat that ends with the assistant nor a prompt with a completion.
+        ValueError: the record is neither a chat that ends with the assistant nor a prompt with a completion, or
+            template or tokenizer lose something of its answer, or nothing of it would be supervised.
     """
-    if "messages" in record:
-        prompt, completion = split_chat(record["messages"], tokenizer)
-    else:
-        missing = [field for field in ("prompt", "completion") if not isinstance(record.get(field), str)]
-        if missing:
-            raise ValueError(
-                f"a record needs 'messages', or the texts 'prompt' and 'completion'; {missing} is missing or "
-                f"not a text. It has: {sorted(record)}"
+    if not isinstance(record, Mapping):
+        raise ValueError(not_a_record(record))
+    is_chat = "messages" in record
+    if not is_chat:
+        check_texts(record)
+    prompt, text, mark = (
+        split_chat(record, tokenizer) if is_chat else (record["prompt"], record["completion"], "")
+    )
+    before, learned = prompt_ids(prompt, tokenizer), completion_ids(prompt, text + mark, tokenizer)
+    end = ids_of(mark, tokenizer) if mark else end_ids(tokenizer)
+    ended = learned[max(0, len(learned) - len(end)) :] == end
+    if not mark and not ended and not (is_chat and learned and learned[-1] in special_ids(tokenizer)):
+        learned, ended = learned + end, True
+    one = Encoded(before, learned, len(end) if ended else 0)
+    if one.n_supervised == 0 or (text.strip() and one.n_supervised == one.end):
+        raise ValueError(
+            f"nothing of {shortened(dict(record))} would be learned: "
+            + (
+                "its only token has nothing before it to predict it from; give a prompt"
+                if learned
+                else "the completion is empty, and the tokenizer has no EOS token to end it with"
             )
-        prompt, completion = record["prompt"], record["completion"] + (tokenizer.eos_token or "")
-    if not completion:
-        raise ValueError(f"the completion is empty, so there is nothing to learn from: {record}")
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion)]
-    return Encoded(*ids)
-
-
-def split_chat(messages: list[dict], tokenizer) -> tuple[str, str]:
-    """The chat template's text up to the assistant's last answer, and that answer with its end mark."""
-    if not messages or messages[-1].get("role") != "assistant":
-        raise ValueError(
-            "a chat record must end with the assistant's message; its roles are "
-            f"{[m.get('role') for m in messages]}"
         )
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise ValueError(
-            "the chat template does not write the prompt unchanged before the answer; use prompt/completion"
+    return one
+
+
+def check_texts(record: Mapping) -> None:
+    """Raise a `ValueError` unless the record has a prompt and a completion, both texts."""
+    wrong = [field for field in ("prompt", "completion") if not isinstance(record.get(field), str)]
+    if wrong:
+        chat = isinstance(record.get("prompt"), (list, tuple)) and isinstance(
+            record.get("completion"), (list, tuple)
         )
-    return prompt, whole[len(prompt) :].rstrip()  # what follows the end mark is not worth learning
+        raise ValueError(
+            f"a record needs 'messages', or the texts 'prompt' and 'completion'; {wrong} is missing or not a text. "
+            + ("Of a chat, make {'messages': prompt + completion}. " if chat else "")
+            + f"It has: {sorted(map(str, record))}"
+        )
 
 
-def encode_all(records: list[dict], tokenizer, max_length: int) -> tuple[list[Encoded], list[int]]:
+def encode_all(records: Iterable[Mapping], tokenizer, max_length: int) -> tuple[list[Encoded], list[int]]:
     """Encode records; one that is longer than `max_length` tokens is left out, never cut.
 
     Returns:
         the encoded records, and the indices of those left out.
 
     Raises:
-        ValueError: no records, a record that cannot be encoded (with its index), or none that fits.
+        ValueError: no records, something else than records, a record that cannot be encoded (with its index), or
+            none that fits.
     """
+    records = records_of(records)
     if not records:
         raise ValueError("the data set is empty; there is nothing to train on")
     encoded, too_long = [], []
@@ -80,7 +116,7 @@ def encode_all(records: list[dict], tokenizer, max_length: int) -> tuple[list[En
         try:
             one = encode(record, tokenizer)
         except ValueError as error:
-            raise ValueError(f"record {i}: {error}") from None
+            raise ValueError(f"record {i}: {error}") from error.__cause__
         if len(one) > max_length:
             too_long.append(i)
         else:
