@@ -12,7 +12,7 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.count import adapter_report, trainable
 from labkit.lora.fingerprint import AdapterMismatch
 from labkit.lora.inject import add_lora
-from labkit.lora.merging import adapter_strength, merge, unmerge
+from labkit.lora.merging import adapter_strength, merge, unload, unmerge
 from labkit.lora.plain import to_plain_lora
 from labkit.lora.qlora import add_qlora
 from labkit.models.surgery import untie_embeddings
@@ -61,6 +61,7 @@ __all__ = [
     "to_plain_lora",
     "train",
     "trainable",
+    "unload",
     "unmerge",
     "untie_embeddings",
     "use_adapter",

@@ -15,7 +15,7 @@ from labkit.lora.dora import DoRALinear
 from labkit.lora.fingerprint import AdapterMismatch, fingerprint
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.layer import LoRAEmbedding, LoRALinear
-from labkit.lora.merging import adapter_strength, merge, unmerge, unmerged
+from labkit.lora.merging import adapter_strength, merge, unload, unmerge, unmerged
 from labkit.lora.mounting import Adapter, ModelAdapters, adapters_of, mounted_adapter
 from labkit.lora.plain import to_plain_lora
 from labkit.lora.qlora import add_qlora
@@ -47,6 +47,7 @@ __all__ = [
     "remove_adapter",
     "to_plain_lora",
     "trainable",
+    "unload",
     "unmerge",
     "unmerged",
     "use_adapter",

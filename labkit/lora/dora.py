@@ -33,6 +33,15 @@ class DoRALinear(LoRALinear):
         if name == "base":  # the rows of another one, which is quantized for example, have other lengths
             self.register_buffer("row_squares", None, persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.row_squares = None  # a cast base has other rows, and a cast sum of squares few digits
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.row_squares = None
+
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """(out,): the norms of the rows of V = W + s B A, a constant for autograd (DoRA, section 4.3).

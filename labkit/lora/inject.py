@@ -11,9 +11,10 @@ from torch import nn
 from labkit.lora.config import LoRAConfig, pattern_matches
 from labkit.lora.dora import DoRALinear
 from labkit.lora.layer import LoRAEmbedding, LoRALinear
-from labkit.lora.mounting import Adapter, adapters_of, attach
+from labkit.lora.mounting import Adapter, attach, refuse_adapted, standing
 from labkit.lora.starts import olora, pissa
 from labkit.lora.targets import matching_layers, saved_names
+from labkit.models.walk import own_name, unwrap
 from labkit.quant.layer_kinds import is_four_bit, widths
 
 
@@ -24,20 +25,10 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.
         `model` itself, changed in place; its output is what it was, because B starts at zero.
 
     Raises:
-        ValueError: the model has adapters already, the targets match no layer, or the rank is too high for
-            one. Nothing is changed then.
+        ValueError: the model has adapters already, of any kind, ours or PEFT's, mounted or put aside; the targets
+            match no layer; or the rank is too high for one. Nothing is changed then.
     """
-    if lora_layers(model) or adapters_of(model).by_name:
-        raise ValueError(
-            f"{type(model).__name__} has LoRA adapters already; load a fresh base model to start again, or "
-            "put a second one beside the first with labkit.add_adapter(model, name, config)"
-        )
-    added = getattr(model, "added_method", None)  # see labkit.alternatives.methods
-    if added is not None:
-        raise ValueError(
-            f"{type(model).__name__} is adapted by {type(added.config).__name__} already, which this would "
-            "freeze; call labkit.alternatives.methods.remove(model) first, or load a fresh base model"
-        )
+    refuse_adapted(model, "add_lora")
     attach(model, name, make_adapter(model, config))
     return model
 
@@ -48,7 +39,7 @@ def make_adapter(model: nn.Module, config: LoRAConfig, names: list[str] | None =
     Args:
         model: the base, with no adapter mounted.
         config: see `labkit.LoRAConfig`.
-        names: full names of the layers to adapt, instead of what `config.targets` means.
+        names: own names of the layers to adapt, instead of what `config.targets` means.
 
     Raises:
         ValueError: see `add_lora`.
@@ -61,9 +52,9 @@ def make_adapter(model: nn.Module, config: LoRAConfig, names: list[str] | None =
             raise ValueError(
                 f"the pattern {key!r} matches none of the {len(names)} layers that targets chose"
             )
-    base = {name: model.get_submodule(name) for name in (*names, *saved_names(model, config.modules_to_save))}
+    base = {name: standing(model, name) for name in (*names, *saved_names(model, config.modules_to_save))}
     modules = {
-        name: make_layer(base[name], config.for_layer(name))
+        name: make_layer(unwrap(base[name]), config.for_layer(name))
         if name in names
         else copy.deepcopy(base[name]).requires_grad_(True)
         for name in base
@@ -78,7 +69,7 @@ def make_adapter(model: nn.Module, config: LoRAConfig, names: list[str] | None =
 
 def check_ranks(model: nn.Module, config: LoRAConfig, names: list[str]) -> None:
     for name in names:
-        r, (inputs, outputs) = config.for_layer(name).r, widths(model.get_submodule(name))
+        r, (inputs, outputs) = config.for_layer(name).r, widths(unwrap(standing(model, name)))
         if r > min(inputs, outputs):
             raise ValueError(
                 f"r={r} is above {min(inputs, outputs)}, the smaller side of a {outputs} x {inputs} layer "
@@ -88,8 +79,9 @@ def check_ranks(model: nn.Module, config: LoRAConfig, names: list[str]) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers of `model`, by full name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """The adapted layers of `model`, by own name: the one that the innermost model gives (`labkit.models.walk`)."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {own_name(model, path): module for path, module in found.items()}
 
 
 def make_layer(base: nn.Module, config: LoRAConfig) -> LoRALinear:

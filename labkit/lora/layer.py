@@ -21,34 +21,34 @@ from torch.nn import functional as F
 from labkit.hardware import fast_paths
 from labkit.lora.config import LoRAConfig
 from labkit.lora.fast import sum_in_place
-from labkit.quant.layer_kinds import widths
+from labkit.models.stand_in import StandIn
+from labkit.quant.layer_kinds import dense_weight, is_four_bit, is_transposed, widths
 from labkit.quant.linear import QuantLinear
 from labkit.quant.tensor import QuantizedTensor
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(StandIn):
     """A linear layer with a low-rank correction: `base(x) + scaling * B A dropout(x)`.
+
+    It stands in for its base. Code that takes `weight` and multiplies by it gets W + s B A, and trains A and B
+    (without the dropout, which there is no x for).
 
     Args:
         base: `nn.Linear`, `QuantLinear` or Conv1D; frozen by `add_lora`.
         config: rank, scaling, dropout, initialization.
 
     Attributes:
-        base_before_merge: the base's weight as it was, while the correction is merged into it.
         start_A, start_B: where A and B started, if the base was changed to make room for them
             (`labkit.lora.starts`).
     """
 
-    base_before_merge: Tensor | QuantizedTensor | None
     start_A: Tensor | None
     start_B: Tensor | None
 
     def __init__(self, base: nn.Module, config: LoRAConfig):
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.scaling = config.scaling
         self.dropout = nn.Dropout(config.dropout)
-        self.base_before_merge = None
         self.in_features, self.out_features = widths(base)
         device = base.packed.device if isinstance(base, QuantLinear) else base.weight.device
         # adapters train in at least fp32: their updates are smaller than bf16 can add to them
@@ -72,7 +72,12 @@ class LoRALinear(nn.Module):
     @property
     def is_merged(self) -> bool:
         """Is the correction in the base's weight?"""
-        return self.base_before_merge is not None
+        return bool(self.aside)
+
+    @property
+    def base_before_merge(self) -> Tensor | QuantizedTensor | None:
+        """The base's weight as it was, while the correction is merged into it."""
+        return self.aside[0].weight if self.aside else None
 
     @property
     def has_own_base(self) -> bool:
@@ -86,6 +91,18 @@ class LoRALinear(nn.Module):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The one weight that does what `weight`, the base's, (out, in), and the adapter do together."""
         return weight + self.delta().to(weight.dtype)
+
+    @property
+    def weight(self) -> Tensor | QuantizedTensor:
+        """The weight that the layer computes with, the correction in it, stored as the base stores its own.
+
+        That of a 4-bit base is dequantized. Of one in a format that is not ours, it is the packed weight.
+        """
+        base = self.base
+        if self.is_merged or (is_four_bit(base) and not isinstance(base, QuantLinear)):
+            return base.weight
+        merged = self.merged_weight(dense_weight(base))
+        return merged.T if is_transposed(base) else merged
 
     def forward(self, x: Tensor) -> Tensor:
         """`base(x) + scaling * B A dropout(x)`: (..., in) to (..., out)."""

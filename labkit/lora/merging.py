@@ -1,7 +1,10 @@
 """Merging: add each correction to its base weight, `W + s B A`, and take it out again, exactly.
 
 Nothing merges on its own, as `.eval()` does in some libraries: `merge` and `unmerge` are calls that you
-write. `unmerged` is for a look at the weights from before.
+write. `unmerged` is for a look at the weights from before. `unload` ends the adapter's time: what is left is a
+model without any of our layers, which saves, loads and is adapted as any other.
+
+Agrees with: PEFT `merge_and_unload` and `unload`.
 """
 
 from collections.abc import Iterator
@@ -13,11 +16,23 @@ from torch import nn
 from labkit.lora.dora import DoRALinear
 from labkit.lora.inject import lora_layers
 from labkit.lora.layer import LoRALinear
+from labkit.lora.mounting import (
+    RECORD,
+    adapters_of,
+    check_base_kept,
+    mounted_adapter,
+    refuse_adapted,
+    unmount,
+)
+from labkit.models.surgery import swap_modules
+from labkit.models.walk import unwrap
 from labkit.quant.layer_kinds import dense_weight, is_four_bit, is_transposed
 from labkit.quant.linear import QuantLinear
+from labkit.quant.model import dequantize_model
 from labkit.quant.tensor import QuantizedTensor, quantize
 
 
+@torch.inference_mode(False)  # merged weights made in it could never take part in training
 def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
     """Add each correction to its base weight, in place, so the adapter costs nothing in the forward pass.
 
@@ -37,7 +52,7 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
     layers = lora_layers(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no LoRA adapter to merge; call add_lora or load_adapter first"
+            f"{type(unwrap(model)).__name__} has no LoRA adapter to merge; call add_lora or load_adapter first"
         )
     for name, layer in layers.items():
         if layer.is_merged:
@@ -55,15 +70,18 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
 
 
 def merge_layer(layer: LoRALinear) -> None:
-    """Put the merged weight where the base's is, and keep that one."""
-    base, merged = layer.base, layer.merged_weight(dense_weight(layer.base))  # (out, in)
+    """Put the merged weight where the base's is, and keep that one aside."""
+    base = layer.base
+    before: nn.Module
+    merged = layer.merged_weight(dense_weight(base))  # (out, in)
     if isinstance(base, QuantLinear):
-        layer.base_before_merge = base.weight
-        again = quantize(merged, base.codebook, base.blocksize, base.double_quant)
-        layer.base = four_bit_like(base, again)
+        before = base
+        layer.base = four_bit_like(base, quantize(merged, base.codebook, base.blocksize, base.double_quant))
     else:
-        layer.base_before_merge = base.weight.detach()
+        before = nn.Module()  # a box, so that the weight moves and is cast with the layer
+        before.weight = base.weight
         base.weight = nn.Parameter(merged.T if is_transposed(base) else merged, requires_grad=False)
+    layer.aside = (before,)
 
 
 def four_bit_like(layer: QuantLinear, weight: QuantizedTensor) -> QuantLinear:
@@ -79,26 +97,27 @@ def unmerge(model: nn.Module) -> nn.Module:
     """
     merged = [layer for layer in lora_layers(model).values() if layer.is_merged]
     if not merged:
-        raise ValueError(f"{type(model).__name__} has no merged adapter to unmerge")
+        raise ValueError(f"{type(unwrap(model)).__name__} has no merged adapter to unmerge")
     for layer in merged:
         unmerge_layer(layer)
     return model
 
 
 def unmerge_layer(layer: LoRALinear) -> None:
-    """Put back the base's weight that `merge_layer` kept."""
-    if isinstance(layer.base, QuantLinear):
-        layer.base = four_bit_like(layer.base, layer.base_before_merge)
+    """Put back what `merge_layer` kept of the base."""
+    (before,) = layer.aside
+    if isinstance(before, QuantLinear):
+        layer.base = before.train(layer.base.training)
     else:
-        layer.base.weight = nn.Parameter(layer.base_before_merge, requires_grad=False)
-    layer.base_before_merge = None
+        layer.base.weight = before.weight
+    layer.aside = ()
 
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the base has its weights from before a merge; then the very merged ones are back."""
     kept = [
-        (layer, layer.base, layer.base.weight, layer.base_before_merge)
+        (layer, layer.base, layer.base.weight, layer.aside)
         for layer in lora_layers(model).values()
         if layer.is_merged
     ]
@@ -107,10 +126,67 @@ def unmerged(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        for layer, base, weight, before in kept:
-            layer.base, layer.base_before_merge = base, before
+        for layer, base, weight, aside in kept:
+            layer.base, layer.aside = base, aside
             if not isinstance(base, QuantLinear):
                 base.weight = weight
+
+
+def unload(model: nn.Module, merged: bool = True, dequantize: bool = False) -> nn.Module:
+    """Take every adapter off for good: a plain model again, with no layer of LoRA and no record of one.
+
+    What was frozen stays frozen. The result can be saved with `save_pretrained`, if no layer is in 4 bits.
+
+    Args:
+        model: with adapters; changed in place.
+        merged: keep what the mounted adapter does, in the weights, and the modules that trained in full.
+            False: the base model as it was, without any of it.
+        dequantize: turn every 4-bit layer into an `nn.Linear`, before merging into it.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: there is no adapter; for `merged=True` none is mounted, or a base is in 4 bits and
+            `dequantize` is off; for `merged=False` the base's weights were not kept. Nothing is changed then.
+    """
+    adapters, adapter = adapters_of(model), mounted_adapter(model)
+    if not adapters.by_name:
+        refuse_adapted(model, "unload")
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has no LoRA adapter to take off; it is plain already"
+        )
+    if merged and adapter is None:
+        raise ValueError(
+            "no adapter is mounted, so there is nothing to merge: call labkit.use_adapter(model, name) first, with one "
+            f"of {', '.join(adapters.by_name)}; or ask for the base with unload(model, merged=False)"
+        )
+    if merged:
+        packed = [
+            name for name, layer in adapter.layers.items() if is_four_bit(layer.base) and not layer.is_merged
+        ]
+        if packed and not (
+            dequantize and all(isinstance(adapter.layers[n].base, QuantLinear) for n in packed)
+        ):
+            raise ValueError(
+                f"{packed[0]} is a 4-bit layer, which cannot take up a small correction without changing the output; "
+                "give dequantize=True for a model in 16 or 32 bits, or merged=False for the 4-bit base alone. (Layers "
+                "of other libraries cannot be dequantized here.)"
+            )
+        if dequantize:
+            dequantize_model(model)
+        if not adapter.is_merged:
+            merge(model)
+        swap_modules(model, {name: layer.base for name, layer in adapter.layers.items()})
+    elif adapter is not None:
+        check_base_kept(model)
+        if adapter.is_merged:
+            unmerge(model)
+        unmount(model)
+    if dequantize and not merged:
+        dequantize_model(model)
+    delattr(unwrap(model), RECORD)
+    return model
 
 
 @contextmanager

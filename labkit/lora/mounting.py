@@ -1,19 +1,50 @@
 """Mounting an adapter: putting its layers where the base's stand, and taking them out again.
 
-A model's adapters are in one record, `ModelAdapters`, kept at one attribute of the model. An adapter is
-*mounted* while the model computes with it. Nothing is copied or computed to mount one: modules of the base
+A model's adapters are in one record, `ModelAdapters`, kept at one attribute of the innermost model. An adapter
+is *mounted* while the model computes with it. Nothing is copied or computed to mount one: modules of the base
 are swapped for its own, and the base's are never changed.
+
+What is not mounted is outside the model, where `.to()` does not reach. So it is noted where its place was, on
+which device and in which dtype; when it comes back, it is given the moves and casts that its place got
+meanwhile.
 """
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from labkit.lora.config import LoRAConfig
 from labkit.lora.layer import LoRALinear
-from labkit.models.surgery import replace_module
+from labkit.models.surgery import swap_modules
+from labkit.models.walk import adapters_in, is_a, path_of, unwrap
+from labkit.quant.linear import QuantLinear
 
 RECORD = "lora_adapters"  # the attribute of a model that holds its `ModelAdapters`
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module computes: `device`, and the `dtype` of its weights; None if it has none."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Place":
+        """The place of `module`, or of what it stands in for."""
+        module = unwrap(module)
+        tensors = [*module.parameters(), *module.buffers()]
+        weights = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        dtype = module.dtype if isinstance(module, QuantLinear) else next(iter(weights), None)
+        return cls(tensors[0].device if tensors else None, dtype)
+
+    def follow(self, now: "Place", module: nn.Module) -> None:
+        """Give `module`, which was put aside when its place was here, the moves and casts from here to `now`."""
+        if now.device != self.device:
+            module.to(now.device)
+        if now.dtype != self.dtype:
+            module.to(now.dtype)
 
 
 @dataclass
@@ -22,18 +53,21 @@ class Adapter:
 
     Attributes:
         config: as given.
-        modules: by full name, a `LoRALinear`, or a copy of a module that trains in full (`modules_to_save`).
-        originals: the base's own modules that a layer here does not have as its `base`, by full name: those
+        modules: by own name (see `labkit.models.walk`), a `LoRALinear`, or a copy of a module that trains in
+            full (`modules_to_save`).
+        originals: the base's own modules that a layer here does not have as its `base`, by own name: those
             of copies, and those that PiSSA and its like made another base from. None if a 4-bit start did not
             keep them.
         start: how to make the base again that was not kept: {"origin": the fingerprint of the model before,
             "quantization": settings}.
+        places: by own name, where what is in the model was when this adapter was last mounted or put aside.
     """
 
     config: LoRAConfig
     modules: dict[str, nn.Module]
     originals: dict[str, nn.Module] | None
     start: dict | None = None
+    places: dict[str, Place] = field(default_factory=dict)
 
     @property
     def layers(self) -> dict[str, LoRALinear]:
@@ -69,13 +103,18 @@ class ModelAdapters:
 
 def adapters_of(model: nn.Module) -> ModelAdapters:
     """The record of the adapters of `model`; an empty one, which the model does not keep, if it has none."""
-    return getattr(model, RECORD, None) or ModelAdapters()
+    return getattr(unwrap(model), RECORD, None) or ModelAdapters()
 
 
 def mounted_adapter(model: nn.Module) -> Adapter | None:
     """The adapter that `model` computes with; None for the base alone."""
     adapters = adapters_of(model)
     return adapters.by_name.get(adapters.active)
+
+
+def standing(model: nn.Module, name: str) -> nn.Module:
+    """What is in `model` where the module of this own name belongs: itself, or what stands in for it."""
+    return model.get_submodule(path_of(model, name))
 
 
 def attach(model: nn.Module, name: str, adapter: Adapter) -> None:
@@ -88,7 +127,7 @@ def attach(model: nn.Module, name: str, adapter: Adapter) -> None:
         unmount(model)
     if not adapters_of(model).by_name:
         model.requires_grad_(False)
-        setattr(model, RECORD, ModelAdapters())
+        setattr(unwrap(model), RECORD, ModelAdapters())
     adapters_of(model).by_name[name] = adapter
     mount(model, name)
 
@@ -96,26 +135,23 @@ def attach(model: nn.Module, name: str, adapter: Adapter) -> None:
 def mount(model: nn.Module, name: str) -> None:
     """Put the modules of the adapter `name` where those of the base are.
 
-    The base may have changed since the adapter was last mounted: been quantized, moved, or set to training.
+    The base may have changed since the adapter was last mounted: been quantized, moved, cast, or set to
+    training.
     """
     adapters = adapters_of(model)
     adapter = adapters.by_name[name]
     for path, module in adapter.modules.items():
-        there = model.get_submodule(path)
+        there = standing(model, path)
+        now = Place.of(there)
+        adapter.places.get(path, now).follow(now, module)
         if path in adapter.originals:
             adapter.originals[path] = there
-        else:
-            module.base = there
-        move_beside(module.train(there.training), there)
-        replace_module(model, path, module)
+        if isinstance(module, LoRALinear) and not module.has_own_base:
+            module.base = unwrap(there)
+        module.train(there.training)
+        adapter.places[path] = Place.of(module)
+    swap_modules(model, adapter.modules)
     adapters.active = name
-
-
-def move_beside(module: nn.Module, there: nn.Module) -> None:
-    """Move `module` to the device of `there`."""
-    tensors = [*there.parameters(), *there.buffers()]
-    if any(t.device != tensors[0].device for t in module.parameters()):
-        module.to(tensors[0].device)
 
 
 def unmount(model: nn.Module) -> None:
@@ -127,12 +163,66 @@ def unmount(model: nn.Module) -> None:
     adapters, adapter = adapters_of(model), mounted_adapter(model)
     if adapter.is_merged:
         raise ValueError(f"the adapter {adapters.active!r} is merged into the base; unmerge it first")
+    check_base_kept(model)
+    base = adapter.base_modules()
+    for path, module in adapter.modules.items():
+        if path in adapter.originals:
+            adapter.places[path].follow(Place.of(module), base[path])
+        base[path].train(module.training)
+        adapter.places[path] = Place.of(base[path])
+    swap_modules(model, base)
+    adapters.active = None
+
+
+def check_base_kept(model: nn.Module) -> None:
+    """Raise a `ValueError` if the base alone, without the mounted adapter, is not at hand."""
+    adapters, adapter = adapters_of(model), mounted_adapter(model)
     if not adapter.keeps_base:
         raise ValueError(
             f"the adapter {adapters.active!r} (init={adapter.config.init!r}) and its 4-bit base were made "
             "together: the weights from before were not kept, and the base alone is another model. Load a "
             "fresh base for other adapters"
         )
-    for path, module in adapter.base_modules().items():
-        replace_module(model, path, module.train(adapter.modules[path].training))
-    adapters.active = None
+
+
+def refuse_adapted(model: nn.Module, wanted: str) -> None:
+    """Raise a `ValueError` if `model` carries adapters of any kind, which `wanted` would freeze or hide.
+
+    Args:
+        model: any module.
+        wanted: what cannot be done, for the message: "add_lora".
+    """
+    carried = adapters_in(model)
+    if not carried:
+        return
+    ways = {
+        "LoRA": "put a second one beside it with labkit.add_adapter(model, name, config), or take it off with "
+        "labkit.unload(model)",
+        "PEFT's adapters": "take them off with PEFT's unload() or merge_and_unload()",
+    }
+    other = "take it off with labkit.alternatives.methods.remove(model)"
+    words = " and ".join({"LoRA": "LoRA adapters"}.get(one, one) for one in carried)
+    raise ValueError(
+        f"{type(unwrap(model)).__name__} has {words} already, which {wanted} would freeze or hide: "
+        f"{ways.get(carried[0], other)}, or load a fresh base model"
+    )
+
+
+def why_idle(model: nn.Module) -> str | None:
+    """Why steps of training would pass an adapter of `model` by: it is merged, or put aside. None if none is.
+
+    For whoever trains, to ask before the first step.
+    """
+    adapters = adapters_of(model)
+    if adapters.by_name and adapters.active is None:
+        return (
+            f"the model computes with its base alone; mount one of its adapters ({', '.join(adapters.by_name)}) "
+            f"with labkit.use_adapter(model, {next(iter(adapters.by_name))!r})"
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "is_merged", False) is True:
+            return f"the adapter is merged into the base ({name}); call labkit.unmerge(model) first"
+        if is_a(module, "BaseTunerLayer") and (module.merged or module.disable_adapters):
+            what = "merged into the base" if module.merged else "disabled"
+            return f"PEFT's adapter is {what} ({name}); unmerge or enable it with PEFT first"
+    return None

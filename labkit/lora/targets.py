@@ -10,32 +10,41 @@ an error here.
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from labkit.models.surgery import (
-    ends_with,
-    inside,
-    is_output_layer,
-    no_match_message,
-    tied_partner,
-    weight_holders,
+from labkit.models.surgery import ends_with, inside, no_match_message, tied_partner, weight_holders
+from labkit.models.walk import (
+    ATTENTION,
+    CONV1D,
+    EMBEDDING,
+    EXPERTS,
+    LINEAR,
+    PACKED,
+    SUBCLASS,
+    Layer,
+    describe,
+    kind_of,
+    places,
+    unwrap,
+    walk,
 )
-from labkit.quant.layer_kinds import is_linear
 from labkit.quant.linear import QuantLinear
 
 PRESETS = {"all-linear": r".*", "attention": r".*(attn|attention).*", "mlp": r".*(mlp|ffn|feed_forward).*"}
+LINEARS = (LINEAR, SUBCLASS, CONV1D, PACKED)  # kinds of layers that are a matrix
 
 
 def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Sequence[str] = ()) -> list[str]:
-    """Full names of the layers that `targets` means, in the order of the model; see `labkit.LoRAConfig`.
+    """Own names of the layers that `targets` means, in the order of the model; see `labkit.LoRAConfig`.
 
     Presets and regular expressions choose among the linear layers; names reach embeddings and the output
-    layer too.
+    layer too. A layer in several places is meant by any of its names, and given by the first.
 
     Args:
-        model: any module.
+        model: any module; names are those of the innermost one (see `labkit.models.walk`).
         targets: a preset, a name, names, or a regular expression of full names.
         besides: names of modules that are trained in full; presets and expressions leave out what is in them.
 
@@ -43,33 +52,39 @@ def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Seq
         ValueError: a target matches nothing, a layer that cannot have an adapter, a tied weight, or (an
             expression) the output layer too.
     """
-    modules = {name: module for name, module in model.named_modules() if not inside(name, besides)}
-    linears = {name: m for name, m in modules.items() if is_linear(m) and not is_output_layer(model, m)}
+    layers = [layer for layer in walk(model) if not inside(layer.name, besides)]
+    linears = [layer for layer in layers if layer.kind in LINEARS and not layer.is_output]
     if isinstance(targets, str) and (targets in PRESETS or not targets.isidentifier()):
         matches = matching_pattern(model, targets, linears)
+        if targets in PRESETS:
+            tell_fused(targets, layers)
     else:
         wanted = [targets] if isinstance(targets, str) else list(targets)
-        matches = [n for n in modules if any(ends_with(n, w) for w in wanted)]
-        unmatched = [w for w in wanted if not any(ends_with(n, w) for n in modules)]
+        first = {id(module): name for name, _, module in reversed(list(places(model)))}
+        named = {name: first[id(module)] for name, _, module in places(model) if not inside(name, besides)}
+        matches = list(dict.fromkeys(own for n, own in named.items() if any(ends_with(n, w) for w in wanted)))
+        unmatched = [w for w in wanted if not any(ends_with(n, w) for n in named)]
         if unmatched:
-            raise ValueError(no_match_message(f"targets={unmatched}", unmatched[0], model, linears, PRESETS))
-    holders = weight_holders(model)
+            names = [layer.name for layer in linears]
+            raise ValueError(no_match_message(f"targets={unmatched}", unmatched[0], model, names, PRESETS))
+    holders, modules = weight_holders(model), {name: module for name, _, module in places(model)}
     for name in matches:
-        check_adaptable(model, name, holders)
+        check_adaptable(model, name, modules[name], holders)
     return matches
 
 
-def matching_pattern(model: nn.Module, targets: str, linears: dict[str, nn.Module]) -> list[str]:
+def matching_pattern(model: nn.Module, targets: str, linears: Sequence[Layer]) -> list[str]:
     """Names of the `linears` that a preset or a regular expression matches."""
     try:
         pattern = re.compile(PRESETS.get(targets, targets))
     except re.error as error:
         raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
-    matches = [name for name in linears if pattern.fullmatch(name)]
+    matches = [layer.name for layer in linears if any(map(pattern.fullmatch, layer.names))]
     if not matches:
-        raise ValueError(no_match_message(f"targets={[targets]}", targets, model, linears, PRESETS))
-    output = [n for n, m in model.named_modules() if is_output_layer(model, m)]
-    if targets not in PRESETS and any(pattern.fullmatch(name) for name in output):
+        names = [layer.name for layer in linears]
+        raise ValueError(no_match_message(f"targets={[targets]}", targets, model, names, PRESETS))
+    output = [name for layer in walk(model) if layer.is_output for name in layer.names]
+    if targets not in PRESETS and any(map(pattern.fullmatch, output)):
         raise ValueError(
             f"targets={targets!r} also matches {output[0]}, the output layer, which is rarely meant: write "
             "'all-linear' for every linear layer but that one, or name the layers in a list"
@@ -77,10 +92,21 @@ def matching_pattern(model: nn.Module, targets: str, linears: dict[str, nn.Modul
     return matches
 
 
-def check_adaptable(model: nn.Module, name: str, holders: Mapping[int, list]) -> None:
-    """Raise a `ValueError` that says why the module `name` cannot have an adapter, if it cannot."""
-    module = model.get_submodule(name)
-    if not is_linear(module) and not isinstance(module, nn.Embedding):
+def tell_fused(preset: str, layers: Sequence[Layer]) -> None:
+    """Warn, with the bytes, of matrices that a preset means and that are no layers of their own."""
+    fused = [layer for layer in layers if layer.kind in (EXPERTS, ATTENTION)]
+    fused = [layer for layer in fused if re.fullmatch(PRESETS[preset], layer.name)]
+    if fused:
+        warnings.warn(
+            f"targets={preset!r} does not reach {describe(fused)}: LoRA adapts layers, and these hold several "
+            "matrices as one parameter. They stay frozen and as they were",
+            stacklevel=5,  # the line that calls add_lora
+        )
+
+
+def check_adaptable(model: nn.Module, name: str, module: nn.Module, holders: Mapping[int, list]) -> None:
+    """Raise a `ValueError` that says why `module`, called `name`, cannot have an adapter, if it cannot."""
+    if kind_of(module) not in (*LINEARS, EMBEDDING):
         raise ValueError(
             f"{name} is a {type(module).__name__}, and LoRA adapts linear layers, Conv1D and embeddings; to "
             f"train it in full, give modules_to_save=[{name.rpartition('.')[2]!r}]"
@@ -95,16 +121,17 @@ def check_adaptable(model: nn.Module, name: str, holders: Mapping[int, list]) ->
 
 
 def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[str]:
-    """Full names of the modules that `modules_to_save` means, by the last parts of their names.
+    """Own names of the modules that `modules_to_save` means, by the last parts of their names.
 
     Raises:
         ValueError: one matches nothing, has nothing to train, or shares its weight with another layer.
     """
     found = []
+    modules = {name: module for name, _, module in places(model)}
     for part in wanted:
-        names = [name for name, _ in model.named_modules() if ends_with(name, part)]
+        names = [name for name in modules if ends_with(name, part)]
         for name in names:
-            module = model.get_submodule(name)
+            module = modules[name]
             if not any(True for _ in module.parameters()) or any(
                 isinstance(m, QuantLinear) for m in module.modules()
             ):
@@ -119,6 +146,6 @@ def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[s
                     "labkit.untie_embeddings(model) first"
                 )
         if not names:
-            raise ValueError(f"modules_to_save={part!r} matches no module of {type(model).__name__}")
+            raise ValueError(f"modules_to_save={part!r} matches no module of {type(unwrap(model)).__name__}")
         found += names
     return found

@@ -11,18 +11,42 @@ import torch
 from torch import nn
 
 from labkit.checks import nearest
+from labkit.models.walk import output_layers, path_of, unwrap, walk
 
 
 def is_output_layer(model: nn.Module, module: nn.Module) -> bool:
-    """Is `module` the layer that makes logits (`lm_head`)? Its weight is often the embedding's, tied."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return module is output
+    """Is `module` the layer that makes logits (`lm_head`), of `model` or of one inside it, or stands in for it?
+
+    Its weight is often the embedding's, tied.
+    """
+    layer = unwrap(module)
+    return any(layer is output for output in output_layers(model))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where the submodule called `name` is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def swap_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put each module of `new` where the one of its own name stands: in all places, if that is in several.
+
+    Args:
+        model: any module; names are those of the innermost model (see `labkit.models.walk`).
+        new: modules by own name.
+
+    Raises:
+        KeyError: there is no module of a name. Nothing is changed then.
+    """
+    there = {name: model.get_submodule(path_of(model, name)) for name in new}
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            holders.setdefault(id(module), []).append((parent, child))
+    for name, module in new.items():
+        for parent, child in holders[id(there[name])]:
+            setattr(parent, child, module)
 
 
 def detach_from_file(model: nn.Module, leave: set[int]) -> None:
@@ -53,28 +77,28 @@ def inside(name: str, parents: Sequence[str]) -> bool:
 
 
 def weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """The modules that hold each weight tensor, by its id; more than one where weights are tied."""
+    """The modules that hold each parameter, by its id, and their own names; more than one where it is tied."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            holders.setdefault(id(weight), []).append((name, module))
+    for layer in walk(model):
+        for parameter in layer.module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((layer.name, layer.module))
     return holders
 
 
 def tied_partner(
     model: nn.Module, module: nn.Module, holders: Mapping[int, list] | None = None
 ) -> str | None:
-    """The name of another module with the very same weight tensor, or None.
+    """The own name of another module with the very same weight tensor, or None.
 
     Args:
         model: a model.
         module: a module of it.
         holders: `weight_holders(model)`, to look up many modules without walking the model for each.
     """
-    weight = module._parameters.get("weight")
+    layer = unwrap(module)
+    weight = layer._parameters.get("weight")
     same = (weight_holders(model) if holders is None else holders).get(id(weight), ())
-    return next((name for name, other in same if other is not module), None)
+    return next((name for name, other in same if other is not layer), None)
 
 
 def untie_embeddings(model: nn.Module) -> nn.Module:
@@ -88,15 +112,14 @@ def untie_embeddings(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the two are not tied.
     """
-    tied = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
-    if not tied or tied_partner(model, model.get_output_embeddings()) is None:
+    output = next(iter(output_layers(model)), None)
+    if output is None or tied_partner(model, output) is None:
         raise ValueError(
-            f"the embedding and the output layer of {type(model).__name__} share no weight; nothing to untie"
+            f"the embedding and the output layer of {type(unwrap(model)).__name__} share no weight; nothing to untie"
         )
-    output = model.get_output_embeddings()
     with torch.no_grad():
         output.weight = nn.Parameter(output.weight.clone(), requires_grad=output.weight.requires_grad)
-    model.config.tie_word_embeddings = False
+    unwrap(model).config.tie_word_embeddings = False
     return model
 
 
@@ -114,6 +137,6 @@ def no_match_message(
     """
     last_parts = list(dict.fromkeys(full.rpartition(".")[2] for full in linears))
     return (
-        f"{given} matches no linear layer of {type(model).__name__}{nearest(name, [*last_parts, *besides])} "
+        f"{given} matches no linear layer of {type(unwrap(model)).__name__}{nearest(name, [*last_parts, *besides])} "
         f"Its linear layers are named: {', '.join(last_parts) or 'none at all'}"
     )

@@ -39,13 +39,14 @@ STANDS_IN = {
 }
 OF_PEFT = ("BaseTunerLayer", "AuxiliaryTrainingWrapper", "BasePromptEncoder", "AdaptedAttention")
 ADDED = ("VirtualTokens",)  # children that a method has added to a model, in place of nothing
-EMBEDDING, LINEAR, SUBCLASS, CONV1D, PACKED, EXPERTS, OTHER = KINDS = (
+EMBEDDING, LINEAR, SUBCLASS, CONV1D, PACKED, EXPERTS, ATTENTION, OTHER = KINDS = (
     "embedding",
     "linear",  # nn.Linear itself
     "subclass of linear",  # its forward pass, or whoever reads its weight, may want something else of it
     "conv1d",  # transformers' linear layer with a transposed weight
     "packed linear",  # the weight is in bytes: ours in 4 bits, or another library's
     "fused experts",  # one weight of three dimensions for all experts of a block
+    "fused attention",  # PyTorch's, whose queries, keys and values have one weight and are no layers
     "other",
 )
 
@@ -190,9 +191,11 @@ def kind_of(module: nn.Module) -> str:
         return LINEAR if type(module) is nn.Linear else SUBCLASS
     if is_a(module, "Conv1D"):
         return CONV1D
+    if isinstance(module, nn.MultiheadAttention):
+        return ATTENTION
     own = module.parameters(recurse=False)
     is_torchs = type(module).__module__.startswith("torch.nn")  # its convolutions have three dimensions too
-    return EXPERTS if not is_torchs and any(p.dim() == 3 for p in own) else OTHER
+    return EXPERTS if not is_torchs and any(p.dim() == 3 and len(p) > 1 for p in own) else OTHER
 
 
 def is_packed(linear: nn.Linear) -> bool:
@@ -202,17 +205,19 @@ def is_packed(linear: nn.Linear) -> bool:
 
 
 def output_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that make logits (`lm_head`), of `model` and of models inside it, without wrappers."""
-    found = []
-    for module in model.modules():
+    """The layer that makes logits (`lm_head`), without wrappers; of the models inside, if `model` knows of none."""
+    top, found = unwrap(model), {}
+    for module in (top, *top.modules()):
         get = None if stood_in_for(module) else getattr(module, "get_output_embeddings", None)
         try:
             output = get() if callable(get) else None
         except (AttributeError, NotImplementedError):  # a backbone of transformers may have none to give
             continue
         if isinstance(output, nn.Module):
-            found.append(unwrap(output))
-    return found
+            if module is top:
+                return [unwrap(output)]
+            found[id(output)] = unwrap(output)
+    return list(found.values())
 
 
 def adapters_in(model: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ from labkit.lora.adapters import use_adapter
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.models.walk import (
+    ATTENTION,
     CONV1D,
     EMBEDDING,
     EXPERTS,
@@ -123,7 +124,10 @@ def test_every_kind_of_layer_is_named_as_what_it_is():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
     assert {layer.kind for layer in walk(gpt2) if ".c_" in layer.name} == {CONV1D}
     attention = walk(nn.MultiheadAttention(8, 2))
-    assert [layer.kind for layer in attention] == ["other", SUBCLASS], "its in_proj_weight, and out_proj"
+    assert [layer.kind for layer in attention] == [ATTENTION, SUBCLASS], "its in_proj_weight, and out_proj"
+    positions = nn.Module()
+    positions.embedding = nn.Parameter(torch.zeros(1, 16, 8))
+    assert walk(positions)[0].kind == "other", "one matrix per batch is no expert"
     assert [layer.kind for layer in walk(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Bilinear(2, 2, 2)))] == [
         "other"
     ] * 2
