@@ -73,9 +73,9 @@ def chat_prompt(record: Mapping, tokenizer) -> ChatPrompt:
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     prompt = render(asked, record, tokenizer, add_generation_prompt=True)
     lost = [
-        f"of message {i} ({m['role']}) {what}"
-        for i, m in enumerate(asked)
-        for what in content_lost(m, prompt, is_past=True)
+        f"{what} of message {i} ({message['role']})"
+        for i, message in enumerate(asked)
+        for what in content_lost(message, prompt, is_past=True)
     ]
     names = [tool.get("function", tool).get("name", "") for tool in record.get("tools") or ()]
     refuse_if_lost([*lost, *(f"the tool {name!r}" for name in names if name not in prompt)], prompt)

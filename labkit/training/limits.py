@@ -27,27 +27,35 @@ def check_fits(model: nn.Module, examples: Sequence[Encoded], left_out: Collecti
     Raises:
         ValueError: an example does not fit; names its record, and what to do.
     """
-    name, rows, context = type(unwrap(model)).__name__, rows_of(model), context_of(model)
-    taken = virtual_tokens_of(model)
+    context, taken = context_of(model), virtual_tokens_of(model)
     skipped = set(left_out)
     records = (i for i in count() if i not in skipped)
     for i, example in zip(records, examples):
-        if rows is not None and (
-            bad := [t for t in example.prompt + example.completion if not 0 <= t < rows]
-        ):
-            raise ValueError(
-                f"record {i} has the token id {bad[0]}, and {name} has ids 0 to {rows - 1}: its tokenizer has tokens "
-                "that it lacks. Load the tokenizer that belongs to the model, or give it rows for them with "
-                "model.resize_token_embeddings(len(tokenizer)), before an adapter is added"
-            )
+        check_ids(model, example.prompt + example.completion, f"record {i}")
         if context is not None and len(example) + taken > context:
             also = f" and {taken} virtual tokens before them" if taken else ""
             raise ValueError(
-                f"record {i} has {len(example)} tokens{also}, and {name} has {context} positions; set "
-                f"max_length={max(context - taken, 1)}, which leaves longer records out, or shorten them. (Where "
+                f"record {i} has {len(example)} tokens{also}, and {type(unwrap(model)).__name__} has {context} positions; "
+                f"set max_length={max(context - taken, 1)}, which leaves longer records out, or shorten them. (Where "
                 "positions are computed, as in RoPE, and meant to reach further, raise "
                 "model.config.max_position_embeddings.)"
             )
+
+
+def check_ids(model: nn.Module, ids: Sequence[int], name: str) -> None:
+    """Check that the model has a row for each of `ids`.
+
+    Raises:
+        ValueError: it has not; says what `name` is, and what to do.
+    """
+    rows = rows_of(model)
+    if rows is not None and ids and (max(ids) >= rows or min(ids) < 0):
+        missing = next(i for i in ids if not 0 <= i < rows)
+        raise ValueError(
+            f"{name} has the token id {missing}, and {type(unwrap(model)).__name__} has ids 0 to {rows - 1}: its "
+            "tokenizer has tokens that the model lacks. Load the tokenizer that belongs to the model, or give the model "
+            "rows for them with model.resize_token_embeddings(len(tokenizer)), before an adapter is added"
+        )
 
 
 def rows_of(model: nn.Module) -> int | None:

@@ -21,8 +21,10 @@ from torch import nn
 
 from labkit.data.batches import collate
 from labkit.data.docstrings import PACKAGES
-from labkit.data.encoding import Encoded
+from labkit.data.encoding import encode
 from labkit.training.evaluate import loss_of_examples
+from labkit.training.limits import padding_id
+from labkit.training.readiness import own_modes
 
 
 def bits_learned(model: nn.Module, tokenizer, facts: Sequence[dict], batch_size: int = 64) -> float:
@@ -44,18 +46,16 @@ def bits_learned(model: nn.Module, tokenizer, facts: Sequence[dict], batch_size:
         answer = fact["completion"]
         if not re.fullmatch("[0-9]+", answer):
             raise ValueError(f"the completion of a fact must be digits, not {answer!r}")
-        prompt, ids = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (fact["prompt"], answer)
-        )
-        if [tokenizer.decode([i]) for i in ids] != list(answer):
-            pieces = [tokenizer.decode([i]) for i in ids]
+        one = encode(fact, tokenizer).without_end()
+        if [tokenizer.decode([i]) for i in one.completion] != list(answer):
+            pieces = [tokenizer.decode([i]) for i in one.completion]
             raise ValueError(
                 f"bits are counted digit by digit, but this tokenizer cuts {answer!r} into {pieces}; use a "
                 "model whose tokenizer makes a token of every digit, such as tiny-llama"
             )
-        examples.append(Encoded(prompt, ids))
-        n_digits += len(ids)
-    mean, tokens = loss_of_examples(model, examples, tokenizer.pad_token_id or 0, batch_size)
+        examples.append(one)
+        n_digits += len(one.completion)
+    mean, tokens = loss_of_examples(model, examples, padding_id(tokenizer, model), batch_size)
     return max(0.0, n_digits * math.log2(10) - mean * tokens / math.log(2))
 
 
@@ -76,33 +76,37 @@ def classification_accuracy(
         ValueError: no records, a completion that is not among `labels`, or labels that are not distinct
             single tokens.
     """
-    tokens = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
-    if any(len(ids) != 1 for ids in tokens) or len({ids[0] for ids in tokens}) < len(labels):
-        raise ValueError(f"labels must be distinct single tokens; {dict(zip(labels, tokens))} are not")
     unknown = {record["completion"] for record in records} - set(labels)
     if unknown or not records:
         raise ValueError(
             f"there must be records, and every completion one of {tuple(labels)}; got {sorted(unknown)}"
         )
-    ids = torch.tensor([token for (token,) in tokens])  # (n_labels,)
-    examples = [
-        Encoded(tokenizer(r["prompt"], add_special_tokens=False)["input_ids"], [ids[0].item()])
-        for r in records
+    tokens = [
+        encode({**records[0], "completion": label}, tokenizer).without_end().completion for label in labels
     ]
+    if any(len(ids) != 1 for ids in tokens) or len({ids[0] for ids in tokens}) < len(labels):
+        raise ValueError(f"labels must be distinct single tokens; {dict(zip(labels, tokens))} are not")
+    ids = torch.tensor([token for (token,) in tokens])  # (n_labels,)
+    examples = [encode(record, tokenizer).without_end() for record in records]
     gold = [list(labels).index(record["completion"]) for record in records]
+    for i, (one, label) in enumerate(zip(examples, gold)):
+        if one.completion != tokens[label]:
+            raise ValueError(
+                f"labels must be the same tokens behind every prompt; {labels[label]!r} is {tokens[label]} in record 0 "
+                f"and {one.completion} in record {i}; end all prompts alike"
+            )
     order = sorted(range(len(records)), key=lambda i: len(examples[i]))
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    right = 0
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([examples[i] for i in chosen], tokenizer.pad_token_id or 0)
-        # the position that predicts the label
-        last = torch.tensor([len(examples[i].prompt) - 1 for i in chosen])
-        logits = model(input_ids=batch.ids.to(device), use_cache=False).logits  # (batch, time, vocab)
-        scores = logits[torch.arange(len(chosen)), last].cpu()[:, ids]  # (batch, n_labels)
-        right += (scores.argmax(dim=1) == torch.tensor([gold[i] for i in chosen])).sum().item()
-    model.train(was_training)
+    device, pad_id, right = next(model.parameters()).device, padding_id(tokenizer, model), 0
+    with own_modes(model):
+        model.eval()
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([examples[i] for i in chosen], pad_id)
+            # the position that predicts the label
+            last = torch.tensor([len(examples[i].prompt) - 1 for i in chosen])
+            logits = model(input_ids=batch.ids.to(device), use_cache=False).logits  # (batch, time, vocab)
+            scores = logits[torch.arange(len(chosen)), last].cpu()[:, ids]  # (batch, n_labels)
+            right += (scores.argmax(dim=1) == torch.tensor([gold[i] for i in chosen])).sum().item()
     return right / len(records)
 
 
