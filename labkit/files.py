@@ -38,6 +38,7 @@ IN_THE_WAY = {
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "writing there is not permitted",
     errno.EPERM: "writing there is not permitted",
+    errno.EEXIST: "a file of that name is in the way",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "a part of the path is a file",
     errno.EIO: "the disk reports an error",
@@ -125,10 +126,10 @@ def only_one(path: str | Path, taken: str, wait: float = 0) -> Iterator[None]:
         InUse: with `taken` as its message.
         CannotWrite: the lock file cannot be made.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         with explained(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=wait)
     except Timeout:
         raise InUse(taken) from None
