@@ -3,8 +3,8 @@
     codebooks.py     the levels that a code stands for
     blockwise.py     the algorithm, in plain PyTorch
     config.py        the settings
-    tensor.py        `quantize`, and the weight that it returns
-    linear.py        the layer; direct.py and scratch.py make it fast
+    tensor.py        `quantize`, and the weight that it returns; fields.py checks it, stand_in.py lets others read it
+    linear.py        the layer; state.py is how it is saved, direct.py and scratch.py make it fast
     model.py         a whole model
     layer_kinds.py   linear layers, however they are stored
     kernels/         the fast path of the same calls

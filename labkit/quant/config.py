@@ -46,12 +46,7 @@ class QuantConfig:
     compute_dtype: torch.dtype | None = None
 
     def __post_init__(self):
-        levels = levels_of(self.codebook)
-        if len(levels) != 16:
-            raise ValueError(
-                f"codebook={self.codebook!r} has {len(levels)} levels; a 4-bit weight needs one with 16, "
-                "such as 'nf4'"
-            )
+        check_codebook(self.codebook)
         if isinstance(self.blocksize, Integral):  # numpy's integers too
             object.__setattr__(self, "blocksize", int(self.blocksize))
         check_choice("blocksize", self.blocksize, BLOCKSIZES)
@@ -100,6 +95,15 @@ class QuantConfig:
 
 
 SETTINGS = tuple(field.name for field in fields(QuantConfig))
+
+
+def check_codebook(name: str) -> None:
+    """Raise a `ValueError` unless `name` is that of a codebook for 4 bits."""
+    levels = levels_of(name)
+    if len(levels) != 16:
+        raise ValueError(
+            f"codebook={name!r} has {len(levels)} levels; a 4-bit weight needs one with 16, such as 'nf4'"
+        )
 
 
 def check_compute_dtype(dtype: object) -> None:

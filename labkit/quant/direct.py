@@ -1,7 +1,7 @@
 """A few tokens through a 4-bit layer, without writing its dequantized weight W' anywhere.
 
 Text is generated one token at a time. For a single row of x, writing all of W' is most of the work. So on a
-CPU in fp32, and where no gradient is needed, a kernel adds up the products as it looks the weights up. They
+CPU in fp32, and where no gradient of any kind is needed, a kernel adds up the products as it looks the weights up. They
 are the same products, added in another order: results differ from those of the other path in the last bits,
 as they do between any two matrix libraries. `FEW_ROWS = 0` turns this path off.
 """
@@ -9,6 +9,7 @@ as they do between any two matrix libraries. `FEW_ROWS = 0` turns this path off.
 import torch
 from torch import Tensor
 
+from labkit.quant.kernels import operations
 from labkit.quant.kernels.dispatch import multiplies
 from labkit.quant.tensor import QuantizedTensor
 
@@ -16,7 +17,7 @@ FEW_ROWS = 16  # rows of x up to which this was faster than a matrix multiplicat
 
 
 def multiplies_directly(x: Tensor, in_features: int, compute_dtype: torch.dtype | None) -> bool:
-    """Can W' stay unwritten: are there only a few rows, and is no gradient needed?"""
+    """Can W' stay unwritten: are there only a few rows of an ordinary x, and is no gradient needed?"""
     return (
         x.shape[-1:] == (in_features,)
         and 0 < x.numel() <= FEW_ROWS * in_features
@@ -30,5 +31,6 @@ def multiplies_directly(x: Tensor, in_features: int, compute_dtype: torch.dtype 
 def multiply_directly(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """y = x W'^T + b, (..., in) to (..., out), where `multiplies_directly` allows it."""
     height, width = weight.shape
-    y = weight.multiply(x.reshape(-1, width)).view(*x.shape[:-1], height)
+    rows = x.reshape(-1, width)
+    y = operations.multiply_4bit(rows, weight.for_kernels(), height).view(*x.shape[:-1], height)
     return y if bias is None else y + bias

@@ -6,7 +6,8 @@
 The weight is frozen, so dL/dW is not needed; but dL/dx needs W'. If W' were an ordinary tensor of the graph,
 autograd would keep it from forward to backward, for every layer at once: the full model, nothing saved. So
 the autograd function below saves the *packed* weight and dequantizes twice. That costs one extra pass over
-the weights, and never more memory than one layer (`labkit.quant.scratch`).
+the weights, and never more memory than one layer (`labkit.quant.scratch`). That function knows one way to
+differentiate. Under any other (forward mode, `torch.func`, a tracer) W' is an ordinary tensor after all.
 
 The product is taken in `compute_dtype`, QLoRA's "computation data type", to which x and W' are rounded first.
 bf16 pays where the processor has matrix units for it.
@@ -23,19 +24,25 @@ from torch.nn import functional as F
 
 from labkit.quant.config import QuantConfig, check_compute_dtype
 from labkit.quant.direct import multiplies_directly, multiply_directly
+from labkit.quant.kernels.dispatch import is_ordinary, is_traced
 from labkit.quant.scratch import dequantize_to_scratch
+from labkit.quant.state import DESCRIPTION, describe, read_weight, tensors_by_name
 from labkit.quant.tensor import NestedScales, QuantizedTensor, quantize
 
 
+def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y = x W'^T + b, (..., in) to (..., out), the product in `dtype`; W' = `matrix` is in it already."""
+    y = F.linear(x.to(dtype), matrix, None if bias is None else bias.to(dtype))
+    return y if dtype == x.dtype else y.to(x.dtype)  # a dtype that autocast has chosen stays
+
+
 class _QuantizedLinear(torch.autograd.Function):
-    """y = x W'^T + b, the product in `dtype`, with only the packed weight kept for backward."""
+    """`multiply`, with only the packed weight kept for backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.weight, ctx.dtype = weight, dtype  # packed bytes and scales: the layer's own buffers
-        bias = None if bias is None else bias.to(dtype)
-        y = F.linear(x.to(dtype), dequantize_to_scratch(weight, dtype), bias)  # (..., in) to (..., out)
-        return y if dtype == x.dtype else y.to(x.dtype)  # a dtype that autocast has chosen stays
+        return multiply(x, dequantize_to_scratch(weight, dtype), bias, dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
@@ -46,25 +53,13 @@ class _QuantizedLinear(torch.autograd.Function):
         return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None
 
 
-def tensors_by_name(weight: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of a 4-bit weight, by their names as buffers of a layer."""
-    scales = weight.scales
-    if isinstance(scales, NestedScales):
-        return {
-            "packed": weight.packed,
-            "absmax_codes": scales.codes,
-            "absmax_absmax": scales.absmax,
-            "absmax_offset": scales.offset,
-        }
-    return {"packed": weight.packed, "absmax": scales}
-
-
 class QuantLinear(nn.Module):
     """`nn.Linear` with a frozen 4-bit weight. Gradients flow to x and to the bias only.
 
     Its state is in buffers (`packed`, and `absmax` or `absmax_codes`, `absmax_absmax`, `absmax_offset`), so
-    like any module it moves between devices, is saved in a `state_dict`, and can be copied. `.half()` and
-    `.bfloat16()` change the dtype that its weight is dequantized to, never the stored scales.
+    like any module it moves between devices, is saved in a `state_dict`, and can be copied. A `state_dict` says
+    how to read itself (`labkit.quant.state`), and a layer that loads it takes on its codebook and block size.
+    `.half()` and `.bfloat16()` change the dtype that its weight is dequantized to, never the stored scales.
 
     Args:
         quantized: the weight, (out_features, in_features).
@@ -84,8 +79,7 @@ class QuantLinear(nn.Module):
         if len(quantized.shape) != 2:
             raise ValueError(f"the weight of a linear layer has two dimensions, not {tuple(quantized.shape)}")
         self.out_features, self.in_features = quantized.shape
-        self.codebook, self.blocksize, self.dtype = quantized.codebook, quantized.blocksize, quantized.dtype
-        self.double_quant = isinstance(quantized.scales, NestedScales)
+        self.dtype = quantized.dtype
         for name, tensor in tensors_by_name(quantized).items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -112,11 +106,36 @@ class QuantLinear(nn.Module):
             self._weight = replace(last, packed=packed, scales=again, dtype=self.dtype)
         return self._weight
 
+    @property
+    def codebook(self) -> str:
+        return self._weight.codebook
+
+    @property
+    def blocksize(self) -> int:
+        return self._weight.blocksize
+
+    @property
+    def double_quant(self) -> bool:
+        return isinstance(self._weight.scales, NestedScales)
+
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        if multiplies_directly(x, self.in_features, self.compute_dtype):
+        """(..., in_features) to (..., out_features).
+
+        Raises:
+            TypeError: x is no tensor of floating numbers.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"x is {given}; a linear layer takes floating numbers, such as x.float(), or an embedding"
+            )
+        ordinary = is_ordinary(x)
+        if ordinary and multiplies_directly(x, self.in_features, self.compute_dtype):
             return multiply_directly(x, self.weight, self.bias)
-        return _QuantizedLinear.apply(x, self.weight, self.bias, self.compute_dtype or x.dtype)
+        dtype = self.compute_dtype or x.dtype
+        if ordinary or is_traced(x):
+            return _QuantizedLinear.apply(x, self.weight, self.bias, dtype)
+        return multiply(x, self.weight.dequantize(dtype), self.bias, dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An `nn.Linear` with the dequantized weight, frozen: what this layer computes, in 16 or 32 bits."""
@@ -125,6 +144,48 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return linear.train(self.training)
+
+    def get_extra_state(self) -> Tensor:
+        """How to read the tensors of the state; part of a `state_dict`."""
+        return describe(self.weight)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: it is read before the tensors are."""
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        shape = torch.Size((self.out_features, self.in_features))
+        try:
+            weight = read_weight(state_dict, prefix, shape)
+        except ValueError as error:
+            error_msgs.append(f"{error}. The layer is as it was")
+            return
+        if weight is not None:
+            self.take_settings(weight, local_metadata.get("assign_to_params_buffers", False))
+        args = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if (
+            prefix + DESCRIPTION in missing_keys
+        ):  # from before there was one: it is of this layer if its tensors fit
+            missing_keys.remove(prefix + DESCRIPTION)
+        if prefix + "weight" in state_dict:
+            error_msgs.append(
+                f"{prefix}weight is in full precision, and this layer is in 4 bits. Load it into the model first, and "
+                "call quantize_model then"
+            )
+
+    def take_settings(self, weight: QuantizedTensor, assign: bool) -> None:
+        """Become a layer that can hold `weight`: with its codebook and block size, and buffers of its shapes."""
+        now, wanted = tensors_by_name(self.weight), tensors_by_name(weight)
+        for name in now.keys() - wanted.keys():
+            delattr(self, name)
+        for name, tensor in wanted.items():
+            if name not in now or now[name].shape != tensor.shape:
+                self.register_buffer(name, torch.empty_like(tensor, device=self.packed.device))
+        if assign:
+            self.dtype = weight.dtype
+        self._weight = weight
 
     def _apply(self, fn, recurse=True):
         # .half() would round the fp32 scales: keep them, and see on an empty tensor which dtype is asked for

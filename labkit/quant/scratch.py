@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from labkit.quant.kernels.dispatch import is_traced
+from labkit.quant.kernels.dispatch import is_ordinary
 from labkit.quant.tensor import QuantizedTensor
 
 SCRATCH_BYTES = 1 << 26  # a larger W' gets new memory, which is freed when the layer is done
@@ -31,7 +31,7 @@ class Scratch(threading.local):
         if (
             torch.is_grad_enabled()
             or not weight.packed.is_cpu
-            or is_traced(weight.packed)
+            or not is_ordinary(weight.packed)
             or weight.shape.numel() * dtype.itemsize > SCRATCH_BYTES
         ):
             return weight.dequantize(dtype)

@@ -23,9 +23,11 @@ from labkit.quant.blockwise import (
 from labkit.quant.codebooks import codebook as levels_of
 from labkit.quant.codebooks import codes_by_rank
 from labkit.quant.config import SCALE_ROUNDINGS, QuantConfig
+from labkit.quant.fields import check_dtype, check_fields
 from labkit.quant.kernels import operations
-from labkit.quant.kernels.dispatch import fast_for, quantizes_scales
+from labkit.quant.kernels.dispatch import fast_for, is_ordinary, quantizes_scales
 from labkit.quant.kernels.packed import PackedWeight
+from labkit.quant.stand_in import StandsIn
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,19 @@ class NestedScales:
         )
 
 
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """A weight in 4 bits.
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor(StandsIn):
+    """A weight in 4 bits. Other code may use it like the tensor that it approximates: see `labkit.quant.stand_in`.
 
     Attributes:
         packed: (ceil(n / 2), 1) uint8; the first of two weights is in the high four bits.
         scales: fp32 absmax of shape (n_blocks,), or `NestedScales`.
         shape, dtype: of the weight that was quantized.
         codebook: name in `labkit.quant.codebooks.CODEBOOKS`.
-        blocksize: weights that share a scale.
+        blocksize: weights that share a scale, one of `labkit.quant.config.BLOCKSIZES`.
+
+    Raises:
+        ValueError, TypeError: a field is not allowed, or does not fit the others.
     """
 
     packed: Tensor
@@ -71,6 +76,9 @@ class QuantizedTensor:
     dtype: torch.dtype
     codebook: str
     blocksize: int
+
+    def __post_init__(self):
+        check_fields(self, nested=isinstance(self.scales, NestedScales))
 
     @property
     def absmax(self) -> Tensor:
@@ -103,15 +111,20 @@ class QuantizedTensor:
         """
         if out is not None:
             dtype = dtype or out.dtype
-            if out.shape != self.shape or out.dtype != dtype or not out.is_contiguous():
+            if (
+                out.shape != self.shape
+                or out.dtype != dtype
+                or out.device != self.packed.device
+                or not out.is_contiguous()
+            ):
                 raise ValueError(
-                    f"out is {tuple(out.shape)} {out.dtype}, contiguous={out.is_contiguous()}; this weight "
-                    f"needs a contiguous tensor of shape {tuple(self.shape)} and dtype {dtype}"
+                    f"out is {tuple(out.shape)} {out.dtype} on {out.device}, contiguous={out.is_contiguous()}; this "
+                    f"weight needs a contiguous tensor of shape {tuple(self.shape)} and dtype {dtype} on "
+                    f"{self.packed.device}"
                 )
         dtype, n = dtype or self.dtype, self.shape.numel()
-        if not dtype.is_floating_point:
-            raise TypeError(f"weights cannot be dequantized to {dtype}; choose float32, bfloat16 or float16")
-        if not fast_for(self.packed):
+        check_dtype("dtype", dtype)
+        if not fast_for(self.packed) or (out is not None and not fast_for(out)):
             levels = levels_of(self.codebook)
             flat = dequantize_blocks(unpack(self.packed, n), self.absmax, levels, self.blocksize).to(dtype)
             return flat.view(self.shape) if out is None else out.copy_(flat.view(self.shape))
@@ -127,7 +140,8 @@ class QuantizedTensor:
         Raises:
             ValueError: the kernel does not read x, because of its width, dtype or device.
         """
-        if x.dim() != 2 or x.shape[1:] != self.shape[1:] or x.dtype != torch.float32 or not x.is_cpu:
+        readable = x.dtype == torch.float32 and x.is_cpu and is_ordinary(x)
+        if x.dim() != 2 or x.shape[1:] != self.shape[1:] or not readable:
             raise ValueError(
                 f"x is {tuple(x.shape)} {x.dtype} on {x.device}; this weight needs (rows, {self.shape[-1]}) "
                 "float32 on a CPU"
@@ -160,8 +174,13 @@ class QuantizedTensor:
             "relative_norm": (error.norm() / exact.norm()).item(),
         }
 
-    def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """The same weight on another device."""
+    def to(self, *args: Any, **kwargs: Any) -> "QuantizedTensor | Tensor":
+        """The same weight on another device, packed as it is; in another dtype, dequantized. See `torch.Tensor.to`."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, self.dtype):
+            return self.dequantize().to(*args, **kwargs)
+        if device is None:
+            return self
         scales = self.scales
         if isinstance(scales, NestedScales):
             scales = NestedScales(scales.codes.to(device), scales.absmax.to(device), scales.offset.to(device))
@@ -214,6 +233,13 @@ def check_quantizable(weight: Tensor) -> None:
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"a weight must be a float32, float16 or bfloat16 tensor, not {given}")
+    if weight.layout != torch.strided or weight.is_nested:
+        given = "nested" if weight.is_nested else str(weight.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"a weight must be a dense tensor, not a {given} one; give weight.to_dense()")
+    if torch._C._functorch.is_batchedtensor(weight):
+        raise TypeError(
+            "a weight is quantized by itself, not within torch.func.vmap; loop over the weights instead"
+        )
     if weight.numel() == 0:
         raise ValueError(f"the weight of shape {tuple(weight.shape)} is empty; there is nothing to quantize")
 
@@ -237,6 +263,8 @@ def quantize_scales(absmax: Tensor, rounding: str = "nearest") -> NestedScales:
     """
     check_choice("scale_rounding", rounding, SCALE_ROUNDINGS)
     offset = absmax.mean()
+    if not offset.is_meta and not math.isfinite(offset):  # the sum of finite scales exceeds fp32
+        offset = absmax.double().mean().float()
     if rounding == "lookup":
         codes, nested = lookup_blocks(absmax - offset)
     elif quantizes_scales(absmax):

@@ -8,6 +8,7 @@ kernel, the readable PyTorch code runs.
     packed.py        a weight as kernels take it
     cpu.py           kernels for a CPU, compiled by numba: quantizing.py, dequantizing.py, multiplying.py
     threads.py       the threads that they run on
+    kept.py          what was compiled, for the next process
     vectors.py       what numba cannot say in Python; lookups.py and stores.py build on it
     triton.py        kernels for CUDA
 """

@@ -30,6 +30,9 @@ def multiplies(width: int) -> bool:
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """See `labkit.quant.kernels.operations.quantize_4bit`."""
     n = flat.numel()
+    check_blocksize(blocksize)
+    check_values(flat, n)
+    check_values(levels, 16)
     n_blocks = -(-n // blocksize)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(n_blocks)
@@ -42,6 +45,8 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
 def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `labkit.quant.kernels.operations.quantize_scales`."""
     n, n_blocks, levels = flat.numel(), -(-flat.numel() // 256), dynamic8() if levels is None else levels
+    check_values(flat, n)
+    check_values(levels, 256)
     codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n_blocks)
     tensors = flat, *search_tables(levels), codes, absmax
     # quantizing a scale takes about eight times as long as quantizing a weight
@@ -62,6 +67,10 @@ def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> Non
         out.copy_(whole.view(out.shape))
         return
     n = out.numel()
+    if not (out.is_cpu and out.is_contiguous()):
+        raise ValueError(
+            f"out is on {out.device}, contiguous={out.is_contiguous()}; a kernel fills a contiguous one"
+        )
     arguments = weight_arguments(weight, n)
     place, itemsize = out.data_ptr(), out.itemsize
     aligned = weight.blocksize % STEP == 0 and place % ALIGNMENT == 0
@@ -73,6 +82,12 @@ def multiply_4bit(x: Tensor, weight: PackedWeight, y: Tensor) -> None:
     """See `labkit.quant.kernels.operations.multiply_4bit`; x and y, (tokens, height), are contiguous."""
     (tokens, width), height = x.shape, y.shape[1]
     n = width * height
+    if not multiplies(width):
+        raise ValueError(
+            f"no kernel multiplies rows of {width} numbers; the width must be a multiple of {STEP}"
+        )
+    check_values(x, tokens * width)
+    check_values(y, tokens * height)
     arguments = weight_arguments(weight, n)
     threads.run(multiply_task.address, height, n, *arguments, x.data_ptr(), width, y.data_ptr(), tokens)
 
@@ -84,29 +99,51 @@ def weight_arguments(weight: PackedWeight, n: int) -> tuple[int, ...]:
         ValueError: a kernel could not read a tensor without leaving its memory.
     """
     packed, scales, levels, blocksize, nested, offset = weight
+    check_blocksize(blocksize)
+    check_values(levels, 16)
     n_blocks = -(-n // blocksize)
     if (
         packed.numel() < (n + 1) // 2
+        or packed.dtype != torch.uint8
         or scales.numel() < n_blocks
         or scales.dtype != (torch.float32 if nested is None else torch.uint8)
-        or not (packed.is_contiguous() and scales.is_contiguous())
+        or not (packed.is_contiguous() and scales.is_contiguous() and packed.is_cpu and scales.is_cpu)
     ):
         raise ValueError(
             f"{n} weights in blocks of {blocksize} need {(n + 1) // 2} contiguous bytes and {n_blocks} "
-            f"contiguous scales, float32, or uint8 with `nested`; not {packed.numel()} bytes, "
-            f"{scales.numel()} {scales.dtype}"
+            f"contiguous scales, float32, or uint8 with `nested`, on a CPU; not {packed.numel()} {packed.dtype} "
+            f"on {packed.device}, {scales.numel()} {scales.dtype} on {scales.device}"
         )
     if nested is None:
         places = scales.data_ptr(), 0, 0, 0, 0
     else:
         n_nested = -(-n_blocks // 256)
-        if nested.numel() < n_nested or nested.dtype != torch.float32 or not nested.is_contiguous():
+        check_values(offset, 1)
+        if nested.numel() < n_nested or not is_readable(nested):
             raise ValueError(
                 f"{n_blocks} quantized scales need {n_nested} contiguous float32 scales of their own, not "
                 f"{nested.numel()} {nested.dtype}; was the file that they come from cut short?"
             )
         places = 0, scales.data_ptr(), nested.data_ptr(), offset.data_ptr(), dynamic8().data_ptr()
     return n, n_blocks, blocksize, packed.data_ptr(), *places, levels.data_ptr()
+
+
+def check_blocksize(blocksize: int) -> None:
+    """Raise a `ValueError` unless blocks of that size begin at whole bytes."""
+    if blocksize < 2 or blocksize % 2:
+        raise ValueError(f"blocksize={blocksize} must be a positive even number")
+
+
+def check_values(tensor: Tensor | None, n: int) -> None:
+    """Raise a `ValueError` unless a kernel finds `n` fp32 numbers in `tensor`."""
+    if tensor is None or tensor.numel() < n or not is_readable(tensor):
+        given = "None" if tensor is None else f"{tensor.numel()} {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"a kernel needs {n} contiguous float32 numbers on a CPU, not {given}")
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Are its numbers fp32, one after the other in the CPU's memory?"""
+    return tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.is_cpu
 
 
 def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ with which each thread asks for another part, and finds none, waits for them.)
 import numba
 import numpy as np
 
+from labkit.quant.kernels.kept import compiled
 from labkit.quant.kernels.stores import store_weights, stream_weights
 from labkit.quant.kernels.tasks import STEP, TASK
 from labkit.quant.kernels.vectors import LANES, load_floats, next_part, pointer
@@ -73,7 +74,7 @@ def scales_at(a):
     )
 
 
-@numba.cfunc(TASK, cache=True)
+@compiled(TASK)
 def dequantize_task(arguments):
     a = numba.carray(arguments, 15)
     parts, n, n_blocks, blocksize, streamed = a[1], a[2], a[3], a[4], a[14] != 0

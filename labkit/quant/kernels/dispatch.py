@@ -1,5 +1,11 @@
 """Which implementation runs: the kernels for the device of a tensor, or the readable PyTorch code.
 
+A kernel is given addresses. That is right only for an *ordinary* tensor, whose numbers lie in memory as they read,
+in a call that is made once, now, on those numbers. Everything else that looks like a tensor has another way to
+compute: a derivative rides along (forward mode), `torch.func` has wrapped it, a tracer records the call, its sign
+is kept apart. So what is ordinary is listed here, and not what is not: whatever PyTorch adds to it is left to
+PyTorch's own operations.
+
 numba takes a second to import, and Triton needs a GPU, so a module with kernels is imported when it is first
 used.
 """
@@ -10,32 +16,70 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from labkit.hardware import fast_paths
 
 _has_triton = importlib.util.find_spec("triton") is not None
+_proxy_mode = torch._C._TorchDispatchModeKey.PROXY
 
 
 def fast_for(tensor: Tensor) -> bool:
-    """Is there a fast kernel for the device of `tensor`, and are the fast paths on?"""
-    return fast_paths() and (tensor.is_cpu or (tensor.is_cuda and _has_triton))
+    """Is there a fast kernel for the device of `tensor`, may it read it, and are the fast paths on?"""
+    return (
+        fast_paths()
+        and (tensor.is_cpu or (tensor.is_cuda and _has_triton))
+        and (is_traced(tensor) or (has_numbers(tensor) and not is_transformed()))
+    )
 
 
 def quantizes_scales(flat: Tensor) -> bool:
     """Is there a kernel that quantizes these scales?"""
-    return fast_paths() and flat.is_cpu and not is_traced(flat)
+    return fast_paths() and flat.is_cpu and is_ordinary(flat)
 
 
 def multiplies(x: Tensor, width: int) -> bool:
-    """Is there a kernel that multiplies rows of `width` numbers by a 4-bit weight without dequantizing it?"""
-    if not fast_paths() or not x.is_cpu or x.dtype != torch.float32 or is_traced(x):
-        return False
-    return kernels_on(x.is_cuda).multiplies(width)
+    """Is there a kernel that multiplies rows of `width` numbers, of an ordinary x, by a 4-bit weight?"""
+    return fast_paths() and x.is_cpu and x.dtype == torch.float32 and kernels_on(x.is_cuda).multiplies(width)
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Does `tensor` hold its numbers as they read, and is this call made on them, once and now?"""
+    return not is_traced(tensor) and has_numbers(tensor) and not is_transformed()
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Is this call recorded (torch.compile, fake tensors) rather than run on numbers?"""
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+    """Is this call recorded with the operations of `operations.py` (torch.compile, torch.export, fake tensors)?"""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+
+
+def is_transformed() -> bool:
+    """Is this call differentiated, mapped or recorded by what does not know our operations?
+
+    By `torch.func`, forward-mode derivatives, `torch.jit.trace`, or `make_fx`.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or (torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_proxy_mode) is not None)
+    )
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Do the numbers of `tensor` lie in memory as they read? Not those of a sparse, wrapped or negated one."""
+    return torch._C._dispatch_keys(tensor).raw_repr() in plain_keys(tensor.device.type)
+
+
+@cache
+def plain_keys(device: str) -> frozenset[int]:
+    """By what PyTorch decides how to compute with a tensor of `device`, if it is nothing but numbers there."""
+    with torch.inference_mode(False):
+        plain = torch.empty(0, device=device)
+    with torch.inference_mode():
+        without_gradients = torch.empty(0, device=device)
+    return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in (plain, without_gradients))
 
 
 @cache

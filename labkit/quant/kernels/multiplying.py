@@ -8,6 +8,7 @@ import numba
 import numpy as np
 
 from labkit.quant.kernels.dequantizing import scale_of, scales_at
+from labkit.quant.kernels.kept import compiled
 from labkit.quant.kernels.lookups import first_codes, load_codes, look_up, scaled_levels
 from labkit.quant.kernels.tasks import STEP, TASK
 from labkit.quant.kernels.vectors import (
@@ -99,7 +100,7 @@ def _multiply(first, last, x, width, packed, scales, levels, blocksize, y):
             token += 1
 
 
-@numba.cfunc(TASK, cache=True)
+@compiled(TASK)
 def multiply_task(arguments):
     a = numba.carray(arguments, 16)
     parts, n, blocksize, width, tokens = a[1], a[2], a[4], a[13], a[15]

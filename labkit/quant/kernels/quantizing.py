@@ -7,6 +7,7 @@ a branch, beat fifteen comparisons and additions, which is what the compiler mak
 import numba
 import numpy as np
 
+from labkit.quant.kernels.kept import compiled
 from labkit.quant.kernels.lookups import look_up, ranks, store_codes
 from labkit.quant.kernels.tasks import STEP, TASK
 from labkit.quant.kernels.vectors import (
@@ -105,7 +106,7 @@ def _quantize_scales(first, last, flat, mids, by_rank, absmax, codes):
             codes[i] = by_rank[rank]
 
 
-@numba.cfunc(TASK, cache=True)
+@compiled(TASK)
 def quantize_task(arguments):
     a = numba.carray(arguments, 10)
     parts, n, n_blocks, blocksize = a[1], a[2], a[3], a[4]
@@ -121,7 +122,7 @@ def quantize_task(arguments):
         part = next_part(a)
 
 
-@numba.cfunc(TASK, cache=True)
+@compiled(TASK)
 def quantize_scales_task(arguments):
     a = numba.carray(arguments, 9)
     parts, n, n_blocks = a[1], a[2], a[3]
