@@ -52,12 +52,13 @@ def is_same(value: object, one: object) -> bool:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Is it a real number, Python's or numpy's, and neither a bool nor NaN?"""
-    return (
-        isinstance(value, (int, float, np.integer, np.floating))
-        and type(value) is not bool
-        and not math.isnan(value)
-    )
+    """Is it a real number, Python's or numpy's, that a float can hold, and neither a bool nor NaN?"""
+    if not isinstance(value, (int, float, np.integer, np.floating)) or type(value) is bool:
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 def is_whole(value: object, at_least: int = 1) -> TypeGuard[int]:

@@ -10,6 +10,7 @@ from labkit.training.loss import LOGITS
 from labkit.training.optimizer import OPTIMIZERS
 
 SCHEDULES = ("linear", "cosine", "constant")
+BELOW = {"steps": 10**12, "epochs": 10**9, "seed": 2**32}  # more is a mistake, and overflows further down
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class TrainConfig:
         state_budget_bytes: how much of the optimizer's state stays in memory (`labkit.optim.paging`); None
             for all.
         seed: of the order of the data and of dropout.
-        max_length: tokens; longer examples are left out and reported in the history.
+        max_length: tokens; longer records are left out, with a warning, and reported in the history.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         logits: "supervised" positions only, or "all" (as most trainers do; the same loss, more work).
         eval_every: steps between measurements of the held-out loss.
         patience: stop after so many measurements without a new best, and go back to the weights of the best.
-        checkpoint_folder: where to keep the state of the run; a killed run, started again, goes on from
-            there.
+        checkpoint_folder: where to keep the state of the run; a killed or interrupted run, started again, goes
+            on from there. One run at a time uses it.
         checkpoint_every: steps between checkpoints.
         progress: show a bar with loss and tokens per second.
 
@@ -88,6 +89,10 @@ class TrainConfig:
             raise ValueError(f"betas={self.betas!r} must be two numbers, such as (0.9, 0.999)")
         for beta in self.betas:
             check_number("betas", beta, at_least=0, below=1)
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        for name, limit in BELOW.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), at_least=0, below=limit)
         for name, allowed in (
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
@@ -96,8 +101,9 @@ class TrainConfig:
             ("progress", (True, False)),
         ):
             check_choice(name, getattr(self, name), allowed)
-        if self.checkpoint_folder is not None and not isinstance(self.checkpoint_folder, (str, os.PathLike)):
-            raise ValueError(f"checkpoint_folder={self.checkpoint_folder!r} must be a path, or None")
+        folder = self.checkpoint_folder
+        if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not str(folder)):
+            raise ValueError(f"checkpoint_folder={folder!r} must be a path, or None")
         if self.patience and not self.eval_every:
             raise ValueError("patience counts evaluations: give eval_every too")
 

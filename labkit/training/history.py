@@ -1,5 +1,6 @@
 """What a training run leaves behind: a record of each step and each evaluation, and why the run stopped."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -45,6 +46,15 @@ class TrainingDiverged(RuntimeError):
         self.history, self.checkpoint = history, checkpoint_folder
 
 
+class TrainingWarning(UserWarning):
+    """Something in a run is not as it should be, and the run goes on."""
+
+
+def say(message: str) -> None:
+    """Warn whoever called `train`."""
+    warnings.warn(message, TrainingWarning, stacklevel=4)
+
+
 @dataclass
 class History:
     """What happened in a run.
@@ -54,12 +64,16 @@ class History:
         evals: a record of each measurement of the held-out loss.
         left_out: indices of the records that were longer than `max_length`.
         stopped: "finished", "early" (no new best held-out loss for long enough), or "interrupted".
+        held_out_left_out: as `left_out`, of the held-out records.
+        without_gradient: names of parameters that train, and never had a gradient.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
     evals: list[EvaluationRecord] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     stopped: str = "finished"
+    held_out_left_out: list[int] = field(default_factory=list)
+    without_gradient: list[str] = field(default_factory=list)
 
     @property
     def losses(self) -> list[float]:

@@ -24,6 +24,7 @@ from labkit.lora.inject import add_lora
 from labkit.quant.model import quantize_model
 from labkit.training import checkpoint
 from labkit.training.config import TrainConfig
+from labkit.training.identity import identity_of
 from labkit.training.optimizer import make_optimizer, parameter_groups
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "saved_before"
@@ -98,7 +99,7 @@ def test_a_checkpoint_is_taken_up_bit_for_bit(tiny):
     groups = parameter_groups(model, config.lr, config.lora_plus)
     optimizer = make_optimizer(config.optimizer, groups, None, betas=config.betas, eps=config.eps)
     examples, _ = encode_all(load_austen("train")[:12], tokenizer, config.max_length)
-    identity = checkpoint.identity_of(model, config, examples, 6)
+    identity = identity_of(model, config, examples, 6)
     done, history, best = checkpoint.load(SAVED / "checkpoint", identity, parameters, optimizer)
     assert done == 3 and best is None and history.losses == EXPECTED["checkpoint"][:3]
     file = load_file(SAVED / "checkpoint" / checkpoint.FILE)

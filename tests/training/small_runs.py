@@ -1,7 +1,8 @@
-"""A small model with an adapter, and the settings of a short run."""
+"""Small models with adapters, and the settings of a short run."""
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from labkit.data.batches import collate
 from labkit.data.encoding import encode_all
@@ -11,6 +12,24 @@ from labkit.quant.model import quantize_model
 from tests.conftest import make_small_llama
 
 QUIET = {"progress": False, "batch_size": 2, "steps": 6, "lr": 1e-2}
+# eight records for a model that takes milliseconds a step, with the tokenizer of tiny-llama
+SHORT = [
+    {"prompt": f"{a} and", "completion": f" {b}"}
+    for a in ("sun", "tea")
+    for b in ("moon", "milk", "so on", "rain")
+]
+
+
+def tiny_llama(seed=0, **changes):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes | changes)).eval()
+
+
+def tiny_adapted(model_changes=None, **config):
+    model = tiny_llama(**model_changes or {})
+    torch.manual_seed(3)
+    return add_lora(model, LoRAConfig(**{"r": 2, "targets": ["q_proj", "v_proj"]} | config))
 
 
 def adapted(quantized=False, **config):

@@ -1,7 +1,10 @@
 """Settings of a run: each out of its range or of the wrong type is named; the schedules are the formulas."""
 
+import json
 import math
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 from labkit.training.config import TrainConfig, learning_rate
@@ -66,12 +69,25 @@ def test_config_out_of_range_says_which(wrong):
         ({"checkpointing": "no"}, "checkpointing='no' is not known; choose one of"),
         ({"progress": 1}, "progress=1 is not known; choose one of"),
         ({"checkpoint_folder": 3}, "checkpoint_folder=3 must be a path, or None"),
+        ({"checkpoint_folder": ""}, "checkpoint_folder='' must be a path, or None"),
+        ({"lr": 10**400}, r"lr=10+ must be a positive number"),
+        ({"steps": 10**400}, "steps=10+ must be a number of at least 0 and below 1000000000000"),
+        ({"epochs": 1e308}, r"epochs=1e\+308 must be a number of at least 0 and below"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be a number of at least 0 and below 4294967296"),
+        ({"betas": ("0.9", 0.999)}, "betas='0.9' must be a number of at least 0 and below 1"),
         ({"patience": 2}, "patience counts evaluations: give eval_every too"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_out_of_range_is_said_with_what_is_allowed(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**wrong)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons_and_fit_into_json():
+    given = {"lr": np.float32(0.5), "steps": np.int64(3), "betas": np.array([0.5, 0.75])}
+    config = TrainConfig(**given | {"betas": list(given["betas"])})
+    assert (config.lr, config.steps, config.betas) == (0.5, 3, (0.5, 0.75))
+    assert json.loads(json.dumps(asdict(config)))["betas"] == [0.5, 0.75]
 
 
 def test_values_at_the_edge_of_what_is_allowed_are_taken():

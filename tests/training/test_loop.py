@@ -1,5 +1,9 @@
 """The training loop: the right gradients, the right steps, and what ends a run."""
 
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,10 +13,10 @@ from labkit.data.encoding import encode_all
 from labkit.lora.inject import lora_layers
 from labkit.quant.model import quantize_model
 from labkit.training.config import TrainConfig
-from labkit.training.history import TrainingDiverged
+from labkit.training.history import TrainingDiverged, TrainingWarning
 from labkit.training.loop import train
 from labkit.training.loss import supervised_loss
-from tests.training.small_runs import QUIET, adapted, batch_of, weights
+from tests.training.small_runs import QUIET, SHORT, adapted, batch_of, tiny_adapted, weights
 
 
 def gradients(model, batch):
@@ -97,12 +101,13 @@ def test_nan_stops_the_run_says_where_and_keeps_the_weights_of_the_step_before(t
     calls = []
 
     def poison(module, _, output):
-        calls.append(1)
+        if module.training:
+            calls.append(1)
         return output * float("nan") if len(calls) > 4 else output
 
     model.model.norm.register_forward_hook(poison)
     settings = QUIET | {"checkpoint_folder": tmp_path, "checkpoint_every": 2}
-    with pytest.raises(TrainingDiverged, match=r"at step 5 of 6, examples \[\[\d+, \d+\]\]") as error:
+    with pytest.raises(TrainingDiverged, match=r"at step 5 of 6, records \[\[\d+, \d+\]\]") as error:
         train(model, tokenizer, records, TrainConfig(**settings))
     assert len(error.value.history.steps) == 4 and error.value.checkpoint == tmp_path
     assert torch.isfinite(weights(model)).all()
@@ -125,8 +130,8 @@ def test_an_interrupt_returns_what_there_is(records, tokenizer):
     model = adapted()
     calls = []
 
-    def press_stop(*_):
-        calls.append(1)
+    def press_stop(module, *_):
+        calls.extend([1] * module.training)
         if len(calls) == 4:
             raise KeyboardInterrupt
 
@@ -135,12 +140,75 @@ def test_an_interrupt_returns_what_there_is(records, tokenizer):
     assert history.stopped == "interrupted" and len(history.steps) == 3
 
 
-def test_too_long_records_are_counted_and_never_cut(records, tokenizer):
+def test_too_long_records_are_told_counted_and_never_cut(records, tokenizer):
     long = {"prompt": "x", "completion": "word " * 600}
-    history = train(adapted(), tokenizer, [*records[:4], long], TrainConfig(**QUIET | {"steps": 1}))
-    assert history.left_out == [4]
+    with pytest.warns(TrainingWarning) as told:
+        settings = QUIET | {"steps": 1, "eval_every": 1}
+        data, held_out = [*records[:4], long], [long, records[5], long]
+        history = train(adapted(), tokenizer, data, TrainConfig(**settings), held_out)
+    assert history.left_out == [4] and history.held_out_left_out == [0, 2]
+    assert [str(warning.message) for warning in told] == [
+        "1 of 5 records of data are longer than max_length=512 tokens and are left out: 4",
+        "2 of 3 records of held_out are longer than max_length=512 tokens and are left out: 0, 2",
+    ]
     with pytest.raises(ValueError, match="all 1 records are longer than max_length=512"):
         train(adapted(), tokenizer, [long], TrainConfig(**QUIET))
+
+
+def test_the_records_of_a_diverged_step_are_counted_as_they_were_given(tiny):
+    """The one that is left out counts, so that the number finds the record."""
+    model = tiny_adapted()
+    long = {"prompt": "x", "completion": "word " * 600}
+    model.model.norm.register_forward_hook(lambda m, _, output: output * (float("nan") if m.training else 1))
+    with pytest.raises(TrainingDiverged, match=r"records \[\[1\]\]"), pytest.warns(TrainingWarning):
+        train(model, tiny[1], [long, SHORT[0]], TrainConfig(**QUIET))
+
+
+def test_held_out_records_that_nothing_measures_are_told(tiny):
+    with pytest.warns(TrainingWarning, match="held_out was given, and eval_every was not"):
+        train(tiny_adapted(), tiny[1], SHORT, TrainConfig(**QUIET | {"steps": 1}), held_out=SHORT)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_module_is_left_in_its_own_mode(tiny, checkpointing):
+    model = tiny_adapted().train()
+    model.model.layers[0].eval()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.model.layers[0].gradient_checkpointing = False
+    before = [
+        (module.training, getattr(module, "gradient_checkpointing", None)) for module in model.modules()
+    ]
+    seen = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, *_: seen.append(module.training))
+    train(model, tiny[1], SHORT, TrainConfig(**QUIET, checkpointing=checkpointing))
+    after = [(module.training, getattr(module, "gradient_checkpointing", None)) for module in model.modules()]
+    assert after == before and True in seen
+
+
+def test_experts_that_no_token_chose_are_named_and_do_not_stop_the_run(tiny):
+    """A layer that only some steps call, as an expert: its LoRA has no gradient in the first, and has one later."""
+    model, calls = tiny_adapted(targets=["up_proj"]), []
+    expert, plain = model.model.layers[1].mlp.up_proj, torch.nn.Linear(32, 48, bias=False)
+
+    def choose(module, arguments):
+        calls.append(1)
+        return (
+            plain(arguments[0])
+            if module.training and len(calls) < 4
+            else type(expert).forward(expert, *arguments)
+        )
+
+    expert.forward = lambda x: choose(expert, (x,))
+    with pytest.warns(
+        TrainingWarning, match=r"2 of the 4 parameters that train got no gradient in the first step: model"
+    ):
+        history = train(model, tiny[1], SHORT, TrainConfig(**QUIET))
+    assert history.without_gradient == [] and len(history.steps) == 6
+    expert.forward = plain.forward
+    with pytest.warns(TrainingWarning):
+        history = train(model, tiny[1], SHORT, TrainConfig(**QUIET | {"steps": 2}))
+    name = "model.layers.1.mlp.up_proj"
+    assert history.without_gradient == [f"{name}.lora_A", f"{name}.lora_B"]
 
 
 @pytest.mark.parametrize(
@@ -149,11 +217,42 @@ def test_too_long_records_are_counted_and_never_cut(records, tokenizer):
         ([], "data set is empty"),
         ([{"prompt": "x"}], r"record 0: a record needs .*'completion'"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "must end with the assistant"),
+        (
+            "file.jsonl",
+            r"data='file.jsonl' is a text, and must be a list of records; read a file .*json.loads",
+        ),
+        (Path("file.jsonl"), "is a text, and must be a list of records"),
+        (None, "data=None must be a list of records"),
+        ({"prompt": "a", "completion": "b"}, r"data is a dict .*a single record goes into a list"),
+        ((record for record in ()), "data set is empty"),
+        (np.zeros((2, 3)), "record 0 of data is a ndarray, and must be a dict"),
+        (["a", "b"], "record 0 of data is a str, and must be a dict"),
+        ([{"prompt": "a", "completion": "b"}, None], "record 1 of data is a NoneType, and must be a dict"),
+        (
+            pd.DataFrame({"prompt": ["a"]}),
+            r"is a str, and must be a dict.*data.to_dict\('records'\) makes records",
+        ),
     ],
 )
 def test_bad_data_is_named(tokenizer, data, message):
     with pytest.raises(ValueError, match=message):
         train(adapted(), tokenizer, data, TrainConfig(**QUIET))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": (1, 2)}, r"model is a tuple, and must be a model; models.load returns two things"),
+        ({"model": "tiny-llama"}, r"model is a str, and must be a model; load one with"),
+        ({"tokenizer": None}, "tokenizer=None must be the model's tokenizer"),
+        ({"config": {"lr": 1}}, r"config is a dict, and must be a TrainConfig: TrainConfig\(\*\*config\)"),
+        ({"held_out": "file.jsonl"}, "held_out='file.jsonl' is a text"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(tiny, arguments, message):
+    good = {"model": tiny[0], "tokenizer": tiny[1], "data": SHORT, "config": TrainConfig(**QUIET)}
+    with pytest.raises(ValueError, match=message):
+        train(**good | arguments)
 
 
 def test_nothing_to_train_is_an_error(small_llama, records, tokenizer):
