@@ -16,16 +16,15 @@ a CPU in the update of w.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from labkit.checks import check_whole
-from labkit.quant.blockwise import dequantize_blocks, quantize_blocks
-from labkit.quant.codebooks import dynamic8
-from labkit.quant.kernels import dispatch, operations
+from labkit.checks import check_number, check_whole, is_number
+from labkit.optim.moments import BLOCKSIZE, MAPS, quantize_moments, read_moments, zero_moments
+from labkit.optim.saved_state import check_state_dict
 
-BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # numbers; a smaller tensor keeps its state in fp32, as with bitsandbytes
 PIECE = 1 << 20  # numbers updated at a time; a multiple of the block size
 
@@ -52,12 +51,22 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0 or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r} must be a number of at least 0")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas!r} must be two numbers from 0 up to, not including, 1")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def add_param_group(self, param_group: dict) -> None:
+        """See PyTorch; the settings are checked first."""
+        self.check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @staticmethod
+    def check_settings(group: Mapping) -> None:
+        """Raise a `ValueError` unless every setting of a group can be."""
+        for name in ("lr", "eps", "weight_decay"):
+            check_number(name, group[name], at_least=0)
+        betas = group["betas"]
+        two = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not two or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas!r} must be two numbers from 0 up to, not including, 1")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -89,6 +98,21 @@ class AdamW(torch.optim.Optimizer):
         state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
+    def layouts(self, p: Tensor) -> list[dict]:
+        """What a state of `p` may look like, in tensors without numbers; the first is that of a new one."""
+        state: dict = {}
+        self.init_state(torch.empty_like(p, device="meta"), state)
+        return [state]
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """See PyTorch.
+
+        Raises:
+            ValueError: a state of another kind of optimizer, or of other parameters. Nothing was changed.
+        """
+        check_state_dict(self, state_dict)
+        super().load_state_dict(state_dict)
+
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         """One step of one parameter, in place."""
         adam(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"].item(), group)
@@ -118,13 +142,12 @@ class AdamW8bit(AdamW):
     moments span many powers of ten within a tensor; v is never negative, so its map has no sign and twice the
     levels. Biases and norms stay in fp32: they take large steps and next to no bytes.
 
+    Rounding keeps what holds for exact moments (`labkit.optim.moments`), so that no step is longer than exact
+    AdamW's longest: lr · K √(1 - β₂ᵗ) / (1 - β₁ᵗ), with K = 7.27 for the usual betas.
+
     State of a parameter of n numbers: `exp_avg` and `exp_avg_sq` (n,) uint8, `exp_avg_absmax` and
     `exp_avg_sq_absmax` (ceil(n / 256),) fp32, and `step`. Below `min_8bit_size` the moments are fp32, of the
     parameter's shape.
-
-    Codes are the nearest; bitsandbytes looks them up in 65,536 bins on a CPU
-    (`labkit.quant.blockwise.lookup_blocks`). Its CUDA kernel rounds to nearest, but never lets a code change
-    the sign of m.
 
     Args:
         params, lr, betas, eps, weight_decay: see `AdamW`.
@@ -135,20 +158,25 @@ class AdamW8bit(AdamW):
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, min_8bit_size=MIN_8BIT_SIZE
     ):
         check_whole("min_8bit_size", min_8bit_size, at_least=0)
-        super().__init__(params, lr, betas, eps, weight_decay)
         self.min_8bit_size = min_8bit_size
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def __getstate__(self) -> dict:
+        """What a copy (deepcopy, pickle) has; PyTorch's leaves out the attributes of subclasses."""
+        return super().__getstate__() | {"min_8bit_size": self.min_8bit_size}
 
     def init_state(self, p: Tensor, state: dict) -> None:
         state["step"] = torch.tensor(0.0)
         if p.numel() < self.min_8bit_size:
             state["exp_avg"] = torch.zeros(p.shape, device=p.device)
             state["exp_avg_sq"] = torch.zeros(p.shape, device=p.device)
-            return
-        blocks = -(-p.numel() // BLOCKSIZE)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            # any code: the scale of zero makes a zero of it
-            state[moment] = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device)
-            state[f"{moment}_absmax"] = torch.zeros(blocks, device=p.device)
+        else:
+            state |= zero_moments(p)
+
+    def layouts(self, p: Tensor) -> list[dict]:
+        """A small parameter's state may be in 8 bits too, saved with another `min_8bit_size`."""
+        eight = {"step": torch.tensor(0.0), **zero_moments(torch.empty_like(p, device="meta"))}
+        return [*super().layouts(p), eight]
 
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         step, whole, flat_grad = state["step"].item(), p.reshape(-1), grad.reshape(-1)  # views, if contiguous
@@ -157,7 +185,7 @@ class AdamW8bit(AdamW):
             blocks = slice(first // BLOCKSIZE, (first + PIECE) // BLOCKSIZE)
             w, g = whole[at].float(), flat_grad[at].float()  # (PIECE,) fp32, or fewer
             if "exp_avg_absmax" in state:
-                m, v = (self.read(state, name, at, blocks) for name in MAPS)
+                m, v = read_moments(state, at, blocks, group["betas"])
             else:
                 m, v = state["exp_avg"].view(-1)[at], state["exp_avg_sq"].view(-1)[at]
             # as bitsandbytes writes it, which rounds differently from `adam` in the last bit
@@ -170,14 +198,10 @@ class AdamW8bit(AdamW):
             w.addcdiv_(m, root.add_(group["eps"]), value=-lr / (1 - beta1**step))
             whole[at] = w
             if "exp_avg_absmax" in state:
-                for name, moment in (("exp_avg", m), ("exp_avg_sq", v)):
-                    state[name][at], state[f"{name}_absmax"][blocks] = quantize_moment(moment, MAPS[name])
+                for name, (codes, absmax) in zip(MAPS, quantize_moments(m, v, g), strict=True):
+                    state[name][at], state[f"{name}_absmax"][blocks] = codes, absmax
         if not p.is_contiguous():
             p.copy_(whole.view_as(p))
-
-    def read(self, state: dict, name: str, at: slice, blocks: slice) -> Tensor:
-        """A piece of a moment in fp32."""
-        return dequantize_blocks(state[name][at], state[f"{name}_absmax"][blocks], MAPS[name], BLOCKSIZE)
 
     @torch.no_grad()
     def moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,27 +209,19 @@ class AdamW8bit(AdamW):
         state = self.state[p]
         if "exp_avg_absmax" not in state:
             return state["exp_avg"].clone(), state["exp_avg_sq"].clone()
-        everything = slice(None)
-        return tuple(self.read(state, name, everything, everything).view(p.shape) for name in MAPS)
+        betas = next(g["betas"] for g in self.param_groups if any(q is p for q in g["params"]))
+        m, v = read_moments(state, slice(None), slice(None), betas)
+        return m.view(p.shape), v.view(p.shape)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """PyTorch's casts all state to the parameter's dtype; codes and scales keep their own here."""
+        """See `AdamW`. PyTorch casts all state to the parameter's dtype; here each tensor keeps its own."""
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params):
-            if i in state_dict["state"]:
-                saved = state_dict["state"][i]
+        for i, p in zip(ids, params, strict=True):
+            if state_dict["state"].get(i):
+                saved = {key: torch.as_tensor(value) for key, value in state_dict["state"][i].items()}
                 self.state[p] = {
-                    k: v.clone() if k == "step" else v.to(p.device, copy=True) for k, v in saved.items()
+                    key: value.clone() if key == "step" else value.to(p.device, copy=True)
+                    for key, value in saved.items()
                 }
-
-
-MAPS = {"exp_avg": dynamic8(), "exp_avg_sq": dynamic8(signed=False)}
-
-
-def quantize_moment(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) fp32 to codes of `levels`, (n,) uint8, and one absmax per 256 of them."""
-    if dispatch.quantizes_scales(values):
-        return operations.quantize_scales(values, levels)
-    return quantize_blocks(values, levels, BLOCKSIZE)

@@ -99,7 +99,9 @@ class Page:
         if self.frame is None:
             return not self.placed()
         start = self.frame.data_ptr()
-        return all(tensor.data_ptr() == start + at for at, tensor in self.placed())
+        return all(
+            t.data_ptr() == start + at for at, t in self.placed() if t.numel()
+        )  # empty ones are nowhere
 
 
 def lay_out(state: dict, name: str, device_type: str, min_elements: int) -> Layout:

@@ -101,7 +101,7 @@ class PageTable:
     def bring(self, page: Page, now: bool = True) -> None:
         """Make room, and read; or, if not `now`, start to read in the background."""
         self.make_room(page.nbytes)
-        if page.exists and page.nbytes:
+        if page.exists:
             frame = self.store.memory(page.nbytes)
             if now:
                 started = time.perf_counter()

@@ -24,6 +24,7 @@ from torch import Tensor
 from labkit.optim.page import Page
 from labkit.optim.page_table import PageTable
 from labkit.optim.paged_state import PagedState
+from labkit.optim.saved_state import check_state_dict, new_state, plain_step
 
 
 class Pager:
@@ -43,9 +44,8 @@ class Pager:
         self.in_backward: dict[Tensor, Any] = {}  # hooks of parameters that are stepped there
         self.stepped: set[Tensor] = set()  # in this backward pass
         self.previous: Tensor | None = None
-        step = type(optimizer).step
-        # without the hooks around it, which are to run once per step and not once per parameter
-        self.plain_step = step.__wrapped__ if getattr(step, "hooked", False) else step
+        # hooks are to run once per step, and not once per parameter
+        self.plain_step = plain_step(optimizer)
         self.replaced = optimizer.__dict__.get("step")
 
     def __enter__(self) -> "Pager":
@@ -171,32 +171,14 @@ class Pager:
         return "?"
 
     def trial(self, p: Tensor) -> dict:
-        """The state that a parameter will have: from a step over a copy, without numbers if possible."""
-        group = self.optimizer.param_groups[self.group_of[p]]
-        # an optimizer from elsewhere may keep what it saw, on the device where it saw it: never show it a
-        # meta tensor
-        if type(self.optimizer).__module__.split(".")[0] in ("torch", "labkit"):
-            plain = {key: False for key in ("foreach", "fused") if key in group}  # these refuse meta tensors
-            with contextlib.suppress(Exception):  # it looks at numbers: then it gets some
-                return self.state_after_a_step(torch.empty_like(p, device="meta"), {**group, **plain})
+        """The state that a parameter will have, to know its size."""
         try:
-            return self.state_after_a_step(p.detach().clone(), group)
+            return new_state(self.optimizer, p, self.optimizer.param_groups[self.group_of[p]])
         except Exception as error:
             error.add_note(
                 f"in a trial step over a copy of parameter {self.name(p)}, to see what state it gets"
             )
             raise
-
-    def state_after_a_step(self, copy: Tensor, group: dict) -> dict:
-        """What the optimizer keeps for `copy` after its first step, with the settings of `group`."""
-        state, groups = self.optimizer.state, self.optimizer.param_groups
-        copy.requires_grad_().grad = torch.zeros_like(copy)
-        self.optimizer.state, self.optimizer.param_groups = defaultdict(dict), [{**group, "params": [copy]}]
-        try:
-            self.plain_step(self.optimizer)
-            return self.optimizer.state[copy]
-        finally:
-            self.optimizer.state, self.optimizer.param_groups = state, groups
 
     # --- coming and going
 
@@ -228,7 +210,10 @@ class Pager:
             hooked._wrapped_by_lr_sched = True
         self.installed = MethodType(hooked, optimizer)
         optimizer.step, optimizer.state, optimizer.pager = self.installed, self.state, self
-        self.loading = optimizer.register_load_state_dict_post_hook(self.take_loaded_state)
+        self.loading = (
+            optimizer.register_load_state_dict_pre_hook(check_state_dict),
+            optimizer.register_load_state_dict_post_hook(self.take_loaded_state),
+        )
 
     def take_loaded_state(self, optimizer: torch.optim.Optimizer) -> None:
         """PyTorch has put a plain dictionary of loaded state in place of the paged one: page it."""
@@ -261,7 +246,7 @@ class Pager:
             return
         state = defaultdict(dict, self.state.items() if keep_state else ())
         self.closed = True
-        for hook in (*self.in_backward.values(), self.loading):
+        for hook in (*self.in_backward.values(), *self.loading):
             hook.remove()
         self.optimizer.state = state
         del self.optimizer.pager

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.hardware import set_fast
-from labkit.optim.adamw import MAPS, AdamW, AdamW8bit, quantize_moment
+from labkit.optim.adamw import AdamW, AdamW8bit
+from labkit.optim.moments import MAPS, quantize_moment
 from labkit.quant.blockwise import quantize_blocks
 from labkit.quant.codebooks import midpoints
 
