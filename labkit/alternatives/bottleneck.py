@@ -24,6 +24,7 @@ from labkit.alternatives.methods import AddedMethod, check_unadapted, install
 from labkit.alternatives.sublayers import device_of, input_embeddings, sublayers_of, train_dtype
 from labkit.checks import check_choice, check_positive, check_whole
 from labkit.models.shapes import decoder_shape
+from labkit.models.stand_in import StandIn
 from labkit.models.walk import own_name, unwrap
 
 FORMS = ("serial", "parallel")
@@ -65,7 +66,7 @@ class BottleneckConfig:
             check_choice(name, getattr(self, name), values)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(StandIn):
     """A sub-layer with an adapter after it, or beside it; what else is read of it is the sub-layer's own.
 
     Args:
@@ -77,12 +78,12 @@ class Bottleneck(nn.Module):
     """
 
     def __init__(self, base: nn.Module, width: int, config: BottleneckConfig, device=None, dtype=None):
-        super().__init__()
+        super().__init__(base)
         if config.size >= width:
             raise ValueError(
                 f"size={config.size} is not a bottleneck in a model of width {width}; choose a smaller size"
             )
-        self.base, self.config, self.is_used = base, config, False
+        self.config, self.is_used = config, False
         self.down = nn.Linear(width, config.size, device=device, dtype=dtype)
         self.up = nn.Linear(config.size, width, device=device, dtype=dtype)
         nn.init.zeros_(self.down.bias)
@@ -99,25 +100,17 @@ class Bottleneck(nn.Module):
         z = ACTIVATIONS[self.config.activation](self.down(h.to(self.down.weight.dtype)))  # (..., size)
         return (self.config.scale * self.up(z)).to(h.dtype)
 
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":  # not there yet: in the middle of copying or unpickling
-                raise
-            return getattr(self.base, name)
-
     def forward(self, *args, **kwargs):
         """What `base` returns, corrected."""
         self.is_used = True
         output = self.base(*args, **kwargs)
-        y = output[0] if isinstance(output, tuple) else output  # (batch, time, width)
+        y = output[0] if isinstance(output, (tuple, list)) else output  # (batch, time, width)
         if self.config.form == "serial":
             y = y + self.correction(y)
         else:
             first = next(iter(inspect.signature(self.base.forward).parameters))
             y = y + self.correction(args[0] if args else kwargs[first])
-        return (y, *output[1:]) if isinstance(output, tuple) else y
+        return type(output)([y, *output[1:]]) if isinstance(output, (tuple, list)) else y
 
     def put_over(self, base: nn.Module) -> None:
         """Stand over `base`, as this module did before over it, or over what it was then."""

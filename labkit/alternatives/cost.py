@@ -75,7 +75,8 @@ def cost_of_tokens(model: nn.Module, tokens: VirtualTokens, trained: int) -> Cos
     """Each written token attends to `tokens.length` more keys, in every layer."""
     s, n = decoder_shape(unwrap(model)), tokens.length
     if isinstance(tokens, Prefix):
-        name, kept = "prefix tuning", n * 2 * s.num_hidden_layers * s.kv_width
+        name, s = "prefix tuning", tokens.shape
+        kept = n * 2 * s.num_hidden_layers * s.kv_width
     else:
         name, kept = "prompt tuning", tokens.embedding.numel()
     return Cost(

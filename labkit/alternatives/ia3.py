@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from labkit.alternatives.methods import AddedMethod, check_unadapted, install
 from labkit.alternatives.sublayers import device_of, layers_named
+from labkit.models.stand_in import StandIn
 from labkit.models.walk import own_name, unwrap
 from labkit.quant.layer_kinds import is_conv1d, widths
 from labkit.quant.linear import QuantLinear
@@ -67,32 +68,30 @@ class IA3Config:
             )
 
 
-class IA3Linear(nn.Module):
+class IA3Linear(StandIn):
     """A linear layer with a learned vector on its output, `l * base(x)`, or on its input, `base(l * x)`.
 
-    It stands in for its layer: code that reads `weight` and `bias` and multiplies by itself, as PyTorch's attention
-    does, gets those with the vector in them, so what it computes is right, and trains the vector.
+    Code that reads `weight` and `bias` and multiplies by itself, as PyTorch's attention does, gets those with the
+    vector in them: what it computes is right, and trains the vector.
 
     Args:
         base: `nn.Linear`, `QuantLinear` or GPT-2's `Conv1D`.
         on_input: multiply the input.
 
     Attributes:
-        base_before_merge: the base as it was, while the vector is in the weight of `base`. It is no child, which
-            would be counted and saved, but moves and is cast with the layer.
+        base_before_merge: the base as it was, while the vector is in the weight of `base`.
         is_used: has a forward pass used the vector?
     """
 
     def __init__(self, base: nn.Module, on_input: bool):
-        super().__init__()
+        super().__init__(base)
         n_in, n_out = widths(base)
         dtype = torch.promote_types(base.weight.dtype, torch.float32)  # LoRA's reason: small updates
-        self.base, self.on_input, self.is_used = base, on_input, False
+        self.on_input, self.is_used = on_input, False
         self.in_features, self.out_features = n_in, n_out
         self.vector = nn.Parameter(
             torch.ones(n_in if on_input else n_out, device=device_of(base), dtype=dtype)
         )
-        self.aside: tuple[nn.Module, ...] = ()
 
     @property
     def base_before_merge(self) -> nn.Module | None:
@@ -121,11 +120,6 @@ class IA3Linear(nn.Module):
         if bias is None or self.on_input or self.is_merged:
             return bias
         return (bias * self.vector).to(bias.dtype)
-
-    def _apply(self, fn, recurse: bool = True):
-        for kept in self.aside:
-            kept._apply(fn, recurse)
-        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""

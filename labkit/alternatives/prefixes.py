@@ -13,7 +13,10 @@ and drops the MLP.
 Source: Li & Liang 2021, section 4. Agrees with: PEFT `tuners/prefix_tuning`.
 """
 
-from dataclasses import dataclass
+import inspect
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +74,9 @@ class Prefix(VirtualTokens):
     Args:
         prefix: (length, 2 * layers * kv_width), for each layer its keys and then its values; None if the MLP
             makes it.
-        shape: of the model.
+        shape: of the model, its heads as the cache keeps them.
         embedding, mlp: with prefix=None; (length, kv_width), and the MLP from there to the width of a prefix.
+        reach: virtual tokens and text up to which padding between them changes nothing (see `reach_of`).
     """
 
     def __init__(
@@ -81,9 +85,10 @@ class Prefix(VirtualTokens):
         shape: DecoderShape,
         embedding: Tensor | None = None,
         mlp: nn.Sequential | None = None,
+        reach: float = math.inf,
     ):
         super().__init__(len(embedding if prefix is None else prefix), shape.max_position_embeddings)
-        self.shape = shape
+        self.shape, self.reach = shape, reach
         self.prefix = None if prefix is None else nn.Parameter(prefix)
         self.embedding = None if embedding is None else nn.Parameter(embedding)
         self.mlp = mlp
@@ -91,6 +96,15 @@ class Prefix(VirtualTokens):
     def values(self) -> Tensor:
         """The prefix, (length, 2 * layers * kv_width)."""
         return self.mlp(self.embedding) if self.prefix is None else self.prefix
+
+    def lead_of(self, mask: Tensor) -> None:
+        """A prefix is in the cache before any padding, which must therefore not count."""
+        if self.length + mask.shape[1] > self.reach and not mask[:, 0].all():
+            raise ValueError(
+                "padding on the left stands between a prefix and the text here, and this model has layers that "
+                f"count places in the cache{f', beyond {self.reach}' if self.reach else ''}: pad on the right, or "
+                "give texts of one length"
+            )
 
     def insert(self, decoder: nn.Module, inputs: dict, batch: int) -> None:
         from transformers import DynamicCache
@@ -104,11 +118,8 @@ class Prefix(VirtualTokens):
             inputs["past_key_values"] = DynamicCache(config=decoder.config)
             self.own_cache = inputs.get("use_cache") is False
         self.filled, s = inputs["past_key_values"], self.shape
-        layers = (
-            self.values()
-            .to(stream_dtype(decoder))
-            .view(-1, s.num_hidden_layers, 2, s.num_key_value_heads, s.head_dim)
-        )
+        values = self.values().to(stream_dtype(decoder))
+        layers = values.view(-1, s.num_hidden_layers, 2, s.num_key_value_heads, s.head_dim)
         layers = layers.permute(1, 2, 3, 0, 4)  # (layers, 2, kv_heads, length, head_dim)
         for i, (keys, values) in enumerate(layers):
             keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
@@ -122,8 +133,8 @@ def add_prefix(model: nn.Module, config: PrefixConfig, tokenizer=None) -> nn.Mod
         ValueError: as for `add_prompt`.
     """
     check_unadapted(model, "prefix tuning")
-    shape = decoder_shape(unwrap(model))
-    check_cache(model, shape, config.length)
+    shape = prefix_shape(model)
+    reach = reach_of(model, shape, config.length)
     like = dict(device=device_of(input_embeddings(model)), dtype=train_dtype(model))
     width = 2 * shape.num_hidden_layers * shape.kv_width
     if config.projection:
@@ -133,12 +144,12 @@ def add_prefix(model: nn.Module, config: PrefixConfig, tokenizer=None) -> nn.Mod
             nn.Tanh(),
             nn.Linear(config.projection, width, **like),
         )
-        prefix = Prefix(None, shape, embedding, mlp)
+        prefix = Prefix(None, shape, embedding, mlp, reach)
     elif config.init == "text":
         ids = text_ids(config.text, config.length, tokenizer)
-        prefix = Prefix(keys_and_values(model, ids).to(**like), shape)
+        prefix = Prefix(keys_and_values(model, ids).to(**like), shape, reach=reach)
     else:
-        prefix = Prefix(torch.randn(config.length, width, **like), shape)
+        prefix = Prefix(torch.randn(config.length, width, **like), shape, reach=reach)
     return install(model, AddedMethod(config, tokens=prefix))
 
 
@@ -160,44 +171,73 @@ def fold_prefix(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def cache_of(model: nn.Module, ids: Tensor) -> list:
-    """What the layers of the model's cache keep of the tokens `ids`, (length,)."""
+def cache_of(model: nn.Module, ids: Tensor) -> Any:
+    """The cache that the model keeps of the tokens `ids`, (length,)."""
     stack = decoder(model)
     with evaluating(stack):
-        ids = ids[None].to(device_of(stack))
-        return stack(input_ids=ids, use_cache=True).past_key_values.layers
+        return stack(input_ids=ids[None].to(device_of(stack)), use_cache=True).past_key_values
 
 
-def check_cache(model: nn.Module, shape: DecoderShape, length: int) -> None:
-    """Raise a `ValueError` unless each layer keeps keys and values of one token as a prefix has them.
+def prefix_shape(model: nn.Module) -> DecoderShape:
+    """The shape of the model, with the heads that its layers keep keys and values of.
 
-    The model is asked, by a pass over one token: some layers of hybrid models keep a state instead, the values of
-    others are narrower than the keys, and a window that slides passes over what lies before it.
+    The model is asked, by a pass over one token, because configs say it in many ways (Falcon: `multi_query`).
+
+    Raises:
+        ValueError: not every layer keeps keys and values, or not of one shape. Some layers of hybrid models keep a
+            state instead, some share those of another; DeepSeek's values are narrower than its keys.
     """
-    if next(decoder(model).parameters()).is_meta:
-        return  # shapes alone: nothing can be computed
-    each = (1, shape.num_key_value_heads, 1, shape.head_dim)
-    layers = cache_of(model, torch.zeros(1, dtype=torch.long))
+    shape = decoder_shape(unwrap(model))
+    if device_of(decoder(model)).type == "meta":
+        return shape  # nothing can be computed
+    cache = cache_of(model, torch.zeros(1, dtype=torch.long))
+    layers = [] if cache is None else cache.layers
     kept = [
-        tuple(tuple(getattr(layer, n).shape) for n in ("keys", "values") if hasattr(layer, n))
+        (tuple(layer.keys.shape), tuple(layer.values.shape))
         for layer in layers
+        if isinstance(getattr(layer, "keys", None), Tensor)
     ]
-    if kept != [(each, each)] * shape.num_hidden_layers:
-        odd = next((str(k) for k in kept if k != (each, each)), f"{len(kept)} layers")
+    if len(kept) != shape.num_hidden_layers or len({s for pair in kept for s in pair}) != 1:
         raise ValueError(
-            f"{type(model).__name__} does not keep keys and values of {each[1:]} in each of its "
-            f"{shape.num_hidden_layers} layers, but {odd}, and a prefix has nowhere to be; use prompt tuning or LoRA"
+            f"a prefix is keys and values of one shape in each of the {shape.num_hidden_layers} layers of "
+            f"{type(unwrap(model)).__name__}, and {len(kept)} of them keep any, of (1, heads, token, size): "
+            f"{sorted({s for pair in kept for s in pair})}; use prompt tuning or LoRA"
         )
-    window = min((w for layer in layers if (w := layer.get_max_length()) > 0), default=length + 1)
+    return replace(shape, num_key_value_heads=kept[0][0][1], head_dim=kept[0][0][3])
+
+
+@torch.no_grad()
+def reach_of(model: nn.Module, shape: DecoderShape, length: int) -> float:
+    """Virtual tokens and text up to which padding on the left, between the two, changes nothing.
+
+    Infinite for most models: positions and mask pass over the padding. A sliding window counts it, and MPT takes
+    distances from places in the cache (0). That is tried with one token, another one before it, and a gap.
+
+    Raises:
+        ValueError: a window is no longer than the prefix, which would have no effect there.
+    """
+    stack = decoder(model)
+    if device_of(stack).type == "meta":
+        return math.inf
+    ids, hidden = torch.tensor([[2, 1]], device=device_of(stack)), []
+    for gap in (0, 1):
+        cache = cache_of(model, torch.zeros(1, dtype=torch.long))
+        inputs = {"input_ids": ids[:, 1 - gap :], "attention_mask": ids.new_tensor([[1] + [0] * gap + [1]])}
+        if "position_ids" in inspect.signature(stack.forward).parameters:
+            inputs["position_ids"] = ids.new_ones(1, 1 + gap)
+        with evaluating(stack):
+            hidden.append(stack(**inputs, past_key_values=cache, use_cache=True)[0][:, -1])
+    window = min((w for layer in cache.layers if (w := layer.get_max_length()) > 0), default=math.inf)
     if length >= window:
         raise ValueError(
-            f"length={length}: some layers of {type(model).__name__} look back over {window} tokens, so part of the "
-            "prefix would have no effect there; choose a shorter one"
+            f"length={length}: some layers of {type(unwrap(model)).__name__} look back over {window} tokens, so part "
+            "of the prefix would have no effect there; choose a shorter one"
         )
+    return window if torch.allclose(*hidden, rtol=1e-3, atol=1e-3) else 0
 
 
 def keys_and_values(model: nn.Module, ids: Tensor) -> Tensor:
     """What the model keeps of the tokens `ids`, (length,), as a prefix, (length, 2 * layers * kv_width)."""
-    pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache_of(model, ids)]
+    pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache_of(model, ids).layers]
     kept = torch.stack(pairs)  # (layers, 2, kv_heads, length, head_dim)
     return kept.permute(3, 0, 1, 2, 4).flatten(1)

@@ -74,13 +74,19 @@ class SoftPrompt(VirtualTokens):
             raise ValueError(
                 f"a soft prompt has no {', '.join(per_token)} to put before those of the text; leave them out"
             )
-        prompt = self.embedding.to(text.dtype).expand(batch, -1, -1)  # (batch, length, width)
-        inputs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt, text], 1)}
-        positions = inputs.get("position_ids")
-        if positions is not None:  # those of the text start at length already
-            own = torch.arange(self.length, device=positions.device).expand(len(positions), -1)
-            inputs["position_ids"] = torch.cat([own, positions], 1)
-        self.cut = self.length
+        inputs |= {
+            "input_ids": None,
+            "inputs_embeds": self.with_tokens(text, self.lead, self.embedding.to(text.dtype)),
+        }
+        positions = inputs.get("position_ids")  # (batch, time); those of the text start at length already
+        if positions is not None:
+            own = torch.arange(self.length, device=positions.device)[:, None]
+            inputs["position_ids"] = self.with_tokens(positions[..., None], self.lead, own)[..., 0]
+        self.cut = True
+
+    def lead_of(self, mask: Tensor) -> Tensor | None:
+        lead = (mask.cumsum(1) == 0).sum(1)  # (batch,)
+        return lead if lead.any() else None
 
 
 def add_prompt(model: nn.Module, config: PromptConfig, tokenizer=None) -> nn.Module:

@@ -6,8 +6,9 @@ prompt are cut off before the output layer, so logits line up with the tokens th
 no shift. (PEFT keeps them, so if the first token of the text is supervised, its loss counts that one too,
 predicted by the last vector of the prompt.)
 
-Positions count up over prompt and text: the text begins at n. Padding on the left lies between the two in
-memory, but takes no position. (In PEFT, the positions of a soft prompt depend on that padding.)
+Positions count up over prompt and text: the text begins at n. Padding on the left takes no position, and a soft
+prompt stands behind it, right before the text: else a sliding window, ALiBi or a recurrent state would see text
+that is further from its prompt in a longer batch. (In PEFT the prompt stands before the padding.)
 """
 
 import inspect
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from labkit.alternatives.sublayers import decoder, device_of
 from labkit.checks import check_choice, check_whole
+from labkit.data.tokens import prompt_ids
 
 
 def check_tokens(length: int, init: str, inits: tuple[str, ...], text: str | None) -> None:
@@ -49,10 +51,11 @@ class VirtualTokens(nn.Module):
             )
         self.length, self.context = length, math.inf if context is None else context
         self.is_used = False  # has a forward pass taken them in?
-        # of the pass under way: hidden states before the text, the cache that was filled before it, and whether
-        # that cache was made here, unasked
-        self.cut, self.own_cache = 0, False
+        # of the pass under way: must hidden states be cut off; the cache that was filled before it, and whether
+        # that was made here, unasked; padding on the left
+        self.cut, self.own_cache = False, False
         self.filled: Any = None
+        self.lead: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Take part in every forward pass of `model` from now on, as its child `virtual_tokens`."""
@@ -100,27 +103,59 @@ class VirtualTokens(nn.Module):
                     "virtual tokens need the mask of the text as (batch, time); they make the mask of four dimensions "
                     "themselves"
                 )
-            inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.length), mask], 1)
+            inputs["attention_mask"] = self.with_tokens(mask[..., None], self.lead_of(mask), 1)[..., 0]
         if positions is not None:
             inputs["position_ids"] = positions + self.length
-        self.cut, self.filled, self.own_cache = 0, None, False
+        self.cut, self.filled, self.own_cache, self.lead = False, None, False, None
         if not seen:
+            self.lead = self.lead_of(mask) if mask is not None and mask.shape[1] == time else None
             self.insert(decoder, inputs, batch)
         self.total = total
         return (), inputs
 
+    def lead_of(self, mask: Tensor) -> Tensor | None:
+        """Positions of padding on the left, (batch,), behind which the virtual tokens stand; None for none."""
+        return None
+
+    def with_tokens(self, text: Tensor, lead: Tensor | None, tokens: Tensor | float) -> Tensor:
+        """Rows of what comes per token, (batch, time, size), with the `tokens`, (length, size), among them.
+
+        Args:
+            text: what there is.
+            lead: see `lead_of`.
+            tokens: what to put in, or one number for all of it.
+        """
+        batch, _, size = text.shape
+        if not isinstance(tokens, Tensor):
+            tokens = text.new_full((self.length, size), tokens)
+        both = torch.cat([tokens.expand(batch, -1, -1), text], 1)  # (batch, length + time, size)
+        if lead is None:
+            return both
+        at = torch.arange(both.shape[1], device=both.device)[None]  # place in the result
+        n, lead = self.length, lead[:, None]
+        source = torch.where(at < lead, at + n, torch.where(at < lead + n, at - lead, at))
+        return both.gather(1, source[..., None].expand(-1, -1, size))
+
+    def without_tokens(self, states: Tensor, lead: Tensor | None) -> Tensor:
+        """The rows of the text: (batch, length + time, size) to (batch, time, size)."""
+        if lead is None:
+            return states[:, self.length :]
+        at = torch.arange(states.shape[1] - self.length, device=states.device)[None]
+        source = at + self.length * (at >= lead[:, None])
+        return states.gather(1, source[..., None].expand(-1, -1, states.shape[2]))
+
     def leave(self, decoder: nn.Module, args: tuple, output):
         """After the decoder: drop the hidden states before the text, and a cache that nobody asked for."""
-        cut, filled, own_cache = self.cut, self.filled, self.own_cache
-        self.cut, self.filled, self.own_cache = 0, None, False
+        cut, filled, own_cache, lead = self.cut, self.filled, self.own_cache, self.lead
+        self.cut, self.filled, self.own_cache, self.lead = False, None, False, None
         reached = output[0].shape[1] if cut else self.total if filled is None else filled.get_seq_length()
         if reached == self.total:  # else the decoder read neither, and the model's first pass is an error
             self.is_used = True
-        if isinstance(output, tuple):
-            return (output[0][:, cut:], *output[1:]) if cut else output
+        if cut and isinstance(output, tuple):
+            return (self.without_tokens(output[0], lead), *output[1:])
         if cut:
-            output.last_hidden_state = output.last_hidden_state[:, cut:]
-        if own_cache:
+            output.last_hidden_state = self.without_tokens(output.last_hidden_state, lead)
+        if own_cache and not isinstance(output, tuple):
             output.past_key_values = None
         return output
 
@@ -132,9 +167,11 @@ def text_ids(text: str, length: int, tokenizer) -> Tensor:
     """The tokens of `text`, repeated or cut to (length,).
 
     Raises:
-        ValueError: there is no tokenizer.
+        ValueError: there is no tokenizer, or it makes nothing of the text.
     """
     if tokenizer is None:
         raise ValueError("init='text' needs the tokenizer: give it as the third argument")
-    ids = tokenizer(text)["input_ids"]
+    ids = prompt_ids(text, tokenizer)
+    if not ids:
+        raise ValueError(f"text={text!r} has no tokens; give a text with words in it")
     return torch.tensor((ids * math.ceil(length / len(ids)))[:length])

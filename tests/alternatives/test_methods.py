@@ -238,6 +238,6 @@ def test_a_second_method_is_refused_and_changes_nothing(first, second):
 
 def test_lora_refuses_a_model_that_another_method_has_adapted():
     model = add_prompt(llama(), PromptConfig(4, init="random"))
-    with pytest.raises(ValueError, match=r"PromptConfig already.*remove\(model\)"):
+    with pytest.raises(ValueError, match=r"Prompt already.*remove\(model\)"):
         add_lora(model, LoRAConfig(r=2))
     assert any(parameter.requires_grad for parameter in model.parameters())
