@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from labkit.hardware import best_device, memory_bytes, product_dtype
-from labkit.models.fetching import SOURCES, is_complete
+from labkit.models.fetching import SOURCES, ModelUnavailable, is_complete
 from labkit.paths import cache_folder
 
 OK, WARNING, PROBLEM = "OK", "warning", "problem"
@@ -103,7 +103,11 @@ def packages_line() -> PreflightLine:
 
 def model_line() -> PreflightLine:
     name, source = next(iter(SOURCES.items()))
-    if is_complete(cache_folder() / name, source):
+    try:
+        complete = is_complete(cache_folder() / name, source)
+    except ModelUnavailable as problem:
+        return PreflightLine("model", PROBLEM, f"{name} cannot be read", str(problem))
+    if complete:
         return PreflightLine("model", OK, f"{name} is cached and complete: works offline")
     advice = "the first use downloads 93 MB; to fetch it now, run `make model`"
     return PreflightLine("model", WARNING, f"{name} is not here yet", advice)

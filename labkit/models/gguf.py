@@ -5,17 +5,26 @@ GGUF is llama.cpp's format: a table of metadata, then tensors in block-quantized
 rows of `q_proj` and `k_proj` are interleaved, because llama.cpp rotates neighbouring pairs where Hugging Face
 rotates the two halves of a head. And the tokenizer is a list of tokens and merges in the metadata.
 
-Why not `AutoModel.from_pretrained(gguf_file=…)`: it does the same, but takes half a minute every time.
-Agrees with: transformers' `modeling_gguf_pytorch_utils.py` (same weights, bit for bit).
+A file is read completely or refused: every key that describes the model or its tokenizer must be understood,
+and the tensors must be the parameters of the model that results, in name and shape.
+
+Why not `AutoModel.from_pretrained(gguf_file=…)`: it takes half a minute every time, and passes over the scaling
+of positions. Agrees with: its weights, bit for bit; the logits of the model that a file was made from.
 """
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+
+from labkit.checks import check_choice, check_whole
+from labkit.files import new_folder
+from labkit.models.gguf_metadata import Metadata
+from labkit.models.gguf_tokenizer import end_ids, read_tokenizer
+from labkit.models.shapes import meta_model
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -29,105 +38,214 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-CONTROL_TOKEN = 3  # gguf's TokenType.CONTROL: a token that text never spells
+FREQUENCIES = "rope_freqs.weight"  # Llama 3.1 and later: a divisor for each frequency of the positions
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a GGUF file holds, in the terms of Hugging Face.
+
+    Attributes:
+        config: a `LlamaConfig`.
+        tensors: by the names of `LlamaForCausalLM`, fp32.
+        tokenizer: with the chat template, if there is one.
+    """
+
+    config: Any
+    tensors: dict[str, Tensor]
+    tokenizer: Any
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and the tokenizer's files into an empty folder."""
+        save_file(self.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        self.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Write config.json, model.safetensors (fp32) and the tokenizer of the GGUF at `gguf_path` into `folder`.
+    """Make the Hugging Face folder of the GGUF file at `gguf_path`; it replaces what is at `folder`.
 
     Raises:
-        ValueError: the file is of another architecture, truncated or corrupt.
+        ValueError: see `read_gguf`.
+        CannotWrite: no space, no permission; what was there is intact.
+    """
+    checkpoint = read_gguf(gguf_path)
+    with new_folder(folder) as made:
+        checkpoint.save(made)
+
+
+def read_gguf(path: Path) -> Checkpoint:
+    """Read a GGUF file.
+
+    Raises:
+        ValueError: truncated or corrupt; or of another architecture, tokenizer, kind of position scaling or
+            quantization, or with a key or tensor that is not understood. The message names it.
     """
     from gguf import GGUFReader  # here, because it is slow to import and only a conversion needs it
 
     try:
-        reader = GGUFReader(gguf_path)
+        reader = GGUFReader(path)
+        values = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:
         raise ValueError(
-            f"{gguf_path.name} is not a readable GGUF file ({error}); delete it and fetch it again"
+            f"{path.name} is not a readable GGUF file ({error}); delete it and fetch it again"
         ) from None
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    if meta["general.architecture"] != "llama":
-        raise ValueError(
-            f"{gguf_path.name} holds a {meta['general.architecture']!r} model; only 'llama' can be read"
-        )
-    config = llama_config(meta, tied=all(t.name != "output.weight" for t in reader.tensors))
+    meta = Metadata(values, path.name)
+    architecture = meta.take("general.architecture")
+    if architecture != "llama":
+        raise meta.refusal(f"it holds a {architecture!r} model; only 'llama' can be read")
+    meta.expect("general.type", "model", "only a whole model can be read")
+    meta.expect("split.count", (0, 1), "it is one of several files; join them with llama.cpp's gguf-split")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    frequencies = tensors.pop(FREQUENCIES, None)
+    config = llama_config(
+        meta, set(tensors), None if frequencies is None else read_tensor(frequencies, {}, meta)
+    )
+    tokenizer = read_tokenizer(meta, config.max_position_embeddings)
+    meta.refuse_rest(("llama.", "tokenizer."))
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    tensors = {huggingface_name(t.name): read_tensor(t, heads) for t in reader.tensors}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
-    config.save_pretrained(folder)
-    tokenizer(meta).save_pretrained(folder)
+    renamed = {huggingface_name(name, meta): read_tensor(t, heads, meta) for name, t in tensors.items()}
+    return Checkpoint(config, complete(renamed, config, meta), tokenizer)
 
 
-def llama_config(meta: dict, tied: bool):
-    """The `LlamaConfig` that the metadata describes; `tied`: the output layer is the embedding."""
+def llama_config(meta: Metadata, names: set[str], frequencies: Tensor | None):
+    """The `LlamaConfig` that the metadata describes.
+
+    Args:
+        meta: of the file.
+        names: of its tensors; they say which layers have a bias, and whether the output layer is the embedding.
+        frequencies: (head_dim / 2,) divisors of the frequencies of the positions, if the file has them.
+    """
     from transformers import LlamaConfig
 
+    def size(key: str, *default: object) -> int:
+        value = meta.take(f"llama.{key}", *default)
+        try:
+            check_whole(f"llama.{key}", value)
+        except ValueError as error:
+            raise meta.refusal(str(error)) from None
+        return value
+
+    width, heads, context = size("embedding_length"), size("attention.head_count"), size("context_length")
+    head_dim = size("attention.key_length", width // heads)
+    meta.expect("llama.attention.value_length", head_dim, "keys and values of different sizes cannot be read")
+    meta.expect("llama.rope.dimension_count", head_dim, "positions in a part of each head cannot be read")
+    for key in ("llama.expert_count", "llama.expert_used_count"):
+        meta.expect(key, 0, "a mixture of experts cannot be read")
     return LlamaConfig(
-        vocab_size=meta["llama.vocab_size"],
-        hidden_size=meta["llama.embedding_length"],
-        intermediate_size=meta["llama.feed_forward_length"],
-        num_hidden_layers=meta["llama.block_count"],
-        num_attention_heads=meta["llama.attention.head_count"],
-        num_key_value_heads=meta["llama.attention.head_count_kv"],
-        max_position_embeddings=meta["llama.context_length"],
-        rms_norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
-        tie_word_embeddings=tied,
-        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
-        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
-        pad_token_id=meta["tokenizer.ggml.padding_token_id"],
+        vocab_size=size("vocab_size", len(meta.look("tokenizer.ggml.tokens"))),
+        hidden_size=width,
+        intermediate_size=size("feed_forward_length"),
+        num_hidden_layers=size("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=size("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        rms_norm_eps=meta.take("llama.attention.layer_norm_rms_epsilon"),
+        rope_parameters=rope_parameters(meta, context, frequencies),
+        tie_word_embeddings="output.weight" not in names,
+        attention_bias=any(".attn_" in name and name.endswith(".bias") for name in names),
+        mlp_bias=any(".ffn_" in name and name.endswith(".bias") for name in names),
+        bos_token_id=meta.look("tokenizer.ggml.bos_token_id", None),
+        eos_token_id=end_ids(meta),
+        pad_token_id=meta.look("tokenizer.ggml.padding_token_id", None),
         architectures=["LlamaForCausalLM"],
         dtype="float32",
     )
 
 
-def huggingface_name(name: str) -> str:
+def rope_parameters(meta: Metadata, context: int, frequencies: Tensor | None) -> dict:
+    """How positions become rotations, in transformers' terms.
+
+    What the file leaves out is as in llama.cpp: base 10,000; a factor without a type stretches linearly.
+    """
+    theta = {"rope_theta": meta.take("llama.rope.freq_base", 10000.0)}
+    old_factor = meta.take("llama.rope.scale_linear", 0.0)
+    factor = meta.take("llama.rope.scaling.factor", old_factor) or 1.0
+    kind = meta.take("llama.rope.scaling.type", "linear")
+    original = meta.take("llama.rope.scaling.original_context_length", context)
+    meta.take("llama.rope.scaling.finetuned", None)  # whether training went on with it: changes no number
+    meta.expect("llama.rope.scaling.attn_factor", 1.0, "a factor on the attention cannot be read")
+    try:
+        check_choice("llama.rope.scaling.type", kind, ("none", "linear", "yarn"))
+    except ValueError as error:
+        raise meta.refusal(str(error)) from None
+    if frequencies is not None:
+        if kind == "yarn" or (kind == "linear" and factor != 1.0):
+            raise meta.refusal(f"it scales positions twice, by {FREQUENCIES} and as {kind!r}")
+        divisors = frequencies.tolist()
+        return theta | {
+            "rope_type": "longrope",  # divides each frequency by a number of its own
+            "short_factor": divisors,
+            "long_factor": divisors,
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": context,
+        }
+    if kind == "yarn":
+        beta = {
+            f"beta_{speed}": meta.take(f"llama.rope.scaling.yarn_beta_{speed}", default)
+            for speed, default in (("fast", 32.0), ("slow", 1.0))
+        }
+        return (
+            theta
+            | beta
+            | {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+            }
+        )
+    if kind == "linear" and factor != 1.0:
+        return theta | {"rope_type": "linear", "factor": factor}
+    return {"rope_type": "default"} | theta
+
+
+def huggingface_name(name: str, meta: Metadata) -> str:
     """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
-    parts = name.split(".")
-    if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.weight"
-    return f"{TOP_NAMES[parts[0]]}.weight"
+    match name.split("."):
+        case ["blk", layer, part, kind] if part in LAYER_NAMES and kind in ("weight", "bias"):
+            return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
+        case [part, "weight"] if part in TOP_NAMES:
+            return f"{TOP_NAMES[part]}.weight"
+    raise meta.refusal(f"it has a tensor {name!r}, for which Llama has no place")
 
 
-def read_tensor(tensor, heads: dict[str, int]) -> Tensor:
+def read_tensor(tensor, heads: dict[str, int], meta: Metadata) -> Tensor:
     """Dequantize one tensor to fp32, and put the rows of q and k back into Hugging Face's order."""
     from gguf import dequantize
 
-    weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    try:
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    except (NotImplementedError, KeyError, ValueError):
+        kind = getattr(tensor.tensor_type, "name", tensor.tensor_type)
+        raise meta.refusal(f"{tensor.name} is stored as {kind}, which cannot be read") from None
+    if not torch.isfinite(weight).all():
+        raise meta.refusal(f"{tensor.name} holds numbers that are infinite or not numbers")
     for part, n_heads in heads.items():
         if f".{part}." in tensor.name:
-            pairs = weight.view(n_heads, -1, 2, weight.shape[1])  # (heads, head_dim / 2, 2, in): neighbours
+            pairs = weight.view(n_heads, -1, 2, *weight.shape[1:])  # (heads, head_dim / 2, 2, …): neighbours
             weight = pairs.transpose(1, 2).reshape(weight.shape)  # the two halves of each head
     return weight.contiguous()
 
 
-def tokenizer(meta: dict):
-    """The byte-level BPE tokenizer of the file, with its chat template."""
-    from transformers import PreTrainedTokenizerFast
+def complete(tensors: dict[str, Tensor], config, meta: Metadata) -> dict[str, Tensor]:
+    """The tensors, with a bias of zeros where other layers have one and the file has none.
 
-    tokens = meta["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    # the pre-tokenizer that llama.cpp calls "smollm": every digit a token of its own
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    kinds = meta["tokenizer.ggml.token_type"]
-    control = [
-        AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, kinds) if k == CONTROL_TOKEN
-    ]
-    bpe.add_special_tokens(control)
-    named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    special = {word: tokens[meta[f"tokenizer.ggml.{key}_token_id"]] for key, word in named.items()}
-    result = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        model_max_length=meta["llama.context_length"],
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
-    result.chat_template = meta["tokenizer.chat_template"]
-    return result
+    Raises:
+        ValueError: they are not the parameters of the model that `config` describes, in name and shape.
+    """
+    shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
+    absent = {name for name in shapes.keys() - tensors.keys() if name.endswith(".bias")}
+    tensors = tensors | {name: torch.zeros(shapes[name]) for name in sorted(absent)}
+    for problem, names in (
+        ("lacks", shapes.keys() - tensors.keys()),
+        ("has no place for", tensors.keys() - shapes.keys()),
+        (
+            "gives another shape to",
+            {n for n in shapes if n in tensors and tuple(tensors[n].shape) != shapes[n]},
+        ),
+    ):
+        if names:
+            raise meta.refusal(f"measured by its own sizes it {problem} {', '.join(sorted(names)[:3])}")
+    return tensors

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import nn
 
 from labkit import models
+from labkit.files import sha256
 from labkit.lora.count import trainable
-from labkit.models.fetching import sha256
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.fitting import fit
 from labkit.sweeps.tasks import TASKS
