@@ -4,12 +4,13 @@ A 4-bit weight counts with the weights that it stands for. PyTorch sees one byte
 that asks it halves the model: a common mistake in reports about QLoRA.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from labkit.lora.inject import lora_layers
-from labkit.quant.linear import QuantLinear
+from labkit.models.walk import PACKED, Layer, describe, left_out, own_name, unwrap, walk
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,18 @@ class Trainable:
 
 
 def trainable(model: nn.Module) -> Trainable:
-    """Count the parameters of `model` that train, per module and in all."""
+    """Count the parameters of `model` that train, per module (by own name, see `labkit.models.walk`) and in all."""
     per_module: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            module = name.rpartition(".")[0]
+            module = own_name(model, name).rpartition(".")[0]
             per_module[module] = per_module.get(module, 0) + parameter.numel()
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
-    total = sum(p.numel() for p in model.parameters()) + packed
+    packed = [layer.module for layer in walk(model) if layer.kind == PACKED]
+    stored = {
+        id(m._parameters.get("weight")) for m in packed
+    }  # other libraries' bytes are parameters; ours are not
+    total = sum(p.numel() for p in model.parameters() if id(p) not in stored)
+    total += sum(m.in_features * m.out_features for m in packed)
     return Trainable(per_module, sum(per_module.values()), total)
 
 
@@ -55,7 +60,15 @@ class AdaptedModule:
 
 
 class AdapterReport(list[AdaptedModule]):
-    """A list of `AdaptedModule`. As text, a table: shape, r, scaling, parameters, share of all that train."""
+    """A list of `AdaptedModule`. As text, a table: shape, r, scaling, parameters, share of all that train.
+
+    Attributes:
+        left: the layers of the model that the adapter does not reach; their bytes are the last line of the text.
+    """
+
+    def __init__(self, rows: Iterable[AdaptedModule], left: Sequence[Layer] = ()):
+        super().__init__(rows)
+        self.left = list(left)
 
     def __str__(self) -> str:
         total = sum(row.parameters for row in self)
@@ -71,26 +84,30 @@ class AdapterReport(list[AdaptedModule]):
                 f"{row.name:{width}}  {shape:>14}  {r:>4}  {scaling:>7}  {row.parameters:>11,}  "
                 f"{row.parameters / total:6.1%}"
             )
-        return "\n".join([*lines, f"{'total':{width}}  {'':14}  {'':4}  {'':7}  {total:>11,}  {1:6.1%}"])
+        lines.append(f"{'total':{width}}  {'':14}  {'':4}  {'':7}  {total:>11,}  {1:6.1%}")
+        return "\n".join(lines + [f"not adapted: {describe(self.left)}"] * bool(self.left))
 
 
 def adapter_report(model: nn.Module) -> AdapterReport:
-    """What the mounted adapter of `model` adds, module by module.
+    """What the mounted adapter of `model` adds, module by module, and what of the model it does not reach.
 
     Raises:
         ValueError: there is no adapter.
     """
     adapted = lora_layers(model)
     if not adapted:
-        raise ValueError(f"{type(model).__name__} has no LoRA adapter to report on; call add_lora first")
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has no LoRA adapter to report on; call add_lora first"
+        )
     rows = []
     for name, layer in adapted.items():
         own = sum(p.numel() for p in layer.parameters(recurse=False))
         rows.append(AdaptedModule(name, (layer.out_features, layer.in_features), layer.r, layer.scaling, own))
-    counted = {id(p) for layer in adapted.values() for p in layer.parameters()}
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in counted]
+    for layer in walk(model):
+        own = [p for p in layer.module.parameters(recurse=False) if p.requires_grad]
         if own:
             largest = max(own, key=lambda p: p.numel())
-            rows.append(AdaptedModule(name, tuple(largest.shape), None, None, sum(p.numel() for p in own)))
-    return AdapterReport(rows)
+            rows.append(
+                AdaptedModule(layer.name, tuple(largest.shape), None, None, sum(p.numel() for p in own))
+            )
+    return AdapterReport(rows, left_out(model, [row.name for row in rows]))

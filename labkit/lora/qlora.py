@@ -10,9 +10,10 @@ from labkit.lora.fingerprint import fingerprint
 from labkit.lora.inject import add_lora
 from labkit.lora.mounting import mounted_adapter
 from labkit.lora.starts import LOFTQ_ITERATIONS, loftq
-from labkit.models.surgery import inside, is_output_layer
+from labkit.lora.targets import saved_names
+from labkit.models.surgery import inside
 from labkit.quant.config import QuantConfig
-from labkit.quant.model import quantize_model
+from labkit.quant.model import quantizable_layers, quantize_model
 
 
 def add_qlora(
@@ -47,7 +48,8 @@ def add_qlora(
     if not config.starts_from_weight:
         quantize_model(model, quantization, skip=tuple(skip), progress=progress)
         return add_lora(model, config, name)
-    start = {"origin": fingerprint(model), "quantization": settings or quantization.changes()}
+    replaced = saved_names(model, config.modules_to_save)
+    start = {"origin": fingerprint(model, replaced), "quantization": settings or quantization.changes()}
     add_lora(model, replace(config, init="default") if config.is_loftq else config, name)
     adapter = mounted_adapter(model)
     adapter.config, adapter.originals, adapter.start = config, None, start
@@ -63,5 +65,5 @@ def add_qlora(
 
 
 def plain_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers that `quantize_model` would quantize."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_output_layer(model, m)]
+    """Own names of the linear layers that `quantize_model` would quantize."""
+    return [layer.name for layer in quantizable_layers(model)]

@@ -11,6 +11,7 @@ import sys
 
 from torch import Tensor, nn
 
+from labkit.models.walk import PACKED, kind_of
 from labkit.quant.linear import QuantLinear
 
 
@@ -30,7 +31,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_four_bit(module: nn.Module) -> bool:
     """Is its weight packed, so that nothing can be added to it? So are `QuantLinear`'s and bitsandbytes'."""
-    return isinstance(module, QuantLinear) or not module.weight.is_floating_point()
+    return kind_of(module) == PACKED
 
 
 def is_transposed(module: nn.Module) -> bool:
