@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab test test-fast campaign run bench lint docs clean
+.PHONY: help named setup model lab test test-fast campaign run bench lint docs classroom lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -40,7 +40,7 @@ run: named model ## run one notebook without a browser: make run NB=notebooks/08
 	    --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=3600 "$(NB)"
 
 bench: model     ## measure speed and memory against the peers, in one run, and print ratios
-	@$(PIP) --editable '.[bench]'
+	@$(PIP) --no-deps --require-hashes --requirement requirements/bench.lock
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
 
 lint: setup      ## check style, the direction of imports, and types
@@ -50,8 +50,15 @@ lint: setup      ## check style, the direction of imports, and types
 	@$(PY) -m mypy
 
 docs: setup      ## make the API pages: build/docs/index.html
-	@$(PIP) --editable '.[docs]'
 	@$(PY) scripts/make_docs.py build/docs
+
+classroom: setup ## lay out build/classroom for nbgrader: the exercises of every lesson as assignments
+	@$(PIP) --no-deps --require-hashes --requirement requirements/classroom.lock
+	@$(PY) scripts/make_classroom.py build/classroom
+
+lock: setup      ## make requirements/*.lock again from constraints.txt, with uv
+	@$(PIP) uv
+	@$(PY) scripts/lock_requirements.py
 
 clean:           ## remove .venv and everything made here; the fetched model stays in the user's cache
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

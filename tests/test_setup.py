@@ -18,8 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pins(text):
+    """{name: version}; of a package with markers, the last."""
+    pattern = r"^[\s-]*([\w.-]+)==([\w.]+)(?: ;.*)?\s*$"
+    return {name.lower(): version for name, version in re.findall(pattern, text, re.M)}
+
+
+def locked(*names):
+    """The entries of locks: {(name, version): (marker, hashes)}."""
+    text = "".join((ROOT / "requirements" / f"{name}.lock").read_text() for name in names)
+    entries = re.findall(r"^([\w.-]+)==([\w.+]+)(?: ; (.*?))? \\\n((?: +--hash=.*\n)+)", text, re.M)
+    assert len(entries) == len(re.findall(r"^[\w.-]+==", text, re.M)) > 0, "an entry without a hash"
     return {
-        name.lower(): version for name, version in re.findall(r"^[\s-]*([\w.-]+)==([\w.]+)\s*$", text, re.M)
+        (name.lower(), version): (marker, re.findall(r"--hash=sha256:([0-9a-f]{64})\b", hashes))
+        for name, version, marker, hashes in entries
     }
 
 
@@ -39,6 +50,22 @@ def test_every_direct_dependency_is_pinned(project, constraints):
     direct = project["dependencies"] + [name for names in extras.values() for name in names]
     assert [name for name in direct if name.lower() not in constraints] == []
     assert constraints["torch"] == "2.13.0"
+
+
+def test_what_is_locked_is_what_is_pinned_and_every_entry_has_hashes(constraints):
+    entries = locked("all", "torch", "bench", "classroom")
+    versions = {name.replace("_", "-"): version for name, version in constraints.items()}
+    assert all(hashes for _, hashes in entries.values())
+    assert set(entries) - {("soupsieve", "2.10")} >= {i for i in versions.items() if i[0] != "uv"}
+    assert {n: v for n, v in entries if versions.get(n, v) != v} == {
+        "soupsieve": "2.10"
+    }  # Python 3.11.0 to 3.11.4
+    assert [version for _, version in locked("torch-cpu")] == [constraints["torch"] + "+cpu"]
+
+
+def test_the_build_of_the_course_itself_is_pinned(constraints):
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert build == [f"setuptools=={constraints['setuptools']}"]
 
 
 def test_conda_environment_has_the_same_pins(project, constraints):
@@ -61,7 +88,7 @@ def make(*arguments, cwd=ROOT):
 
 def test_help_lists_every_command():
     listed = make("help").stdout
-    commands = "help setup model lab test test-fast run bench lint docs clean"
+    commands = "help setup model lab test test-fast campaign run bench lint docs classroom lock clean"
     assert re.findall(r"^ *make ([\w-]+)", listed, re.M) == commands.split()
 
 
@@ -79,8 +106,9 @@ def test_run_without_a_notebook_says_how():
 def setup_env(tmp_path, prelude):
     """Run scripts/setup_env.py after `prelude`, from a copy, so nothing real is touched."""
     (tmp_path / "scripts").mkdir()
-    for name in ("pyproject.toml", "constraints.txt", "scripts/setup_env.py"):
+    for name in ("pyproject.toml", "scripts/setup_env.py"):
         shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     lines = [
         "import runpy, shutil, subprocess, sys",
         prelude,
@@ -96,9 +124,13 @@ def setup_env(tmp_path, prelude):
     [
         ("sys.version_info = (3, 9, 1)", "Python 3.9 is too old; install Python 3.11 or newer"),
         ("shutil.disk_usage = lambda _: type('U', (), {'free': 10**8})", "0.1 GB free on the disk"),
-        ("subprocess.call = lambda command: 1", "could not create the virtual environment"),
-        ("subprocess.call = lambda command: int('pip' in command)", "could not install the packages"),
-        ("def stop(_): raise KeyboardInterrupt\nsubprocess.call = stop", "interrupted; run make again"),
+        ("subprocess.call = lambda command, **_: 1", "could not create the virtual environment"),
+        ("subprocess.call = lambda command, **_: int('pip' in command)", "could not install the packages"),
+        (
+            "def stop(*_, **__): raise KeyboardInterrupt\nsubprocess.call = stop",
+            "interrupted; run make again",
+        ),
+        ("import os\nos.makedirs = lambda *_, **__: open('/proc/nothing', 'w')", "cannot set up .venv: "),
     ],
 )
 def test_a_failed_setup_is_one_sentence_and_leaves_no_stamp(tmp_path, prelude, sentence):
