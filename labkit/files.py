@@ -20,7 +20,7 @@ import shutil
 import stat
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,8 @@ IN_THE_WAY = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "a part of the path is a file",
     errno.EIO: "the disk reports an error",
+    errno.EBUSY: "it is the root of a disk, or in use; name a folder inside it",
+    errno.EXDEV: "it is the root of another disk; name a folder inside it",
 }
 
 
@@ -72,12 +74,17 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, take_along: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
     """Give an empty temporary folder to fill; at the end of the block it replaces the one at `path`.
 
     On Linux and macOS the two change places in one step. Elsewhere there is an instant between two renames in
     which there is nothing at `path`; if the process is killed right then, `clear_leftovers` puts the old one
     back.
+
+    Args:
+        path: of the folder.
+        take_along: what is to stay of the old folder: called with it and the new one, just before they change
+            places.
 
     Raises:
         CannotWrite: no space, no permission, or a file at `path`; what was there is intact.
@@ -89,11 +96,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         yield made
         for file in [f for f in made.rglob("*") if f.is_file() and not f.is_symlink()]:
             settle(file, scratch)
-        bring_to_disk(made)
         if place.exists() and not place.is_dir():
             raise CannotWrite(
                 f"cannot write the folder {path}: there is a file of that name; give another name"
             )
+        if take_along is not None and place.exists():
+            take_along(place, made)
+        bring_to_disk(made)
         if not place.exists():
             os.replace(made, place)
         elif not exchange(made, place):

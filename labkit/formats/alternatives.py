@@ -12,8 +12,7 @@ it. PEFT does the same. PEFT has no bottleneck adapters, so they have no folder 
 Agrees with: PEFT `utils/save_and_load.py` (a folder from here loads there, and the other way round).
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,22 +24,51 @@ from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers
 from labkit.alternatives.methods import base_only, check_unadapted, method_of, require_method
 from labkit.alternatives.prefixes import Prefix, PrefixConfig, add_prefix
 from labkit.alternatives.prompts import PromptConfig, add_prompt
-from labkit.formats.peft_config import matches
+from labkit.formats.new_weights import new_in, tell_alone
+from labkit.formats.peft_config import meaning, named_base
 from labkit.formats.peft_folder import (
+    CONFIG,
     PREFIX,
+    Expected,
     check_tensors,
     does_not_fit,
     read_folder,
-    refuse_settings,
     write_folder,
 )
-from labkit.formats.provenance import check_base, read_provenance, record
+from labkit.formats.peft_settings import (
+    are_names_or_pattern,
+    check_config,
+    check_expressions,
+    is_count,
+    is_switch,
+)
+from labkit.formats.provenance import (
+    check_base,
+    check_saved,
+    read_provenance,
+    record,
+    seal,
+)
 from labkit.lora.fingerprint import fingerprint
+from labkit.models.patterns import matches_whole
+from labkit.models.restoring import unchanged_on_error
 from labkit.models.shapes import decoder_shape
+from labkit.models.walk import places
 from labkit.quant.layer_kinds import is_conv1d, is_linear, widths
 
 PROMPT = "prompt_embeddings"
 KINDS = {"IA3": "(IA)^3", "PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning"}
+OF_IA3 = {
+    "target_modules": are_names_or_pattern,
+    "feedforward_modules": are_names_or_pattern,
+    "fan_in_fan_out": is_switch,  # PEFT's layers see for themselves, and so do ours
+}
+# the shape of the model, and how the values began: the file has them
+PASSED_OVER = (
+    "encoder_hidden_size", "init_ia3_weights", "init_weights", "num_attention_heads", "num_layers",
+    "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "token_dim", "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+)  # fmt: skip
 
 
 def save_alternative(
@@ -51,8 +79,7 @@ def save_alternative(
 ) -> Path:
     """Save what was trained in `model` as a PEFT folder.
 
-    The folder is written under a temporary name and renamed, so an old one at `path` is replaced whole or not
-    at all.
+    An old adapter at `path` is replaced whole or not at all; what else lies in the folder stays.
 
     Args:
         model: with (IA)^3 (merged or not), a soft prompt or a prefix.
@@ -64,7 +91,9 @@ def save_alternative(
         `path`.
 
     Raises:
-        ValueError: there is nothing to save, it has NaN in it, or it is a bottleneck adapter.
+        ValueError: there is nothing to save, it has NaN in it, or it is a bottleneck adapter; or `data` or
+            `metrics` are nothing that JSON can hold.
+        labkit.files.CannotWrite: no space, no permission; the old adapter is intact.
     """
     added = require_method(model)
     if isinstance(added.config, BottleneckConfig):
@@ -81,8 +110,11 @@ def save_alternative(
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     with base_only(model):
         base = fingerprint(model)
-    provenance = record(base, asdict(added.config), data, metrics)
-    return write_folder(Path(path), tensors, to_peft(model), provenance)
+    settings = to_peft(model)
+    alone = new_in(model, settings["base_model_name_or_path"])
+    tell_alone(alone)
+    provenance = record(base, asdict(added.config), data, metrics, depends_on=alone)
+    return write_folder(Path(path), tensors, settings, seal(provenance, tensors, settings))
 
 
 def on_disk(layer) -> Tensor:
@@ -93,11 +125,7 @@ def on_disk(layer) -> Tensor:
 def to_peft(model: nn.Module) -> dict:
     """`adapter_config.json` of what is in `model`."""
     config = method_of(model).config
-    common = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", ""),
-        "inference_mode": True,
-    }
+    common = named_base(model) | {"inference_mode": True}
     if isinstance(config, IA3Config):
         return common | {
             "peft_type": "IA3",
@@ -141,54 +169,66 @@ def load_alternative(model: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: there is no adapter.
         AdapterMismatch: made for another base, or tensors missing, left over or of another shape. Nothing is
             changed then.
-        ValueError: damaged files, another kind of adapter, or `model` has one already.
+        ValueError: damaged or edited files, another kind of adapter, or `model` has one already. Nothing is
+            changed then.
     """
     path = Path(path)
     raw, tensors = read_folder(path)
     check_settings(raw, path)
     kind = raw["peft_type"]
     check_unadapted(model, KINDS[kind])
-    check_base(model, path, read_provenance(path))
-    if kind == "IA3":
-        return load_ia3(model, raw, tensors, path)
-    s, length = decoder_shape(model), raw.get("num_virtual_tokens")
-    width = s.hidden_size if kind == "PROMPT_TUNING" else 2 * s.num_hidden_layers * s.kv_width
-    check_tensors({PROMPT: (length, width)}, tensors, path, left_over)
-    if kind == "PROMPT_TUNING":
-        add_prompt(model, PromptConfig(length))
-        value = method_of(model).tokens.embedding
-    else:
-        add_prefix(model, PrefixConfig(length))
-        value = method_of(model).tokens.prefix
-    with torch.no_grad():
-        value.copy_(tensors[PROMPT])
+    provenance = read_provenance(path)
+    check_base(model, path, provenance)
+    with unchanged_on_error(model):
+        if kind == "IA3":
+            config, expected = ia3_of(model, raw, path)
+        else:
+            s, length = decoder_shape(model), raw["num_virtual_tokens"]
+            width = s.hidden_size if kind == "PROMPT_TUNING" else 2 * s.num_hidden_layers * s.kv_width
+            expected = {PROMPT: Expected((length, width), torch.float32)}
+        check_tensors(expected, tensors, path, left_over)
+        check_saved(raw, tensors, path, provenance)
+        if kind == "IA3":
+            add_ia3(model, config)
+            values = {f"{PREFIX}{name}.ia3_l": layer.vector for name, layer in ia3_layers(model).items()}
+        elif kind == "PROMPT_TUNING":
+            add_prompt(model, PromptConfig(length))
+            values = {PROMPT: method_of(model).tokens.embedding}
+        else:
+            add_prefix(model, PrefixConfig(length))
+            values = {PROMPT: method_of(model).tokens.prefix}
+        with torch.no_grad():
+            for key, value in values.items():
+                value.copy_(tensors[key].view_as(value))
     return model
 
 
-def load_ia3(model: nn.Module, raw: dict, tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """The vectors in `tensors`, on the layers that the configuration of PEFT names."""
-    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
-    targets = [name for name in layers if matches(name, raw.get("target_modules") or ())]
-    inputs = [name for name in targets if ends_one_of(name, raw.get("feedforward_modules"))]
+def ia3_of(model: nn.Module, raw: dict, path: Path) -> tuple[IA3Config, dict[str, Expected]]:
+    """The layers that the configuration of PEFT names, and what a folder has to hold for them."""
+    layers = {name: layer for name, _, layer in places(model) if is_linear(layer)}
+    meant, on_input = (
+        meaning(raw.get("target_modules") or ()),
+        ends_one_of(raw.get("feedforward_modules") or ()),
+    )
+    targets = [name for name in layers if meant(name)]
+    inputs = [name for name in targets if on_input(name)]
+    if not targets:
+        raise does_not_fit(path, ["target_modules of its configuration match no layer of this model"])
     expected = {}
     for name in targets:
         n_in, n_out = widths(layers[name])
-        expected[f"{PREFIX}{name}.ia3_l"] = (1, n_in) if name in inputs else (n_out, 1)
-    if not targets:
-        raise does_not_fit(path, ["target_modules of its configuration match no layer of this model"])
-    check_tensors(expected, tensors, path, left_over)
-    add_ia3(model, IA3Config(outputs=[name for name in targets if name not in inputs], inputs=inputs))
-    with torch.no_grad():
-        for name, layer in ia3_layers(model).items():
-            layer.vector.copy_(tensors[f"{PREFIX}{name}.ia3_l"].flatten())
-    return model
+        shape = (1, n_in) if name in inputs else (n_out, 1)
+        dtype = torch.promote_types(layers[name].weight.dtype, torch.float32)
+        expected[f"{PREFIX}{name}.ia3_l"] = Expected(shape, dtype)
+    return IA3Config(outputs=[name for name in targets if name not in inputs], inputs=inputs), expected
 
 
-def ends_one_of(name: str, wanted: str | list[str] | None) -> bool:
-    """Does PEFT take `name` as meant by an expression, or by ends of names, not only at a dot?"""
+def ends_one_of(wanted: str | Sequence[str]) -> Callable[[str], bool]:
+    """Does PEFT take a name as meant by an expression, or by ends of names, not only at a dot?"""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name.endswith(end) for end in wanted or ())
+        return lambda name: matches_whole(wanted, name)
+    ends = tuple(wanted)
+    return lambda name: name.endswith(ends)
 
 
 def left_over(key: str) -> str:
@@ -204,7 +244,13 @@ def check_settings(raw: dict, path: Path) -> None:
         raise ValueError(
             f"the adapter in {path} has peft_type={kind!r}; this loader reads {', '.join(KINDS)}{hint}"
         )
-    unknown = [key for key in ("modules_to_save", "exclude_modules") if raw.get(key)]
-    if raw.get("num_transformer_submodules") not in (None, 1):
-        unknown.append("num_transformer_submodules")
-    refuse_settings(path, raw, unknown)
+    of_kind = OF_IA3 if kind == "IA3" else {"num_virtual_tokens": is_count}
+    check_config(
+        raw,
+        path / CONFIG,
+        {"peft_type": KINDS.__contains__, **of_kind},
+        {} if kind == "IA3" else {"num_transformer_submodules": (None, 1)},
+        PASSED_OVER,
+        required=() if kind == "IA3" else ("num_virtual_tokens",),
+    )
+    check_expressions(path / CONFIG, [raw[key] for key in OF_IA3 if isinstance(raw.get(key), str)])

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from labkit.formats.peft_folder import PREFIX, check_tensors, does_not_fit
+from labkit.formats.peft_folder import PREFIX, Expected, check_tensors, does_not_fit, misfit
 from labkit.lora.config import LoRAConfig
-from labkit.lora.mounting import Adapter
+from labkit.lora.mounting import Adapter, standing
 from labkit.lora.plain import plain_factors
 from labkit.lora.targets import saved_names
+from labkit.models.walk import places, unwrap
 from labkit.quant.layer_kinds import is_linear, widths
 
 # by the names of a layer's own parameters here
@@ -69,20 +70,20 @@ def fill(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
                 parameter.copy_(tensors[names[part]])
 
 
-def expected_tensors(model: nn.Module, config: LoRAConfig, names: list[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a folder has to hold for these layers and for `config.modules_to_save`."""
-    expected: dict[str, tuple[int, ...]] = {}
+def expected_tensors(model: nn.Module, config: LoRAConfig, names: list[str]) -> dict[str, Expected]:
+    """What a folder has to hold for these layers and for `config.modules_to_save`."""
+    expected: dict[str, Expected] = {}
     for name in names:
-        base, r = model.get_submodule(name), config.for_layer(name).r
+        base, r = unwrap(standing(model, name)), config.for_layer(name).r
         inputs, outputs = widths(base)
         shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, inputs), "lora_B": (outputs, r)}
         if config.is_dora:
             shapes["lora_magnitude"] = (outputs,)
-        there = tensor_names(name, base)
-        expected |= {there[part]: shape for part, shape in shapes.items() if part in there}
+        there, dtype = tensor_names(name, base), torch.promote_types(base.weight.dtype, torch.float32)
+        expected |= {there[part]: Expected(shape, dtype) for part, shape in shapes.items() if part in there}
     for name in config.modules_to_save:
-        state = model.get_submodule(name).state_dict()
-        expected |= {f"{PREFIX}{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+        state = unwrap(standing(model, name)).state_dict()
+        expected |= {f"{PREFIX}{name}.{key}": Expected(tuple(t.shape), t.dtype) for key, t in state.items()}
     return expected
 
 
@@ -92,10 +93,10 @@ def check_adapter(
     """Compare what a folder holds with what the layers `names` of `model` take under `config`.
 
     Raises:
-        AdapterMismatch: naming every tensor that is missing, left over, or of another shape.
+        AdapterMismatch: naming every tensor that is missing, does not fit, or is left over.
         ValueError: a module that trained in full has a weight that is tied or quantized here.
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, _, module in places(model)}
     adaptable = [n for n in names if is_linear(modules[n]) or isinstance(modules[n], nn.Embedding)]
     problems = [
         f"{name} is a {type(modules[name]).__name__}, which cannot have an adapter here"
@@ -105,25 +106,27 @@ def check_adapter(
 
     def left_over(key: str) -> str | None:
         module = key.rpartition(".")[0].removeprefix(PREFIX)
-        if key.endswith(".base_layer.weight"):  # PEFT saves an adapted embedding's base too
-            own = modules.get(module.removesuffix(".base_layer"))
-            if own is None or not same_values(own.weight, tensors[key]):
-                return f"{key} is not the weight of this base: was its vocabulary changed?"
-            return None
+        own = modules.get(module.removesuffix(".base_layer"))
+        if key.endswith(".weight") and isinstance(own, (nn.Embedding, nn.Linear)):
+            # PEFT saves embeddings and the output layer too, where it adapts them or their vocabulary was changed
+            if same_values(own.weight, tensors[key]):
+                return None
+            return f"{key} is not the weight of this base: was its vocabulary changed?"
         stored = STORED.fullmatch(key)
         if stored is None:
             return f"{key} is not a LoRA weight, nor of a module in modules_to_save"
         module = stored[1].removeprefix(PREFIX)
         if module not in modules:
-            return f"{module}: no such linear layer in {type(model).__name__}"
+            return f"{module}: no such linear layer in {type(unwrap(model)).__name__}"
         return f"{key} is left over: target_modules do not mean {module}, or it is of another variant"
 
     check_tensors(expected_tensors(model, config, adaptable), tensors, path, left_over, problems)
     if not names:
-        raise does_not_fit(path, [f"its target_modules mean no layer of {type(model).__name__}"])
+        raise does_not_fit(path, [f"its target_modules mean no layer of {type(unwrap(model)).__name__}"])
     saved_names(model, config.modules_to_save)  # refuses tied weights and quantized modules
 
 
 def same_values(weight: Tensor, saved: Tensor) -> bool:
     """Is `saved` the weight, but for its dtype and device?"""
-    return weight.shape == saved.shape and torch.equal(weight.to(saved), saved)
+    fits = misfit(saved, Expected(tuple(weight.shape), weight.dtype)) is None
+    return fits and torch.equal(weight.to(saved), saved)

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from labkit.checks import check_choice, is_number, is_whole, not_known, use_python_numbers
+from labkit.models.patterns import matches_whole
 
 VARIANTS = ("lora", "rslora", "dora", "rsdora")
 RANDOM_STARTS = ("default", "gaussian", "b_random", "b_random_small")  # they leave the base as it is
 WEIGHT_STARTS = ("pissa", "pissa_niter_[number]", "olora", "loftq", "loftq_iter_[number]")
 INITS = (*RANDOM_STARTS, *WEIGHT_STARTS)
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-37, 1e38  # what fp32 can hold, also divided by r
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,16 @@ class LoRAConfig:
                     f"{name}={r!r}: the rank must be a whole number of at least 1; 8 or 16 is a usual start"
                 )
         for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if not is_number(alpha) or not 0 < alpha < math.inf:
+            if not is_number(alpha) or not SMALLEST_ALPHA < alpha < LARGEST_ALPHA:
                 raise ValueError(
-                    f"{name}={alpha!r}: alpha must be a positive number; r or 2r is a usual choice"
+                    f"{name}={alpha!r}: alpha must be a positive number that fp32 can hold; r or 2r is a usual choice"
                 )
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: a probability from 0 up to, not including, 1")
         check_choice("variant", self.variant, VARIANTS)
-        allowed = "|".join(name.replace("[number]", r"[1-9]\d*") for name in INITS)
+        allowed = "|".join(name.replace("[number]", r"(?:[1-9]\d?|100)") for name in INITS)
         if not re.fullmatch(allowed, self.init):
-            raise not_known("init", self.init, INITS)
+            raise not_known("init", self.init, INITS, "[number] is from 1 to 100")
         if not self.targets:
             raise ValueError(
                 "targets is empty; give 'all-linear', 'attention', 'mlp', names, or a regular expression"
@@ -123,4 +125,4 @@ class LoRAConfig:
 
 def pattern_matches(key: str, name: str) -> bool:
     """Does a key of a pattern mean the layer `name`? As PEFT's `get_pattern_key` decides it."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return matches_whole(rf"(.*\.)?({key})", name)
