@@ -233,6 +233,8 @@ def check_quantizable(weight: Tensor) -> None:
     if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"a weight must be a float32, float16 or bfloat16 tensor, not {given}")
+    if torch.nn.parameter.is_lazy(weight):
+        raise ValueError("the weight has no shape yet; run the model once")
     if weight.layout != torch.strided or weight.is_nested:
         given = "nested" if weight.is_nested else str(weight.layout).removeprefix("torch.").removeprefix("_")
         raise TypeError(f"a weight must be a dense tensor, not a {given} one; give weight.to_dense()")
