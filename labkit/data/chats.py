@@ -190,7 +190,10 @@ def leaves(value: object) -> Iterator[set[str]]:
         for inner in value:
             yield from leaves(inner)
     else:
-        yield {str(value), json.dumps(value).strip('"'), json.dumps(value, ensure_ascii=False).strip('"')}
+        forms = {str(value), json.dumps(value).strip('"'), json.dumps(value, ensure_ascii=False).strip('"')}
+        yield forms | {
+            json.dumps(form)[1:-1] for form in forms
+        }  # arguments given as JSON may be quoted again
 
 
 def is_found(text: str, written: str) -> bool:
