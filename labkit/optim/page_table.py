@@ -15,13 +15,15 @@ A changed page is written when it goes out, and freed then; if the write fails, 
 Source: Belady, A study of replacement algorithms (1966).
 """
 
+import os
 import time
 from collections import OrderedDict, deque
 
 from torch import Tensor
 
 from labkit.optim.page import KINDS, Layout, Page, PageEvent, lay_out
-from labkit.optim.page_store import FileStore, PinnedStore, Placed
+from labkit.optim.page_store import FileStore, Placed
+from labkit.optim.pinned_store import PinnedStore
 
 POLICIES = ("lru", "mru")
 LOG_LENGTH = 1_000_000  # events; older ones are forgotten
@@ -47,6 +49,7 @@ class PageTable:
 
     def __init__(self, store: FileStore | PinnedStore, budget: int, policy: str, min_elements: int):
         self.store, self.budget, self.policy, self.min_elements = store, budget, policy, min_elements
+        self.owner = os.getpid()
         self.pages: dict[object, Page] = {}
         self.hot: OrderedDict[Page, None] = OrderedDict()  # the one used last is last
         self.current: Page | None = None  # in use: stays in
@@ -77,10 +80,21 @@ class PageTable:
             self.pages[key] = Page(key, name or str(len(self.pages)))
         return self.pages[key]
 
+    def check_owner(self) -> None:
+        """Raise a `RuntimeError` in a process that was forked from the one that made this: both would write to
+        one store, and what reads ahead is a thread of the parent's alone."""
+        if os.getpid() != self.owner:
+            raise RuntimeError(
+                f"process {os.getpid()} was forked from process {self.owner}, which pages the state of this "
+                "optimizer, and they would share its store. The state of the parent is intact. To train here, "
+                "call detach_paging(optimizer, keep_state=False), and load a state_dict() made before the fork"
+            )
+
     # --- coming in
 
     def touch(self, page: Page) -> dict:
         """The state of a page, read if it is out; it may be changed until the next call."""
+        self.check_owner()
         kind = "hit"
         if page.state is None:
             kind = "fault" if page.exists else "create"
@@ -121,6 +135,7 @@ class PageTable:
         """Wait until the page has been read."""
         if page.coming is None:
             return
+        self.check_owner()
         started, coming, page.coming = time.perf_counter(), page.coming, None
         try:
             coming.result()
@@ -189,7 +204,9 @@ class PageTable:
         Raises:
             ValueError: one of them is more than the budget.
             OSError: together they are more than the store has. No page was taken in.
+            RuntimeError: see `check_owner`.
         """
+        self.check_owner()
         for page, state in pages.items():
             _, page.nbytes, page.exempt = self.lay_out(page, state)
         if pages:
@@ -233,6 +250,7 @@ class PageTable:
 
     def put(self, key: object, state: dict) -> None:
         """Write a state to the store, as a copy, in place of what the key had."""
+        self.check_owner()
         page = self.page(key)
         new = Page(key, page.name, state=dict(state))
         self.settle(new)
@@ -244,6 +262,7 @@ class PageTable:
 
     def copy(self, page: Page) -> dict:
         """The state of a page as a copy; the page stays where it is."""
+        self.check_owner()
         self.wait(page)
         if page.state is None:
             page = Page(page.key, page.name, layout=page.layout, slot=page.slot)

@@ -211,9 +211,14 @@ class Pager:
         self.installed = MethodType(hooked, optimizer)
         optimizer.step, optimizer.state, optimizer.pager = self.installed, self.state, self
         self.loading = (
-            optimizer.register_load_state_dict_pre_hook(check_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self.check_loading),
             optimizer.register_load_state_dict_post_hook(self.take_loaded_state),
         )
+
+    def check_loading(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
+        """Refuse a state that does not belong here, before anything changes."""
+        self.table.check_owner()
+        check_state_dict(optimizer, state_dict)
 
     def take_loaded_state(self, optimizer: torch.optim.Optimizer) -> None:
         """PyTorch has put a plain dictionary of loaded state in place of the paged one: page it."""

@@ -19,10 +19,11 @@ import torch
 
 from labkit.checks import check_choice, check_whole, is_whole
 from labkit.optim.adamw import AdamW
-from labkit.optim.page_store import FileStore, PinnedStore
+from labkit.optim.page_store import FileStore
 from labkit.optim.page_table import POLICIES, PageTable
 from labkit.optim.paged_state import PagedState
 from labkit.optim.pager import Pager
+from labkit.optim.pinned_store import PinnedStore
 
 
 def attach_paging(
@@ -37,9 +38,9 @@ def attach_paging(
     """Keep the state of an optimizer under `budget_bytes` from now on. Its results do not change.
 
     `state_dict` and `load_state_dict` work as before: a checkpoint does not show whether paging was on. (Both
-        need memory
-    for all of the state while they run; the dictionary is a copy, not a view.) So do learning rate
-    schedulers, closures, hooks and new parameter groups.
+    need memory for all of the state while they run; the dictionary is a copy, not a view.) So do learning rate
+    schedulers, closures, hooks and new parameter groups. A copy of the optimizer (deepcopy, pickle, a spawned
+    process) has all of its state in memory and no pager; a *forked* process may not use the pager.
 
     With `fused_into_backward` each parameter is stepped the moment its gradient is complete, and the gradient
     freed. **Clipping then has nothing to clip:** the norm of all gradients is known only when all are there,
@@ -77,7 +78,7 @@ def attach_paging(
     8192
     >>> detach_paging(optimizer)
     """
-    check_settings(budget_bytes, policy, min_elements)
+    check_settings(budget_bytes, policy, min_elements, prefetch, fused_into_backward)
     check_optimizer(optimizer)
     page_store = store_for(device_of(optimizer), store)
     table = PageTable(page_store, budget_bytes, policy, min_elements)
@@ -86,14 +87,18 @@ def attach_paging(
     return pager
 
 
-def check_settings(budget_bytes: object, policy: object, min_elements: object) -> None:
-    """Raise a `ValueError` unless all three can be."""
+def check_settings(
+    budget_bytes: object, policy: object, min_elements: object, prefetch: object, fused_into_backward: object
+) -> None:
+    """Raise a `ValueError` unless all of them can be."""
     if not is_whole(budget_bytes):
         raise ValueError(
             f"budget_bytes={budget_bytes!r} must be a positive whole number of bytes, such as 64 * 2**20"
         )
     check_choice("policy", policy, POLICIES)
     check_whole("min_elements", min_elements, at_least=0)
+    check_choice("prefetch", prefetch, (True, False))
+    check_choice("fused_into_backward", fused_into_backward, (True, False))
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:

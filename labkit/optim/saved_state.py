@@ -102,7 +102,7 @@ def layouts(optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping) -> Iter
     if hasattr(optimizer, "layouts"):
         yield from optimizer.layouts(p)
     if not type(optimizer).__module__.startswith("labkit."):
-        yield new_state(optimizer, p, group)
+        yield new_state(optimizer, p, {**optimizer.defaults, **group})
 
 
 def difference(saved: Mapping, layout: Mapping) -> str | None:

@@ -71,9 +71,21 @@ def test_half_precision_parameters_page(kind, dtype, store):
     assert_same(plain, paged)
 
 
+@pytest.mark.parametrize(
+    "kind", sorted(OPTIMIZERS.keys() - {"Adafactor"})
+)  # which divides by the number of numbers
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_an_empty_parameter_is_stepped_like_any_other(kind, shape, store):
+    plain, paged = make(kind, shapes=[(100,), shape, (7,)]), make(kind, shapes=[(100,), shape, (7,)])
+    attach_paging(paged[1], 8192, store)
+    for pair in (plain, paged):
+        run(*pair, 6)
+    assert_same(plain, paged)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
-    st.lists(st.lists(st.integers(1, 60), min_size=0, max_size=3), min_size=1, max_size=8),
+    st.lists(st.lists(st.integers(0, 60), min_size=0, max_size=3), min_size=1, max_size=8),
     st.floats(0, 1),
     st.sampled_from(["lru", "mru"]),
     st.booleans(),
@@ -136,7 +148,10 @@ def test_several_paged_optimizers_keep_out_of_each_others_way(store):
         ({"budget_bytes": True}, "positive whole number"),
         ({"budget_bytes": "1GB"}, "positive whole number"),
         ({"budget_bytes": 10**6, "policy": "fifo"}, "choose one of"),
+        ({"budget_bytes": float("nan")}, "positive whole number"),
         ({"budget_bytes": 10**6, "min_elements": -1}, "at least 0"),
+        ({"budget_bytes": 10**6, "prefetch": "no"}, "prefetch='no' is not known"),
+        ({"budget_bytes": 10**6, "fused_into_backward": 1}, "fused_into_backward=1 is not known"),
     ],
 )
 def test_bad_settings_say_what_is_allowed(settings_, message, store):
