@@ -1,6 +1,7 @@
 """Small GGUF files, written by the `gguf` package from a model of transformers, as llama.cpp's converter does."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 TEXT = [
     "It is a truth universally acknowledged, that 1813 single men's fortunes don't add up to 42.",
     "  def f(x):\n\treturn x ** 2048  # Größe 42½ — naïve 日本\r\n\r\n",
-    "The rows and the columns, the keys and the values; WE'VE 1234567 of them!",
+    "The rows and the columns, the keys and the values; WE'VE 1234567 of them! 1813 2048 1234567",
 ]
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -33,16 +34,24 @@ TENSORS = {
 NUMBERS = gguf.GGMLQuantizationType
 
 
-def train_bpe(words=WORDS, **options) -> Tokenizer:
-    """A byte-level BPE tokenizer of 300 tokens, trained on `TEXT` as `words` cuts it."""
-    bpe = Tokenizer(models.BPE(**options))
-    bpe.pre_tokenizer, bpe.decoder = words, decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+@cache
+def trained() -> str:
+    """A byte-level BPE tokenizer of 400 tokens, trained on `TEXT`."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = WORDS, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(TEXT * 3, trainer)
-    return bpe
+    return bpe.to_str()
+
+
+def train_bpe() -> Tokenizer:
+    """A byte-level BPE tokenizer of 400 tokens with GPT-2's words, trained on `TEXT`."""
+    return Tokenizer.from_str(trained())
 
 
 def make_llama(**changes) -> LlamaForCausalLM:
@@ -50,7 +59,7 @@ def make_llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
-        **{"vocab_size": 300, "num_key_value_heads": 2, "max_position_embeddings": 256} | sizes | changes
+        **{"vocab_size": 400, "num_key_value_heads": 2, "max_position_embeddings": 256} | sizes | changes
     )
     model = LlamaForCausalLM(config).eval()
     for name, p in model.named_parameters():
