@@ -65,9 +65,11 @@ def make_optimizer(
 
 
 def empty_state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
-    """What an optimizer of `make_optimizer` keeps for `p`, by name, before its first step: right in dtype and shape."""
+    """What an optimizer of `make_optimizer` keeps for `p`, by name: tensors of the right dtype and shape, without
+    values."""
+    like = torch.empty_like(p, device="meta")
     if isinstance(optimizer, AdamW8bit):
         state: dict[str, Tensor] = {}
-        optimizer.init_state(p, state)
+        optimizer.init_state(like, state)
         return state
-    return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}

@@ -205,9 +205,9 @@ def own_modes(model: nn.Module) -> Iterator[None]:
 def not_in_graph(names: list[str]) -> ValueError:
     """The error about parameters that are no part of the computation."""
     return ValueError(
-        f"none of the {len(names)} parameters that train has a part in the loss ({shown(names)}), so "
-        "nothing would be learned: they belong to modules that the forward pass does not call, or an adapter of "
-        "another library is switched off, or re-entrant gradient checkpointing cuts the graph. The model is unchanged"
+        f"none of the {len(names)} parameters that train has a part in the loss ({shown(names)}), so nothing would be "
+        "learned: the forward pass does not call their modules, an adapter of another library is switched off, or "
+        "something on the way to the loss detaches. The model is unchanged"
     )
 
 

@@ -6,7 +6,6 @@ would have made itself.
 """
 
 import math
-from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,23 @@ from labkit.training.optimizer import empty_state
 
 def different_tensors(saved: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> list[str]:
     """What differs between the trained parameters of a file and those of the run, in words."""
-    there = {name: (tuple(value.shape), str(value.dtype)) for name, value in saved.items()}
-    here = {name: (tuple(value.shape), str(value.dtype)) for name, value in parameters.items()}
+    there = {name: kind_of(value) for name, value in saved.items()}
+    here = {name: kind_of(value) for name, value in parameters.items()}
     names = [name for name in (there | here) if there.get(name) != here.get(name)]
     if not names:
         return []
     (was, now), more = (one.get(names[0], "none") for one in (there, here)), len(names) - 1
     shown = f"trained parameters: {names[0]} {was} there, {now} here"
     return [shown + (f", and {more} more" if more else "")]
+
+
+def kind_of(tensor: Tensor) -> str:
+    """Shape and dtype, for a message.
+
+    >>> kind_of(torch.zeros(2, 3))
+    '(2, 3) float32'
+    """
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def check_progress(state: dict, total: int) -> tuple[int, History]:
@@ -54,7 +62,7 @@ def check_record(record: dict, kind: type) -> dict:
     Raises:
         ValueError: it has not.
     """
-    fields = get_type_hints(kind)
+    fields = kind.__annotations__
     if not isinstance(record, dict) or record.keys() != fields.keys():
         raise ValueError(f"a {kind.__name__} has {', '.join(fields)}, and not {str(record)[:80]}")
     wrong = [name for name, value in record.items() if not is_number(value) or not math.isfinite(value)]
@@ -86,12 +94,12 @@ def check_moments(
         if name not in found and name in history.without_gradient:
             continue
         state = found.get(name, {})
-        have = {key: (value.dtype, tuple(value.shape)) for key, value in state.items()}
-        want = {key: (value.dtype, tuple(value.shape)) for key, value in empty_state(optimizer, p).items()}
+        have = {key: kind_of(value) for key, value in state.items()}
+        want = {key: kind_of(value) for key, value in empty_state(optimizer, p).items()}
         if have != want:
             wrong = next(key for key in (want | have) if have.get(key) != want.get(key))
             raise ValueError(
-                f"the optimizer's {wrong} of {name} is {have.get(wrong, 'missing')}, and must be {want.get(wrong)}"
+                f"the optimizer's {wrong} of {name} is {have.get(wrong, 'missing')}, and must be {want.get(wrong, 'none')}"
             )
         if not 1 <= state["step"].item() <= done or state["step"].item() % 1:
             raise ValueError(f"{name} took {state['step'].item()} steps, and the run {done}")
@@ -109,7 +117,8 @@ def check_best(
     weights = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
     if loss is None and not weights:
         return None
-    if not is_number(loss) or (wrong := different_tensors(weights, parameters)):
+    wrong = different_tensors(weights, parameters)
+    if wrong or not is_number(loss):
         raise ValueError(f"the best weights, of loss {loss!r}, are not those of the parameters: {wrong}")
     return BestWeights(loss, weights)
 
