@@ -42,7 +42,8 @@ def make_small_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     """A Llama with random weights and the real vocabulary."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=49152, num_key_value_heads=2, tie_word_embeddings=True, **sizes | changes)
+    rest = {"vocab_size": 49152, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = LlamaConfig(**sizes | rest | changes)
     return LlamaForCausalLM(config).eval()
 
 

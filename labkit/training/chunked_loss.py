@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from labkit.data.batches import IGNORE, Batch
+from labkit.models.walk import unwrap
 from labkit.training.recompute import recompute_activations
 
 ROWS = 128  # scored at a time: 25 MB in fp32 on a vocabulary of 49,152
@@ -33,7 +34,7 @@ _unchanged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictiona
 
 def chunked_loss(model: nn.Module, batch: Batch) -> Tensor | None:
     """`supervised_loss(model, batch)`, or None where the module docstring's conditions do not hold."""
-    output = model.get_output_embeddings()
+    output = unwrap(model).get_output_embeddings()
     known = _unchanged.get(output)  # None: nobody has looked yet
     if known is False or not may_be_chunked(output):
         return None
@@ -96,7 +97,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             scores = F.linear(hidden[rows], weight).float()  # (rows, vocab); the rest is made in its place
             right = torch.arange(len(scores), device=scores.device), targets[rows]
             scores -= scores.amax(-1, keepdim=True)  # exp cannot overflow then
-            total -= scores[right].sum()
+            total -= scores.gather(1, targets[rows, None]).sum()  # raises for a target that is no id, as -1
             sums = scores.exp_().sum(-1, keepdim=True)
             total += sums.log().sum()
             if needed:

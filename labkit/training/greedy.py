@@ -19,6 +19,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from labkit.data.chats import end_mark
 from labkit.data.tokens import end_ids, ids_of, special_ids
+from labkit.models.walk import unwrap
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def greedy(
         max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stops.ids) or None, pad_token_id=pad_id
     )
     criteria = StoppingCriteriaList([StopAtText(tokenizer, stops.text, width)] if stops.text else [])
+    able = model if hasattr(model, "generate") else unwrap(model)  # data parallelism has no `generate`
     with generation_config_aside(model):
-        out = model.generate(
+        out = able.generate(
             input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=criteria
         )
     return out[:, width:]

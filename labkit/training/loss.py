@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from labkit.data.batches import IGNORE, Batch
 from labkit.hardware import fast_paths
+from labkit.models.walk import unwrap
 from labkit.training.chunked_loss import chunked_loss
 from labkit.training.recompute import recompute_activations
 
@@ -55,7 +56,7 @@ def output_layer_sees(model: nn.Module, keep: Tensor) -> Iterator[None]:
     def select(_, arguments: tuple[Tensor]) -> tuple[Tensor]:
         return (arguments[0][:, :-1][keep][None],)  # (1, n_supervised, width)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    hook = unwrap(model).get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield
     finally:

@@ -126,3 +126,20 @@ def test_an_assumption_about_the_logits_ends_with_its_block(monkeypatch, looked)
     assert rows == [0, 160]  # in chunks, the output layer itself scores nothing; otherwise everything
     supervised_loss(model, make_batch())
     assert rows[2:] == ([0] if looked else [1, 1])  # one row to look, and the same row again to compare
+
+
+@pytest.mark.parametrize("wrong", [-1, 49152])
+def test_a_target_that_is_no_id_is_an_error_and_never_another_row_of_the_scores(wrong):
+    """Python counts from the end at -1; torch's cross-entropy refuses it, and so must the fast path."""
+    model, batch = with_random_adapter(make_small_llama()), make_batch()
+    batch.targets[0, -1] = wrong
+    for logits in loss.LOGITS:
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            supervised_loss(model, batch, logits)
+
+
+def test_in_a_wrapper_the_loss_is_that_of_the_model(monkeypatch):
+    seen, model = chunks(monkeypatch), with_random_adapter(make_small_llama())
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model, backend="eager")):
+        assert torch.equal(supervised_loss(wrapped, make_batch()), supervised_loss(model, make_batch()))
+    assert seen == 4 * [160]
