@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -77,8 +78,8 @@ class AddedMethod:
             used[kind] = used.get(kind, False) or layer.is_used
         return [f"every {kind}" for kind, was in used.items() if not was]
 
-    def look(self, model: nn.Module, arguments: tuple, output: object) -> None:
-        """A forward hook of the model: raise a `ValueError` if the pass that just ended used no part of a kind."""
+    def check_at_work(self, model: nn.Module) -> None:
+        """Raise a `ValueError` if a whole forward pass, which just ended, used no part of a kind."""
         if self.seen_at_work or not self.mounted:
             return
         idle = self.idle(model)
@@ -89,6 +90,11 @@ class AddedMethod:
                 "and adapt other layers, or use LoRA"
             )
         self.seen_at_work = True
+
+    def look(self, model: nn.Module, arguments: tuple, output: object) -> None:
+        """The forward hook of the model that calls `check_at_work`; not while it is compiled, and nothing is done."""
+        if not torch.compiler.is_compiling():
+            self.check_at_work(model)
 
 
 def method_of(model: nn.Module) -> AddedMethod | None:

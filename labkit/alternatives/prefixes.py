@@ -187,8 +187,9 @@ def prefix_shape(model: nn.Module) -> DecoderShape:
         ValueError: not every layer keeps keys and values, or not of one shape. Some layers of hybrid models keep a
             state instead, some share those of another; DeepSeek's values are narrower than its keys.
     """
+    stack = decoder(model)
     shape = decoder_shape(unwrap(model))
-    if device_of(decoder(model)).type == "meta":
+    if device_of(stack).type == "meta":
         return shape  # nothing can be computed
     cache = cache_of(model, torch.zeros(1, dtype=torch.long))
     layers = [] if cache is None else cache.layers

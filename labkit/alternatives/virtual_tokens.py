@@ -13,6 +13,7 @@ that is further from its prompt in a longer batch. (In PEFT the prompt stands be
 
 import inspect
 import math
+import sys
 from typing import Any
 
 import torch
@@ -65,12 +66,14 @@ class VirtualTokens(nn.Module):
         leave = stack.register_forward_hook(self.leave)
         self.handles = enter, leave
         model.virtual_tokens = self.to(device_of(stack))
+        forget_compiled()
 
     def detach(self, model: nn.Module) -> None:
         """Undo `attach`."""
         for handle in self.handles:
             handle.remove()
         del model.virtual_tokens
+        forget_compiled()
 
     def insert(self, decoder: nn.Module, inputs: dict, batch: int) -> None:
         """Change the `inputs` of the decoder, by name, so that the virtual tokens come before the text."""
@@ -161,6 +164,12 @@ class VirtualTokens(nn.Module):
 
     def extra_repr(self) -> str:
         return f"length={self.length}"
+
+
+def forget_compiled() -> None:
+    """Have what `torch.compile` made be made again: it does not look whether hooks have come or gone."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def text_ids(text: str, length: int, tokenizer) -> Tensor:

@@ -33,7 +33,7 @@ def test_a_prefix_under_gradient_checkpointing_is_an_error_and_not_silently_noth
 def test_started_from_a_text_it_is_the_model_with_that_text_before(make):
     config = PrefixConfig(7, None, "text", "a b")
 
-    def tokenizer(_):
+    def tokenizer(_, **options):
         return {"input_ids": [11, 42, 5]}
 
     seven = torch.tensor([[11, 42, 5, 11, 42, 5, 11]]).expand(3, -1)

@@ -11,7 +11,7 @@ from tests.alternatives.cases import MAKERS, text
 def test_started_from_a_text_it_is_the_model_with_that_text_before(make):
     config = PromptConfig(7, "text", "a b")
 
-    def tokenizer(_):
+    def tokenizer(_, **options):
         return {"input_ids": [11, 42, 5]}
 
     seven = torch.tensor([[11, 42, 5, 11, 42, 5, 11]]).expand(3, -1)
