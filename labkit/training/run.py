@@ -104,7 +104,7 @@ class TrainingRun:
         bar = tqdm(
             total=self.total, initial=self.done, desc="train", unit="step", disable=not config.progress
         )
-        self.random_state = self.folder and checkpoint.random_state()
+        self.random_state = checkpoint.random_state() if self.folder else None
         try:
             with bar:
                 self.after_step()  # a run that was stopped in the evaluation after its last step makes it up
@@ -171,7 +171,7 @@ class TrainingRun:
                 seconds=time.perf_counter() - started,
             )
             self.history.steps.append(record)
-            self.done, self.random_state = step + 1, self.folder and checkpoint.random_state()
+            self.done, self.random_state = step + 1, checkpoint.random_state() if self.folder else None
         return record
 
     def look_at_gradients(self) -> None:
