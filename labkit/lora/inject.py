@@ -6,6 +6,7 @@ that an error changes nothing, and `labkit.lora.mounting` puts them where the ba
 
 import copy
 
+import torch
 from torch import nn
 
 from labkit.lora.config import LoRAConfig, pattern_matches
@@ -33,6 +34,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.
     return model
 
 
+@torch.inference_mode(False)  # what is made in it can never train
 def make_adapter(model: nn.Module, config: LoRAConfig, names: list[str] | None = None) -> Adapter:
     """The layers of a new adapter, not yet mounted.
 

@@ -60,7 +60,7 @@ class Adapter:
             keep them.
         start: how to make the base again that was not kept: {"origin": the fingerprint of the model before,
             "quantization": settings}.
-        places: by own name, where what is in the model was when this adapter was last mounted or put aside.
+        places: by own name, where each module's witness was when this adapter was last mounted or put aside.
     """
 
     config: LoRAConfig
@@ -73,6 +73,14 @@ class Adapter:
     def layers(self) -> dict[str, LoRALinear]:
         """The layers with a correction, by full name: `modules` without those that train in full."""
         return {name: module for name, module in self.modules.items() if isinstance(module, LoRALinear)}
+
+    def witness(self, name: str) -> str:
+        """The own name of the layer whose moves and casts tell of those of the model, for the module `name`.
+
+        A layer of the base moves with the model. A copy that trains in full may be cast by itself: it is no
+        witness.
+        """
+        return name if name in self.layers else next(iter(self.layers), name)
 
     @property
     def is_merged(self) -> bool:
@@ -140,17 +148,17 @@ def mount(model: nn.Module, name: str) -> None:
     """
     adapters = adapters_of(model)
     adapter = adapters.by_name[name]
+    now = {path: Place.of(standing(model, adapter.witness(path))) for path in adapter.modules}
     for path, module in adapter.modules.items():
         there = standing(model, path)
-        now = Place.of(there)
-        adapter.places.get(path, now).follow(now, module)
+        adapter.places.get(path, now[path]).follow(now[path], module)
         if path in adapter.originals:
             adapter.originals[path] = there
         if isinstance(module, LoRALinear) and not module.has_own_base:
             module.base = unwrap(there)
         module.train(there.training)
-        adapter.places[path] = Place.of(module)
     swap_modules(model, adapter.modules)
+    adapter.places = {path: Place.of(adapter.modules[adapter.witness(path)]) for path in adapter.modules}
     adapters.active = name
 
 
@@ -167,10 +175,10 @@ def unmount(model: nn.Module) -> None:
     base = adapter.base_modules()
     for path, module in adapter.modules.items():
         if path in adapter.originals:
-            adapter.places[path].follow(Place.of(module), base[path])
+            adapter.places[path].follow(Place.of(adapter.modules[adapter.witness(path)]), base[path])
         base[path].train(module.training)
-        adapter.places[path] = Place.of(base[path])
     swap_modules(model, base)
+    adapter.places = {path: Place.of(base[adapter.witness(path)]) for path in adapter.modules}
     adapters.active = None
 
 

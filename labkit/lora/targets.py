@@ -100,7 +100,7 @@ def tell_fused(preset: str, layers: Sequence[Layer]) -> None:
         warnings.warn(
             f"targets={preset!r} does not reach {describe(fused)}: LoRA adapts layers, and these hold several "
             "matrices as one parameter. They stay frozen and as they were",
-            stacklevel=5,  # the line that calls add_lora
+            stacklevel=6,  # the line that calls add_lora
         )
 
 
@@ -112,9 +112,9 @@ def check_adaptable(model: nn.Module, name: str, module: nn.Module, holders: Map
             f"train it in full, give modules_to_save=[{name.rpartition('.')[2]!r}]"
         )
     partner = tied_partner(model, module, holders)
-    if partner:
+    if partner is not None:
         raise ValueError(
-            f"{name} and {partner} share one weight: an adapter on {name} would leave {partner} as it is, "
+            f"{name} and {partner or type(unwrap(model)).__name__} share one weight: an adapter on {name} would leave the other as it is, "
             f"and merging it would change both. Take {name} out of targets, or make two weights of the one: "
             "labkit.untie_embeddings(model)"
         )
@@ -139,7 +139,7 @@ def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[s
                     f"modules_to_save={part!r}: {name} has no weight that could train; leave it out of "
                     f"quantization with quantize_model(model, skip=({part!r},))"
                 )
-            if tied_partner(model, module):
+            if tied_partner(model, module) is not None:
                 raise ValueError(
                     f"modules_to_save={part!r}: {name} shares its weight with "
                     f"{tied_partner(model, module)}, and a copy to train would part them; call "
