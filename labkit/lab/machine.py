@@ -105,7 +105,7 @@ def model_line() -> PreflightLine:
     name, source = next(iter(SOURCES.items()))
     try:
         complete = is_complete(cache_folder() / name, source)
-    except ModelUnavailable as problem:
+    except (ModelUnavailable, ValueError) as problem:
         return PreflightLine("model", PROBLEM, f"{name} cannot be read", str(problem))
     if complete:
         return PreflightLine("model", OK, f"{name} is cached and complete: works offline")
@@ -125,7 +125,10 @@ def memory_line() -> PreflightLine:
 
 
 def disk_line() -> PreflightLine:
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except ValueError as problem:
+        return PreflightLine("disk", PROBLEM, "no folder to keep models in", str(problem))
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

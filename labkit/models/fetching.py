@@ -95,8 +95,22 @@ def fetch(name: str) -> Path:
         with space_explained(name, source, folder.parent), in_turn(folder):
             if not is_complete(folder, source):  # or else another process has just made it
                 make(name, source, folder)
-    clear_leftovers(folder)
+    clear(folder)
     return folder
+
+
+def clear(folder: Path) -> None:
+    """Take away what killed processes left beside `folder`, where that is allowed."""
+    clear_leftovers(folder)
+    lock = lock_of(folder)
+    if lock.exists():
+        with suppress(InUse, OSError), only_one(lock, "in use"):
+            lock.unlink()
+
+
+def lock_of(folder: Path) -> Path:
+    """The file that whoever makes `folder` has locked."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def is_complete(folder: Path, source: Source) -> bool:
@@ -156,7 +170,7 @@ def read_sums(path: Path) -> dict[str, str]:
 def in_turn(folder: Path) -> Iterator[None]:
     """Let only one process at a time make `folder`; whoever waits says what for."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
+    lock = lock_of(folder)
     with ExitStack() as held:
         try:
             held.enter_context(

@@ -136,13 +136,13 @@ def advice(missing: set[str], extra: set[str]) -> str:
     kept = {name.removeprefix(layer) for layer in layers for name in extra if name.startswith(layer)}
     if any(name.startswith(("lora_", "base.", "base_layer.")) for name in kept):
         return (
-            "It was saved with an adapter on: keep that with save_adapter, or merge it for good, and save the plain "
-            "model"
+            "It was saved with an adapter on: keep that with save_adapter, or merge it for good and save what unload "
+            "gives back"
         )
     if kept:
         return (
-            "Its layers are quantized, a form that only a quantized model can read: save the model before "
-            "quantize_model, and call quantize_model after loading"
+            "Its layers are quantized, a form that only a quantized model can read: save it before quantize_model or "
+            "after dequantize_model, and call quantize_model after loading"
         )
     if missing:
         return (

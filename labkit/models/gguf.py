@@ -87,9 +87,7 @@ def read_gguf(path: Path) -> Checkpoint:
         reader = GGUFReader(path)
         values = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:
-        raise ValueError(
-            f"{path.name} is not a readable GGUF file ({error}); delete it and fetch it again"
-        ) from None
+        raise ValueError(f"{path.name} is not a readable GGUF file ({error}); get it again") from None
     meta = Metadata(values, path.name)
     architecture = meta.take("general.architecture")
     if architecture != "llama":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from labkit.lab import machine
+from labkit.models.fetching import ModelUnavailable
 
 
 def test_preflight_lines_say_what_to_do_when_something_is_wrong(monkeypatch, tmp_path):
@@ -16,6 +17,20 @@ def test_preflight_lines_say_what_to_do_when_something_is_wrong(monkeypatch, tmp
     assert lines["packages"].state == "problem" and "no-such-package" in lines["packages"].found
     assert [lines[w].state for w in ("model", "memory", "speed")] == ["warning"] * 3
     assert all(line.advice for line in lines.values() if line.state != "OK")
+
+
+def test_preflight_says_which_setting_is_wrong_if_there_is_no_cache_folder(monkeypatch):
+    monkeypatch.setenv("LABKIT_CACHE", "~nobody-of-this-name/models")
+    for line in (machine.model_line(), machine.disk_line()):
+        assert line.state == "problem" and "set LABKIT_CACHE to an absolute path" in line.advice
+
+
+def test_preflight_says_whose_model_it_is_that_may_not_be_read(monkeypatch):
+    def denied(*_):
+        raise ModelUnavailable("may be read by its owner only; ask them")
+
+    monkeypatch.setattr(machine, "is_complete", denied)
+    assert machine.model_line().state == "problem" and "ask them" in machine.model_line().advice
 
 
 def test_measured_speeds_are_plausible():

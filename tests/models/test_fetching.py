@@ -287,6 +287,7 @@ def test_what_a_kill_left_is_cleared_even_if_the_model_is_there(cached):
     left = cached / f".{NAME}.1a2b3c4d.part"
     (left / "old").mkdir(parents=True)
     (left / "old" / "model.safetensors").write_bytes(b"x" * 1000)
+    (cached / f".{NAME}.lock").touch()
     models.fetch(NAME)
     assert names(cached) == [NAME]
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
-from labkit import LoRAConfig, add_lora, models, quantize_model, save_adapter
+from labkit import LoRAConfig, add_lora, dequantize_model, merge, models, quantize_model, save_adapter, unload
+from labkit.lora.inject import lora_layers
 from labkit.models import hub, loading
 from tests.models.small_gguf import make_llama
 
@@ -119,17 +120,35 @@ def test_a_model_of_another_task_is_refused_since_its_output_layer_would_be_rand
 def test_a_quantized_model_is_refused_with_what_to_do(saved):
     model = make_llama()
     quantize_model(model, progress=False)
-    match = "missing: 14 .*Its layers are quantized.*save the model before quantize_model, and call"
+    match = "missing: 14 .*Its layers are quantized.*save it before quantize_model or after dequantize_model, and call"
     with pytest.raises(models.ModelUnavailable, match=match):
         models.load(saved(model))
 
 
-def test_a_model_saved_with_an_adapter_on_is_refused_with_what_to_do(saved):
+def test_a_dequantized_model_loads_from_its_folder(saved):
+    model = make_llama()
+    quantize_model(model, progress=False)
+    want = model(IDS).logits
+    dequantize_model(model)
+    again = models.load(saved(model))[0](IDS).logits
+    assert torch.equal(again, model(IDS).logits)
+    torch.testing.assert_close(again, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_saved_with_an_adapter_on_is_refused_with_what_to_do_and_that_helps(saved, merged):
     model = add_lora(make_llama(), LoRAConfig(r=4))
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    want = model(IDS).logits
+    if merged:
+        merge(model)
     with pytest.raises(
-        models.ModelUnavailable, match="saved with an adapter on: keep that with save_adapter"
+        models.ModelUnavailable, match="saved with an adapter on: keep .* save what unload gives"
     ):
         models.load(saved(model))
+    again = models.load(saved(unload(model)))[0](IDS).logits
+    torch.testing.assert_close(again, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("base_too", [False, True])
