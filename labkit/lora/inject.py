@@ -14,7 +14,7 @@ from labkit.lora.dora import DoRALinear
 from labkit.lora.layer import LoRAEmbedding, LoRALinear
 from labkit.lora.mounting import Adapter, attach, refuse_adapted, standing
 from labkit.lora.starts import olora, pissa
-from labkit.lora.targets import matching_layers, saved_names
+from labkit.lora.targets import matching_layers, saved_names, tell_fused
 from labkit.models.walk import own_name, unwrap
 from labkit.quant.layer_kinds import is_four_bit, widths
 
@@ -46,15 +46,10 @@ def make_adapter(model: nn.Module, config: LoRAConfig, names: list[str] | None =
     Raises:
         ValueError: see `add_lora`.
     """
-    if names is None:  # what was saved may have more rank than it needs: PiSSA as plain LoRA of rank 2r
-        names = matching_layers(model, config.targets, config.modules_to_save)
-        check_ranks(model, config, names)
-    for key in (*config.rank_pattern, *config.alpha_pattern):
-        if not any(pattern_matches(key, name) for name in names):
-            raise ValueError(
-                f"the pattern {key!r} matches none of the {len(names)} layers that targets chose"
-            )
-    base = {name: standing(model, name) for name in (*names, *saved_names(model, config.modules_to_save))}
+    if names is None:
+        tell_fused(model, config.targets, config.modules_to_save)
+    names, saved = places_for(model, config, names)
+    base = {name: standing(model, name) for name in (*names, *saved)}
     modules = {
         name: make_layer(unwrap(base[name]), config.for_layer(name))
         if name in names
@@ -67,6 +62,30 @@ def make_adapter(model: nn.Module, config: LoRAConfig, names: list[str] | None =
         n: base[n] for n, m in modules.items() if not isinstance(m, LoRALinear) or m.base is not base[n]
     }
     return Adapter(config, modules, changed)
+
+
+def places_for(
+    model: nn.Module, config: LoRAConfig, names: list[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Own names of the layers to adapt and of the modules to train in full; all that can be checked is.
+
+    Args:
+        model, config, names: as for `make_adapter`.
+
+    Raises:
+        ValueError: see `add_lora`.
+    """
+    if names is None:  # what was saved may have more rank than it needs: PiSSA as plain LoRA of rank 2r
+        names = matching_layers(model, config.targets, config.modules_to_save)
+        check_ranks(model, config, names)
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(pattern_matches(key, name) for name in names):
+            raise ValueError(
+                f"the pattern {key!r} matches none of the {len(names)} layers that targets chose"
+            )
+    for name in names:
+        check_layer(unwrap(standing(model, name)), config)
+    return names, saved_names(model, config.modules_to_save)
 
 
 def check_ranks(model: nn.Module, config: LoRAConfig, names: list[str]) -> None:
@@ -86,12 +105,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {own_name(model, path): module for path, module in found.items()}
 
 
-def make_layer(base: nn.Module, config: LoRAConfig) -> LoRALinear:
-    """The layer of `config`'s variant over `base`, with its start made.
-
-    Raises:
-        ValueError: the variant or the start does not work on this kind of layer.
-    """
+def check_layer(base: nn.Module, config: LoRAConfig) -> None:
+    """Raise a `ValueError` if the variant or the start of `config` does not work on a layer like `base`."""
     kind = type(base).__name__
     if isinstance(base, nn.Embedding):
         if config.is_dora or config.init not in ("default", "gaussian"):
@@ -99,7 +114,7 @@ def make_layer(base: nn.Module, config: LoRAConfig) -> LoRALinear:
                 f"variant={config.variant!r}, init={config.init!r} cannot adapt {kind}: an embedding is "
                 "looked up, not multiplied; 'lora' and 'rslora' with init='default' can"
             )
-        return LoRAEmbedding(base, config)
+        return
     if config.is_loftq:
         raise ValueError(
             f"init={config.init!r} fits the adapter to what quantization loses: call "
@@ -116,6 +131,12 @@ def make_layer(base: nn.Module, config: LoRAConfig) -> LoRALinear:
             f"init={config.init!r} changes the base, whose row norms DoRA starts from; use variant='lora' "
             "or 'rslora'"
         )
+
+
+def make_layer(base: nn.Module, config: LoRAConfig) -> LoRALinear:
+    """The layer of `config`'s variant over `base`, with its start made; see `check_layer`."""
+    if isinstance(base, nn.Embedding):
+        return LoRAEmbedding(base, config)
     layer = DoRALinear(base, config) if config.is_dora else LoRALinear(base, config)
     if config.is_pissa:
         pissa(layer, config.start_iterations)

@@ -17,7 +17,7 @@ from torch import nn
 from labkit.lora.config import LoRAConfig
 from labkit.lora.layer import LoRALinear
 from labkit.models.surgery import swap_modules
-from labkit.models.walk import adapters_in, is_a, path_of, unwrap
+from labkit.models.walk import adapters_in, path_of, unwrap
 from labkit.quant.linear import QuantLinear
 
 RECORD = "lora_adapters"  # the attribute of a model that holds its `ModelAdapters`
@@ -214,23 +214,3 @@ def refuse_adapted(model: nn.Module, wanted: str) -> None:
         f"{type(unwrap(model)).__name__} has {words} already, which {wanted} would freeze or hide: "
         f"{ways.get(carried[0], other)}, or load a fresh base model"
     )
-
-
-def why_idle(model: nn.Module) -> str | None:
-    """Why steps of training would pass an adapter of `model` by: it is merged, or put aside. None if none is.
-
-    For whoever trains, to ask before the first step.
-    """
-    adapters = adapters_of(model)
-    if adapters.by_name and adapters.active is None:
-        return (
-            f"the model computes with its base alone; mount one of its adapters ({', '.join(adapters.by_name)}) "
-            f"with labkit.use_adapter(model, {next(iter(adapters.by_name))!r})"
-        )
-    for name, module in model.named_modules():
-        if getattr(module, "is_merged", False) is True:
-            return f"the adapter is merged into the base ({name}); call labkit.unmerge(model) first"
-        if is_a(module, "BaseTunerLayer") and (module.merged or module.disable_adapters):
-            what = "merged into the base" if module.merged else "disabled"
-            return f"PEFT's adapter is {what} ({name}); unmerge or enable it with PEFT first"
-    return None

@@ -7,13 +7,12 @@ from torch import nn
 
 from labkit.lora.config import LoRAConfig
 from labkit.lora.fingerprint import fingerprint
-from labkit.lora.inject import add_lora
-from labkit.lora.mounting import mounted_adapter
+from labkit.lora.inject import add_lora, places_for
+from labkit.lora.mounting import mounted_adapter, refuse_adapted
 from labkit.lora.starts import LOFTQ_ITERATIONS, loftq
-from labkit.lora.targets import saved_names
 from labkit.models.surgery import inside
 from labkit.quant.config import QuantConfig
-from labkit.quant.model import quantizable_layers, quantize_model
+from labkit.quant.model import check_before, quantizable_layers, quantize_model
 
 
 def add_qlora(
@@ -41,29 +40,26 @@ def add_qlora(
         `model`, changed in place.
 
     Raises:
-        ValueError: see `add_lora` and `quantize_model`.
+        ValueError, TypeError: see `add_lora` and `quantize_model`. Nothing is changed then.
     """
     quantization = QuantConfig.of(quantization, **settings)
-    skip = [n for n in plain_linears(model) if inside(n, config.modules_to_save)]
+    refuse_adapted(model, "add_qlora")
+    config_of_layers = replace(config, init="default") if config.is_loftq else config
+    _, saved = places_for(model, config_of_layers)
+    found = quantizable_layers(model)
+    for layer in found:
+        check_before(layer.name, layer.module.weight)
     if not config.starts_from_weight:
-        quantize_model(model, quantization, skip=tuple(skip), progress=progress)
+        skip = tuple(layer.name for layer in found if inside(layer.name, config.modules_to_save))
+        quantize_model(model, quantization, skip=skip, progress=progress)
         return add_lora(model, config, name)
-    replaced = saved_names(model, config.modules_to_save)
-    start = {"origin": fingerprint(model, replaced), "quantization": settings or quantization.changes()}
-    add_lora(model, replace(config, init="default") if config.is_loftq else config, name)
+    start = {"origin": fingerprint(model, saved), "quantization": settings or quantization.changes()}
+    add_lora(model, config_of_layers, name)
     adapter = mounted_adapter(model)
     adapter.config, adapter.originals, adapter.start = config, None, start
     if config.is_loftq:
         for layer in adapter.layers.values():
             loftq(layer, config.start_iterations or LOFTQ_ITERATIONS, quantization)
-    train = [p for p in model.parameters() if p.requires_grad]
-    if set(plain_linears(model)) - set(skip):
-        quantize_model(model, quantization, skip=tuple(skip), progress=progress)
-    for parameter in train:
-        parameter.requires_grad_(True)
+    if any(not layer.module.weight.requires_grad for layer in quantizable_layers(model)):
+        quantize_model(model, quantization, progress=progress)
     return model
-
-
-def plain_linears(model: nn.Module) -> list[str]:
-    """Own names of the linear layers that `quantize_model` would quantize."""
-    return [layer.name for layer in quantizable_layers(model)]

@@ -56,11 +56,9 @@ def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Seq
     linears = [layer for layer in layers if layer.kind in LINEARS and not layer.is_output]
     if isinstance(targets, str) and (targets in PRESETS or not targets.isidentifier()):
         matches = matching_pattern(model, targets, linears)
-        if targets in PRESETS:
-            tell_fused(targets, layers)
     else:
         wanted = [targets] if isinstance(targets, str) else list(targets)
-        first = {id(module): name for name, _, module in reversed(list(places(model)))}
+        first = first_names(model)
         named = {name: first[id(module)] for name, _, module in places(model) if not inside(name, besides)}
         matches = list(dict.fromkeys(own for n, own in named.items() if any(ends_with(n, w) for w in wanted)))
         unmatched = [w for w in wanted if not any(ends_with(n, w) for n in named)]
@@ -71,6 +69,11 @@ def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Seq
     for name in matches:
         check_adaptable(model, name, modules[name], holders)
     return matches
+
+
+def first_names(model: nn.Module) -> dict[int, str]:
+    """The first own name of each module, by its id."""
+    return {id(module): name for name, _, module in reversed(list(places(model)))}
 
 
 def matching_pattern(model: nn.Module, targets: str, linears: Sequence[Layer]) -> list[str]:
@@ -92,15 +95,24 @@ def matching_pattern(model: nn.Module, targets: str, linears: Sequence[Layer]) -
     return matches
 
 
-def tell_fused(preset: str, layers: Sequence[Layer]) -> None:
-    """Warn, with the bytes, of matrices that a preset means and that are no layers of their own."""
-    fused = [layer for layer in layers if layer.kind in (EXPERTS, ATTENTION)]
-    fused = [layer for layer in fused if re.fullmatch(PRESETS[preset], layer.name)]
+def tell_fused(model: nn.Module, targets: str | Sequence[str], besides: Sequence[str]) -> None:
+    """Warn, with the bytes, of matrices that a preset means and that are no layers of their own.
+
+    Args: as for `matching_layers`.
+    """
+    if not isinstance(targets, str) or targets not in PRESETS:
+        return
+    layers = [layer for layer in walk(model) if layer.kind in (EXPERTS, ATTENTION)]
+    fused = [
+        layer
+        for layer in layers
+        if re.fullmatch(PRESETS[targets], layer.name) and not inside(layer.name, besides)
+    ]
     if fused:
         warnings.warn(
-            f"targets={preset!r} does not reach {describe(fused)}: LoRA adapts layers, and these hold several "
+            f"targets={targets!r} does not reach {describe(fused)}: LoRA adapts layers, and these hold several "
             "matrices as one parameter. They stay frozen and as they were",
-            stacklevel=6,  # the line that calls add_lora
+            stacklevel=5,  # the line that calls add_lora
         )
 
 
@@ -127,9 +139,9 @@ def saved_names(model: nn.Module, wanted: tuple[str, ...] | list[str]) -> list[s
         ValueError: one matches nothing, has nothing to train, or shares its weight with another layer.
     """
     found = []
-    modules = {name: module for name, _, module in places(model)}
+    modules, first = {name: module for name, _, module in places(model)}, first_names(model)
     for part in wanted:
-        names = [name for name in modules if ends_with(name, part)]
+        names = list(dict.fromkeys(first[id(m)] for name, m in modules.items() if ends_with(name, part)))
         for name in names:
             module = modules[name]
             if not any(True for _ in module.parameters()) or any(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from labkit.lora.adapters import (
     add_adapter,
@@ -16,8 +17,10 @@ from tests.lora.cases import (
     IDS,
     assert_same_logits_loss_and_gradients,
     give,
+    logits,
     make_model,
     peft_model,
+    randomize,
     with_bitsandbytes,
 )
 
@@ -66,3 +69,43 @@ def test_an_adapter_that_is_one_with_its_4_bit_base_stays():
         use_adapter(model, None)
     with pytest.raises(ValueError, match="were not kept"):
         add_adapter(model, "poet", LoRAConfig(r=2))
+
+
+def snapshot(model):
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    return kinds, [(name, p.requires_grad) for name, p in model.named_parameters()], logits(model)
+
+
+@pytest.mark.parametrize("init", ["default", "pissa", "loftq"])
+@pytest.mark.parametrize(
+    ("settings", "spoil"),
+    [
+        ({"targets": ["q_porj"]}, None),
+        ({"r": 65}, None),
+        ({"rank_pattern": {"nothing": 2}}, None),
+        ({"modules_to_save": ["act_fn"]}, None),
+        ({"targets": ["q_proj"]}, lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(float("nan"))),
+        ({}, lambda m: add_lora(m, LoRAConfig(r=2))),
+    ],
+)
+def test_what_is_refused_is_refused_before_anything_is_quantized(init, settings, spoil):
+    model = make_model()
+    if spoil:
+        spoil(model)
+    kinds, flags, before = snapshot(model)
+    state = torch.random.get_rng_state()
+    with pytest.raises(ValueError):
+        add_qlora(model, LoRAConfig(**{"r": 4, "init": init} | settings))
+    now = snapshot(model)
+    assert now[:2] == (kinds, flags) and torch.equal(now[2].nan_to_num(7), before.nan_to_num(7))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("init", ["default", "pissa", "loftq"])
+def test_a_model_in_a_wrapper_becomes_the_same_qlora(init):
+    plain = randomize(add_qlora(make_model(), LoRAConfig(r=4, init=init, modules_to_save=["down_proj"])))
+    wrapped = nn.DataParallel(make_model())
+    randomize(add_qlora(wrapped, LoRAConfig(r=4, init=init, modules_to_save=["down_proj"])))
+    assert torch.equal(logits(wrapped), logits(plain))
+    assert {type(layer.base) for layer in lora_layers(wrapped).values()} == {QuantLinear}
+    assert [p.requires_grad for p in wrapped.parameters()] == [p.requires_grad for p in plain.parameters()]

@@ -17,7 +17,7 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.count import trainable
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.merging import merge, unload, unmerge
-from labkit.lora.mounting import adapters_of, why_idle
+from labkit.lora.mounting import adapters_of
 from labkit.lora.targets import matching_layers
 from labkit.models.surgery import is_output_layer, untie_embeddings
 from labkit.models.walk import total_bytes, walk
@@ -117,6 +117,12 @@ def test_a_layer_in_two_places_has_one_adapter_in_both(targets):
     assert type(unload(model).decode) is nn.Linear and model.decode is model.encode
 
 
+def test_a_module_in_two_places_that_trains_in_full_has_one_copy_in_both():
+    model = add_lora(Shared(), LoRAConfig(r=2, targets=["head"], modules_to_save=["decode"]))
+    copied = adapters_of(model).by_name["default"].modules["encode"]
+    assert model.encode is model.decode is copied and trainable(model).per_module["encode"] == 72
+
+
 def test_the_output_layer_stays_out_inside_a_model_of_ones_own():
     class Mine(nn.Module):
         def __init__(self):
@@ -193,20 +199,3 @@ def test_a_model_with_adapters_of_any_kind_is_refused_and_left_as_it_was(adapt, 
     with pytest.raises(ValueError, match=rf"LlamaForCausalLM has {carried}.*already.*fresh base"):
         add_lora(model, LoRAConfig(r=2))
     assert torch.equal(logits(model), before) and [p.requires_grad for p in model.parameters()] == trains
-
-
-def test_whoever_trains_can_ask_why_an_adapter_would_not():
-    model = add_lora(make_model(), LoRAConfig(r=2))
-    assert (
-        why_idle(model) is None
-        and why_idle(make_model()) is None
-        and why_idle(peft_model(make_model())) is None
-    )
-    assert "labkit.unmerge(model)" in why_idle(nn.DataParallel(merge(model)))
-    assert "labkit.use_adapter(model, 'default')" in why_idle(use_adapter(unmerge(model), None))
-    theirs = peft_model(make_model())
-    theirs.merge_adapter()
-    assert "PEFT's adapter is merged" in why_idle(theirs)
-    theirs.unmerge_adapter()
-    with theirs.disable_adapter():
-        assert "PEFT's adapter is disabled" in why_idle(theirs)
