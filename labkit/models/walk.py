@@ -200,7 +200,9 @@ def kind_of(module: nn.Module) -> str:
 
 def is_packed(linear: nn.Linear) -> bool:
     """Is the weight not one number for each input and output? Bytes may be stored under a floating dtype."""
-    weight = linear.weight
+    weight = linear._parameters.get("weight")  # to read one that is computed (spectral norm) may change it
+    if weight is None or nn.parameter.is_lazy(weight):
+        return False
     return not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features)
 
 
