@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from labkit.models.walk import CONV1D, kind_of
 from labkit.quant.config import QuantConfig, check_compute_dtype
 from labkit.quant.direct import multiplies_directly, multiply_directly
 from labkit.quant.kernels.dispatch import is_ordinary, is_traced
@@ -65,7 +66,12 @@ class QuantLinear(nn.Module):
         quantized: the weight, (out_features, in_features).
         bias: (out_features,) or None.
         compute_dtype: of the product; None for that of x.
+
+    Attributes:
+        of_conv1d: was it made of a `Conv1D`, which `to_linear` gives back?
     """
+
+    of_conv1d = False
 
     def __init__(
         self,
@@ -137,10 +143,29 @@ class QuantLinear(nn.Module):
             return _QuantizedLinear.apply(x, self.weight, self.bias, dtype)
         return multiply(x, self.weight.dequantize(dtype), self.bias, dtype)
 
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An `nn.Linear` with the dequantized weight, frozen: what this layer computes, in 16 or 32 bits."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.dequantize(dtype), requires_grad=False)
+    @classmethod
+    def in_place_of(
+        cls, layer: nn.Module, weight: QuantizedTensor, compute_dtype: torch.dtype | None
+    ) -> "QuantLinear":
+        """A layer with this weight, and with the bias, the mode and the kind of `layer`, linear or in 4 bits."""
+        new = cls(weight, layer.bias, compute_dtype).train(layer.training)
+        new.of_conv1d = layer.of_conv1d if isinstance(layer, QuantLinear) else kind_of(layer) == CONV1D
+        return new
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The dequantized layer, frozen: what this one computes, in 16 or 32 bits.
+
+        An `nn.Linear`; of what was made of a `Conv1D`, a `Conv1D`, so that a model is saved as it was loaded.
+        """
+        weight = self.weight.dequantize(dtype)  # (out, in)
+        linear: nn.Module
+        if self.of_conv1d:
+            from transformers.pytorch_utils import Conv1D
+
+            linear, weight = Conv1D(self.out_features, self.in_features), weight.T.contiguous()
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return linear.train(self.training)

@@ -115,7 +115,7 @@ def quantize_model(
             raise ValueError(no_match_message(f"skip={wanted!r}", wanted, unwrap(model), known))
     layers = [one for one in found if not any(ends_with(name, part) for name in one.names for part in skip)]
     frozen = [layer for layer in layers if not layer.module.weight.requires_grad]
-    is_adapted = bool(frozen) or bool(adapters_in(model))
+    is_adapted = bool(frozen or adapters_in(model) or any(layer.kind == PACKED for layer in walk(model)))
     layers = frozen if is_adapted else layers
     if not layers:
         raise ValueError(
@@ -135,7 +135,7 @@ def quantize_model(
         weight = made.pop(key) if key in made else quantize(dense_weight(old), config)
         if shared[key] > 1:
             made[key], shared[key] = weight, shared[key] - 1
-        new = QuantLinear(weight, old.bias, config.compute_dtype).train(old.training)
+        new = QuantLinear.in_place_of(old, weight, config.compute_dtype)
         if new.bias is not None:
             new.bias.requires_grad_(is_adapted and old.bias.requires_grad)
         for hooks in HOOKS:  # the same collections, so that a hook's handle still removes it
@@ -192,12 +192,18 @@ def why_nothing(model: nn.Module, found: list[Layer]) -> str:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise a `ValueError` if an adapter is in the weights that would be quantized, or keeps those from before."""
+    """Raise a `ValueError` if an adapter is in the weights to quantize, keeps those from before, or could not read
+    4-bit ones."""
     for module in model.modules():
         if getattr(module, "is_merged", False) is True or (is_a(module, "BaseTunerLayer") and module.merged):
             raise ValueError(
                 f"an adapter is merged into the weights of {type(unwrap(model)).__name__}, and could not be taken out "
                 "of 4-bit ones; unmerge it first, or call unload to keep it in them for good"
+            )
+        if is_a(module, "BaseTunerLayer") and len(getattr(module, "lora_magnitude_vector", ())):
+            raise ValueError(
+                "PEFT's DoRA cannot read the 4-bit weights of other libraries; load the adapter with "
+                "labkit.load_adapter, or quantize the base with bitsandbytes"
             )
         record = module.__dict__.get("lora_adapters")  # see `labkit.lora.mounting`
         for name, adapter in (record.by_name if record else {}).items():
@@ -241,11 +247,14 @@ def bytes_of(model: nn.Module) -> int:
 
 def warn_of_much(report: LayerReport, skip: tuple[str, ...]) -> None:
     """Warn if much was left that is neither embedding nor output layer, nor skipped, nor trained."""
+    ends = {
+        id(t) for layer in report.left if layer.is_output or layer.kind == EMBEDDING for t in layer.tensors
+    }
     unexpected = [
         layer
         for layer in report.left
-        if layer.kind not in (EMBEDDING, PACKED)
-        and not layer.is_output
+        if layer.kind != PACKED
+        and not any(id(tensor) in ends for tensor in layer.tensors)
         and not any(ends_with(name, part) for name in layer.names for part in skip)
         and not any(tensor.requires_grad for tensor in layer.tensors)
     ]
@@ -269,10 +278,10 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, QuantLi
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every `QuantLinear` by an `nn.Linear` with the dequantized weight, in place.
 
-    The inverse of `quantize_model` up to the quantization error, which stays in the weights. (What was a `Conv1D` is
-    an `nn.Linear` then.) Returns `model`.
+    What was a `Conv1D` is one again. The inverse of `quantize_model` up to the quantization error, which stays in
+    the weights. Returns `model`.
     """
-    made: dict[int, nn.Linear] = {}
+    made: dict[int, nn.Module] = {}
     for parent, child, module in quantized_layers(model):
         if id(module) not in made:
             made[id(module)] = module.to_linear(dtype)

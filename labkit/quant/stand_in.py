@@ -120,7 +120,8 @@ class StandsIn:
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None):
         """Any function of PyTorch: that of the dequantized weight."""
         kwargs = kwargs or {}
-        written = (args[:1] if changes(function.__name__) else (), kwargs.get("out"))
+        target = args[:1] or tuple(kwargs.values())  # `nn.init` hands all over by name
+        written = (target if changes(function.__name__) else (), kwargs.get("out"))
         if tree_any(lambda value: isinstance(value, StandsIn), written):
             raise refused(function.__name__)
         return function(*tree_map(dense, args), **tree_map(dense, kwargs))

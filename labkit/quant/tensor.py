@@ -29,6 +29,8 @@ from labkit.quant.kernels.dispatch import fast_for, is_ordinary, quantizes_scale
 from labkit.quant.kernels.packed import PackedWeight
 from labkit.quant.stand_in import StandsIn
 
+NEAR_THE_LARGEST = 1e38  # numbers of fp32 end at 3.4e38
+
 
 @dataclass(frozen=True)
 class NestedScales:
@@ -225,6 +227,7 @@ def quantize(
         packed = pack(codes, pad=int(codes_by_rank(levels)[7]))
     check_finite(absmax, weight)
     scales = quantize_scales(absmax, config.scale_rounding) if config.double_quant else absmax
+    check_room(scales, absmax)
     return QuantizedTensor(packed, scales, weight.shape, weight.dtype, config.codebook, blocksize)
 
 
@@ -255,6 +258,17 @@ def check_finite(absmax: Tensor, weight: Tensor) -> None:
         f"{bad} of {weight.numel()} weights are NaN or infinite; their blocks have no scale. "
         "Find where they come from (a diverged run, an fp16 overflow) before quantizing."
     )
+
+
+def check_room(scales: Tensor | NestedScales, absmax: Tensor) -> None:
+    """Raise a `ValueError` if quantized scales, which may be larger than the scales, exceed fp32."""
+    if not isinstance(scales, NestedScales) or absmax.is_meta or absmax.max() < NEAR_THE_LARGEST:
+        return
+    if not scales.dequantize().isfinite().all():
+        raise ValueError(
+            f"the largest weight, {absmax.max():.4g}, leaves float32 no room to round its scale up; quantize with "
+            "double_quant=False, or divide the weight first"
+        )
 
 
 def quantize_scales(absmax: Tensor, rounding: str = "nearest") -> NestedScales:

@@ -15,7 +15,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
@@ -69,7 +69,8 @@ def is_transformed() -> bool:
 
 def has_numbers(tensor: Tensor) -> bool:
     """Do the numbers of `tensor` lie in memory as they read? Not those of a sparse, wrapped or negated one."""
-    return torch._C._dispatch_keys(tensor).raw_repr() in plain_keys(tensor.device.type)
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    return type(tensor) in (Tensor, nn.Parameter) and keys in plain_keys(tensor.device.type)
 
 
 @cache

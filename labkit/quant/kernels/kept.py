@@ -77,7 +77,7 @@ class Kept:
                 forget_older(folder, name)
                 return
             except OSError as error:
-                reasons.append(str(error).partition(";")[0])
+                reasons.append(f"{folder} ({str(error).partition(': ')[2].partition(';')[0] or error})")
         warn_once("; ".join(reasons))
 
 
