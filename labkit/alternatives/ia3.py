@@ -191,6 +191,7 @@ class IA3Linear(StandIn):
         rows = weight.absmax.view(base.out_features, -1) * self.vector[:, None].float()
         bias = None if base.bias is None else base.bias * self.vector.to(base.bias.dtype)
         layer = QuantLinear(replace(weight, scales=rows.flatten()), bias, base.compute_dtype)
+        layer.of_conv1d = base.of_conv1d
         return layer.requires_grad_(False).train(base.training)
 
     def extra_repr(self) -> str:

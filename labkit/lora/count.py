@@ -101,13 +101,13 @@ def adapter_report(model: nn.Module) -> AdapterReport:
         )
     rows = []
     for name, layer in adapted.items():
-        own = sum(p.numel() for p in layer.parameters(recurse=False))
-        rows.append(AdaptedModule(name, (layer.out_features, layer.in_features), layer.r, layer.scaling, own))
-    for layer in walk(model):
-        own = [p for p in layer.module.parameters(recurse=False) if p.requires_grad]
+        number = sum(p.numel() for p in layer.parameters(recurse=False))
+        rows.append(
+            AdaptedModule(name, (layer.out_features, layer.in_features), layer.r, layer.scaling, number)
+        )
+    for part in walk(model):
+        own = [p for p in part.module.parameters(recurse=False) if p.requires_grad]
         if own:
-            largest = max(own, key=lambda p: p.numel())
-            rows.append(
-                AdaptedModule(layer.name, tuple(largest.shape), None, None, sum(p.numel() for p in own))
-            )
+            shape, number = max(own, key=lambda p: p.numel()).shape, sum(p.numel() for p in own)
+            rows.append(AdaptedModule(part.name, tuple(shape), None, None, number))
     return AdapterReport(rows, left_out(model, [row.name for row in rows]))

@@ -29,7 +29,7 @@ from labkit.models.walk import unwrap
 from labkit.quant.layer_kinds import dense_weight, is_four_bit, is_transposed
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model
-from labkit.quant.tensor import QuantizedTensor, quantize
+from labkit.quant.tensor import quantize
 
 
 @torch.inference_mode(False)  # merged weights made in it could never take part in training
@@ -76,17 +76,13 @@ def merge_layer(layer: LoRALinear) -> None:
     merged = layer.merged_weight(dense_weight(base))  # (out, in)
     if isinstance(base, QuantLinear):
         before = base
-        layer.base = four_bit_like(base, quantize(merged, base.codebook, base.blocksize, base.double_quant))
+        again = quantize(merged, base.codebook, base.blocksize, base.double_quant)
+        layer.base = QuantLinear.in_place_of(base, again, base.compute_dtype).requires_grad_(False)
     else:
         before = nn.Module()  # a box, so that the weight moves and is cast with the layer
         before.weight = base.weight
         base.weight = nn.Parameter(merged.T if is_transposed(base) else merged, requires_grad=False)
     layer.aside = (before,)
-
-
-def four_bit_like(layer: QuantLinear, weight: QuantizedTensor) -> QuantLinear:
-    """The frozen `layer` with another weight."""
-    return QuantLinear(weight, layer.bias, layer.compute_dtype).train(layer.training).requires_grad_(False)
 
 
 def unmerge(model: nn.Module) -> nn.Module:

@@ -65,8 +65,8 @@ def loftq(layer: LoRALinear, iterations: int, quantization: QuantConfig) -> None
         A, B = top_factors(weight - quantized.dequantize(torch.float32), layer.r, layer.scaling)
         held = layer.scaling * (B @ A)
     start_from(layer, A, B)
-    base = QuantLinear(quantized, layer.base.bias, quantization.compute_dtype)
-    layer.base = base.train(layer.base.training).requires_grad_(False)
+    base = QuantLinear.in_place_of(layer.base, quantized, quantization.compute_dtype)
+    layer.base = base.requires_grad_(False)
 
 
 def split_off(layer: LoRALinear, A: Tensor, B: Tensor) -> None:

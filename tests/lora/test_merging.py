@@ -157,6 +157,20 @@ def test_an_unloaded_model_saves_loads_and_is_adapted_like_any_other(make, tmp_p
     assert torch.equal(logits(add_lora(model, LoRAConfig(r=2))), before)
 
 
+@pytest.mark.parametrize("init", ["default", "pissa", "loftq"])
+@pytest.mark.parametrize("make", [make_model, make_gpt2])
+def test_a_dequantized_model_has_the_layers_that_it_was_loaded_with(make, init, tmp_path):
+    model = randomize(add_qlora(make(), LoRAConfig(r=4, init=init)))
+    adapted = logits(model)
+    unload(model, dequantize=True).save_pretrained(tmp_path)
+    assert [(n, type(m)) for n, m in model.named_modules()] == [
+        (n, type(m)) for n, m in make().named_modules()
+    ]
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-5)
+
+
 def quantized(init="default"):
     model = make_model()
     if init != "default":
