@@ -14,7 +14,7 @@ from a real step (`measure`), and `predicted.compare(measured)` puts them side b
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from labkit.checks import check_choice
+from labkit.checks import check_choice, check_number
 
 COMPONENTS = {
     "weights": "the model's own parameters and buffers",
@@ -133,6 +133,8 @@ class Ledger:
 
     def fits(self, gigabytes: float, reserve: float = 0.0) -> bool:
         """Does the peak fit a card of so many GB (10⁹ bytes), if CUDA and a screen take `reserve` of them?"""
+        check_number("gigabytes", gigabytes, at_least=0)
+        check_number("reserve", reserve, at_least=0)
         return self.peak <= (gigabytes - reserve) * 1e9
 
     def to_frame(self):

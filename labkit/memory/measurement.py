@@ -1,6 +1,7 @@
 """Where the memory of a real training step goes: the rows of a ledger, from the run and not from a formula.
 
-The step is taken three times, with a learning rate of zero, so the model does not change:
+The step is taken three times, with a learning rate of zero, and afterwards everything is as it was
+(`labkit.memory.observing`):
 
 1. to warm up: kernels are compiled, and the optimizer makes its state;
 2. under `labkit.memory.tracker`, which says what each tensor is (a weight, a gradient, an activation …);
@@ -23,16 +24,17 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from labkit.checks import not_known
+from labkit.checks import check_choice, check_positive, not_known
 from labkit.data.batches import Batch
 from labkit.lora.count import trainable
 from labkit.lora.inject import lora_layers
 from labkit.memory.ledger import Ledger, LedgerRow, Timeline
+from labkit.memory.observing import left_as_found
 from labkit.memory.simulation import ledger_of, state_of, static_tensors
 from labkit.memory.tracker import Tracker
 from labkit.quant.linear import QuantLinear
 from labkit.quant.scratch import use_scratch
-from labkit.training.loss import supervised_loss
+from labkit.training.loss import LOGITS, supervised_loss
 
 MARK = "labkit:"  # before the name of a phase, among the profiler's events
 
@@ -48,11 +50,11 @@ def measure(
     """Measure one training step of `model` on `batch`.
 
     Args:
-        model: any causal model, on a CPU or a GPU, adapted and quantized as it will be trained; it is not
-            changed.
+        model: any causal model, on a CPU or a GPU, adapted and quantized as it will be trained; it is
+            afterwards as it was.
         batch: see `make_batch`.
         optimizer: "adamw" (fused, as in `labkit.train`), "sgd", or an optimizer of the model's parameters,
-            whose learning rates are zero during the measurement. One that pages or quantizes its state is
+            which is afterwards as it was, like the gradients. One that pages or quantizes its state is
             measured as is.
         checkpointing, logits, clip: as in `TrainConfig`.
 
@@ -60,8 +62,13 @@ def measure(
         A `Ledger`, with a time line; its peak is the allocator's.
 
     Raises:
-        ValueError: nothing trains, the batch is on another device, or the optimizer is not known.
+        ValueError: nothing trains or is supervised, the batch is on another device, the optimizer is not known
+            or not of this model, or a setting is out of its range.
     """
+    check_choice("checkpointing", checkpointing, (True, False))
+    check_choice("logits", logits, LOGITS)
+    if clip is not None:
+        check_positive("clip", clip, usual="None for no clipping")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient; call add_lora, or unfreeze some")
@@ -70,11 +77,18 @@ def measure(
         raise ValueError(
             f"the batch is on {batch.ids.device}, the model on {device}; use batch.to({str(device)!r})"
         )
+    if not batch.n_supervised:
+        raise ValueError("no position of the batch is supervised, so there is no loss; see make_batch")
     if isinstance(optimizer, str):
         kinds = {"adamw": AdamW, "sgd": SGD}
         if optimizer not in kinds:
             raise not_known("optimizer", optimizer, kinds, usual="or give an optimizer")
         optimizer = kinds[optimizer](parameters, lr=0.0, weight_decay=0.0, fused=True)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer={optimizer!r} is neither a name nor an optimizer; see torch.optim")
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    if not stepped & set(parameters):
+        raise ValueError("the optimizer has none of the model's parameters that train; make it of this model")
     step = TrainingStep(model, batch, optimizer, parameters, checkpointing, logits, clip)
     with step.prepared():
         step()
@@ -131,28 +145,18 @@ class TrainingStep:
 
     @contextmanager
     def prepared(self):
-        """Within the block, learning rates are zero, the model trains, and checkpointing is as wanted."""
-        groups, training = self.optimizer.param_groups, self.model.training
-        rates = [(g["lr"], g.get("weight_decay", 0.0)) for g in groups]
-        generator = torch.get_rng_state()
-        self.model.train()
-        if self.checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-        for group in groups:
-            group["lr"], group["weight_decay"] = 0.0, 0.0
-        try:
-            self.clear()
-            with use_scratch():
-                yield
-        finally:
-            self.clear()
-            for group, (lr, decay) in zip(groups, rates):
-                group["lr"], group["weight_decay"] = lr, decay
-            if self.checkpointing:
+        """Within the block, learning rates are zero, the model trains, and checkpointing is as wanted; after it,
+        everything is as it was."""
+        with left_as_found(self.model, self.optimizer), use_scratch():
+            self.model.train()
+            if getattr(self.model, "is_gradient_checkpointing", False):
                 self.model.activation_checkpointing_disable()
                 self.model.disable_input_require_grads()  # enabling it has put a hook on the embedding
-            self.model.train(training)
-            torch.set_rng_state(generator)
+            if self.checkpointing:
+                self.model.activation_checkpointing_enable({"use_reentrant": False})
+            for group in self.optimizer.param_groups:
+                group.update({name: 0.0 for name in ("lr", "weight_decay") if name in group})
+            yield
 
     def by_allocator(self) -> tuple[Timeline, int, str]:
         """The time line of the allocator, its peak, and the phase of the peak."""

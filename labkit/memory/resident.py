@@ -27,6 +27,7 @@ from labkit.memory.resident import take_steps
 
 print(json.dumps(take_steps(**json.loads(sys.argv[1]))))
 """
+LONGEST = 3600  # seconds
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # of glibc
 
 
@@ -46,13 +47,21 @@ def measure_resident(name: str, method: str = "qlora", give_back: bool = True, *
 
     Raises:
         ValueError: an unknown setting, or one that is out of its range.
-        RuntimeError: the process failed, or this system has no /proc.
+        RuntimeError: the process failed or took more than an hour, or this system has no /proc.
     """
     setup = setup_of(method, settings)
     arguments = json.dumps({"name": name, **setup.as_dict()})
     environment = os.environ | (GIVE_BACK if give_back else {})
     command = [sys.executable, "-c", TAKE_STEPS, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(
+            f"the step in a process of its own did not end within {LONGEST // 60} minutes, and was stopped; "
+            "choose a smaller model, batch_size or max_length"
+        ) from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise RuntimeError(f"the step in a process of its own failed: {last}")

@@ -70,10 +70,10 @@ class Tracker(TorchDispatchMode):
         self.model, self.phase = model, "forward"
         self.tensors: list[TrackedTensor] = []
         self.alive: dict[int, TrackedTensor] = {}  # by the address of the storage object
+        self.waiting: dict[int, weakref.finalize] = {}  # for its release, by the same
         self.events = 0
         self.starts: list[tuple[str, int]] = []
         self.modules = [""]
-        self.done = False
         for label, tensors in static.items():
             for tensor in tensors:
                 self.see(tensor, label)
@@ -89,14 +89,14 @@ class Tracker(TorchDispatchMode):
         tracked = TrackedTensor(n, self.modules[-1], self.phase, label, self.events, is_input=is_input)
         self.alive[key] = tracked
         self.tensors.append(tracked)
-        weakref.finalize(storage, self.gone, key).atexit = False
+        self.waiting[key] = weakref.finalize(storage, self.gone, key)
+        self.waiting[key].atexit = False
 
     def gone(self, key: int) -> None:
         """The storage has been released."""
-        if self.done:
-            return
         self.events += 1
         self.alive.pop(key).died = self.events
+        del self.waiting[key]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = self.run(func, args, kwargs or {})
@@ -139,6 +139,9 @@ class Tracker(TorchDispatchMode):
         try:
             with self, mock.patch("torch.get_rng_state", get_rng_state):
                 yield self
+        except BaseException:
+            self.stop_waiting()
+            raise
         finally:
             for handle in handles:
                 handle.remove()
@@ -159,9 +162,15 @@ class Tracker(TorchDispatchMode):
         self.modules = [""]
         self.starts.append((phase, self.events))
 
+    def stop_waiting(self) -> None:
+        """Leave the tensors that are alive: nothing of this tracker stays with them."""
+        for finalizer in self.waiting.values():
+            finalizer.detach()
+        self.waiting.clear()
+
     def finish(self) -> "TensorRecord":
         """All that was seen; later releases are not."""
-        self.done = True
+        self.stop_waiting()
         for tracked in self.tensors:
             tracked.label = tracked.label or "temporary/tensors"
         return TensorRecord(list(self.tensors), self.events, list(self.starts))
