@@ -125,7 +125,7 @@ def is_complete(folder: Path, source: Source) -> bool:
         return read_json(folder / ABOUT) == about and not differing(folder, read_sums(folder / SUMS))
     except PermissionError as error:
         raise ModelUnavailable(
-            f"{error.filename} may be read by its owner only; ask them for `chmod -R a+rX {folder}`, or set "
+            f"{error.filename} may be read by its owner only; ask them for `chmod -R a+rX {folder.parent}`, or set "
             "LABKIT_CACHE to a folder of your own"
         ) from None
     except (OSError, ValueError):

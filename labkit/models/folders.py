@@ -16,9 +16,17 @@ from labkit.files import check_regular, read_header, read_json
 from labkit.models.fetching import ModelUnavailable
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-VOCABULARIES = ("tokenizer.json", "vocab.json")  # larger than a config may be
+CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    INDEX,
+)
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")  # may be larger than a config
+VOCABULARY_KINDS = (".jinja", ".model", ".txt", ".tiktoken")
 MAX_VOCABULARY = 256 * 2**20  # bytes
-READ = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".safetensors")
 
 
 def check_files(folder: Path) -> None:
@@ -44,12 +52,15 @@ def check_files(folder: Path) -> None:
             f"the folder {folder} holds {why}; save the model as safetensors and try again"
         )
     try:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in READ:
-                check_file(path)
         if not isinstance(read_json(folder / "config.json"), dict):
             raise ValueError("config.json is no object")
-        check_index(folder)
+        for path in sorted(folder.iterdir()):
+            if path.name in CONFIGS:
+                read_json(path)
+            elif path.name in VOCABULARIES or path.suffix in VOCABULARY_KINDS:
+                check_regular(path, path.stat(), MAX_VOCABULARY)
+        for path in weight_files(folder):
+            read_header(path)
     except FileNotFoundError as error:
         raise ModelUnavailable(
             f"the model in {folder} has no {Path(error.filename).name}; save it with save_pretrained"
@@ -60,32 +71,26 @@ def check_files(folder: Path) -> None:
         ) from None
 
 
-def check_file(path: Path) -> None:
-    """Raise `OSError` or `ValueError` unless it can be read, in bounded time and memory."""
-    if path.suffix == ".safetensors":
-        read_header(path)
-    elif path.suffix == ".json" and path.name not in VOCABULARIES:
-        read_json(path)
-    else:
-        check_regular(path, path.stat(), MAX_VOCABULARY)
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights: one, or those that the index names.
 
-
-def check_index(folder: Path) -> None:
-    """Raise `FileNotFoundError` or `ValueError` unless there is a file of weights, or all that the index names."""
-    if (folder / WEIGHTS).is_file():
-        return
-    if not (folder / INDEX).is_file():
+    Raises:
+        FileNotFoundError: one that the index names is missing.
+        ValueError: there is neither, or the index makes no sense.
+    """
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
         found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
         raise ValueError(f"neither {WEIGHTS} nor {INDEX} is there, only {found}")
     index = read_json(folder / INDEX)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise ValueError(f"{INDEX} does not say which file holds which weight")
-    for place in sorted(set(places.values())):
+    for place in places.values():
         if Path(place).name != place:
             raise ValueError(f"{INDEX} names {place!r}, which is outside of the folder")
-        if not (folder / place).is_file():
-            raise FileNotFoundError(2, "missing", str(folder / place))
+    return [folder / place for place in sorted(set(places.values()))]
 
 
 def check_loaded(model: nn.Module, info: Mapping[str, Any], place: str | Path) -> None:

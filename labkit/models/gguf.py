@@ -5,11 +5,11 @@ GGUF is llama.cpp's format: a table of metadata, then tensors in block-quantized
 rows of `q_proj` and `k_proj` are interleaved, because llama.cpp rotates neighbouring pairs where Hugging Face
 rotates the two halves of a head. And the tokenizer is a list of tokens and merges in the metadata.
 
-A file is read completely or refused: every key that describes the model or its tokenizer must be understood,
-and the tensors must be the parameters of the model that results, in name and shape.
+A file is read completely or refused: every key about the model or its tokenizer must be understood, and the
+tensors must be the parameters of the resulting model, in name and shape.
 
 Why not `AutoModel.from_pretrained(gguf_file=…)`: it takes half a minute every time, and passes over the scaling
-of positions. Agrees with: its weights, bit for bit; the logits of the model that a file was made from.
+of positions. Agrees with it in the weights, bit for bit, and with the model that a file was made from.
 """
 
 from dataclasses import dataclass

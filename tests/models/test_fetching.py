@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,44 +175,65 @@ def test_what_cannot_be_written_is_one_sentence_with_the_setting_and_no_temporar
     assert names(cached) == [NAME]
 
 
-def test_a_cache_that_may_only_be_read_is_used(cached, monkeypatch):
-    for path in (*(cached / NAME).iterdir(), cached / NAME, cached):
-        path.chmod(path.stat().st_mode & ~0o222)
-
-    def fail(path, *_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    with monkeypatch.context() as patch:  # root may write there all the same
-        for call in ("mkdir", "unlink", "rename"):
-            patch.setattr(fetching.Path, call, fail)
-        patch.setattr("os.open", opened_to_read(os.open))
-        assert models.fetch(NAME) == cached / NAME
-    for path in (cached, cached / NAME):
-        path.chmod(0o755)
-
-
-def opened_to_read(open):
-    """`os.open` of a disk that is read-only."""
-
-    def call(path, flags, *arguments, **options):
-        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return open(path, flags, *arguments, **options)
-
-    return call
+def as_another_user(work) -> str:
+    """What `work()` gives, or what it raises, in a process of a user who is neither root nor the owner."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.setgroups([])
+            os.setuid(65534)
+            result = str(work())
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        os.write(writer, result.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        result = pipe.read()
+    os.wait()
+    return result
 
 
-def test_files_that_only_their_owner_may_read_are_not_called_damaged(cached, monkeypatch):
-    def denied(path, *_):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+@pytest.fixture
+def shared(small, monkeypatch):
+    """A cache folder where everyone can go, which root has filled."""
+    if os.name != "posix" or os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        cache = Path(folder) / "cache"
+        shutil.copytree(small[2], cache)
+        cache.chmod(0o755)
+        offer(monkeypatch, small[0], small[1], cache)
+        fetching.known_digest.cache_clear()
+        yield cache
 
-    fetching.known_digest.cache_clear()
-    monkeypatch.setattr(fetching, "sha256", denied)
-    with pytest.raises(
-        models.ModelUnavailable, match="may be read by its owner only; ask them for `chmod"
-    ) as error:
-        models.fetch(NAME)
-    assert "delete" not in str(error.value)
+
+def test_a_cache_of_another_user_is_read_and_not_written(shared):
+    left = shared / f".{NAME}.1a2b3c4d.part"
+    left.mkdir()  # of a process that was killed; only its owner can clear it
+    (shared / f".{NAME}.lock").touch()
+    assert as_another_user(lambda: models.fetch(NAME)) == str(shared / NAME)
+    assert as_another_user(lambda: models.load(NAME)[0].num_parameters()) == str(
+        make_llama().num_parameters()
+    )
+    assert left.exists()
+
+
+def test_a_cache_of_another_user_that_lacks_the_model_is_named_with_the_setting(shared):
+    shutil.rmtree(shared / NAME)
+    said = as_another_user(lambda: models.fetch(NAME))
+    assert said.startswith(
+        f"ModelUnavailable: cannot write to the cache folder {shared}: writing there is not permitted; what was there"
+    )
+    assert "set LABKIT_CACHE to a folder that you own" in said and ".lock" not in said and ".part" not in said
+
+
+def test_weights_of_another_user_that_nobody_else_may_read_are_not_called_damaged(shared):
+    (shared / NAME / "model.safetensors").chmod(0o600)  # as an earlier version left them
+    said = as_another_user(lambda: models.load(NAME))
+    assert said.startswith("ModelUnavailable: ") and "ask them for `chmod -R a+rX" in said
+    assert "delete" not in said and "damaged" not in said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the umask of POSIX")

@@ -231,6 +231,24 @@ def test_a_file_that_would_hang_or_fill_the_process_is_refused(saved, name, kind
         models.load(folder)
 
 
+def test_weights_with_a_header_that_is_a_bomb_are_refused(saved):
+    folder = saved()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write((2**33).to_bytes(8, "little"))
+        file.truncate(2**34)
+    with pytest.raises(models.ModelUnavailable, match=r"cannot be read \(.*a header of 8,589,934,592 bytes"):
+        models.load(folder)
+
+
+def test_files_that_are_no_part_of_a_model_are_left_alone(saved):
+    folder = saved()
+    os.mkfifo(folder / "progress.json")
+    (folder / "optimizer.safetensors").write_bytes(b"cut off")
+    with (folder / "trainer_state.json").open("wb") as file:
+        file.truncate(2**33)
+    assert torch.equal(models.load(folder)[0](IDS).logits, make_llama()(IDS).logits)
+
+
 def test_folder_with_only_pickle_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(models.ModelUnavailable, match="only pickle files"):
