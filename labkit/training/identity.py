@@ -82,18 +82,19 @@ def identity_of_model(model: nn.Module) -> dict:
 
 def hash_frozen(model: nn.Module) -> dict[str, str]:
     """The dtypes of what does not train, buffers included, and a short hash of names, dtypes, shapes and values."""
-    tensors = [
-        *((name, p) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    digest = hashlib.sha256()
-    for name, value in sorted(
-        ((own_name(model, name), value) for name, value in tensors), key=lambda t: t[0]
-    ):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        update(digest, value)
-    dtypes = sorted({str(value.dtype).removeprefix("torch.") for _, value in tensors})
-    return {"dtypes": " and ".join(dtypes), "values": digest.hexdigest()[:16]}
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    held = model.state_dict() | dict(model.named_buffers(remove_duplicate=False))
+    frozen = sorted((own_name(model, name), name) for name in held.keys() - trained)
+    digest, dtypes = hashlib.sha256(), set()
+    for name, path in frozen:
+        value = held[path]
+        if isinstance(value, torch.Tensor):
+            dtypes.add(str(value.dtype).removeprefix("torch."))
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            update(digest, value)
+        else:
+            digest.update(f"{name} {value!r}".encode())
+    return {"dtypes": " and ".join(sorted(dtypes)), "values": digest.hexdigest()[:16]}
 
 
 def adapter_settings(model: nn.Module) -> dict[str, Any]:
@@ -123,15 +124,22 @@ def module_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
     """
     alike: dict[str, list[dict]] = defaultdict(list)
     for path, module in unwrap(model).named_modules():
-        held = {
-            k: plain(v) for k, v in vars(module).items() if k[0] != "_" and k not in PASSING and is_plain(v)
-        }
-        alike[re.sub(r"(?<![^.])\d+(?![^.])", "*", path)].append({"class": type(module).__name__} | held)
+        alike[re.sub(r"(?<![^.])\d+(?![^.])", "*", path)].append(settings_of(module))
     found: dict[str, dict[str, Any]] = {}
     for name, modules in alike.items():
         values = {key: [held.get(key) for held in modules] for held in modules for key in held}
         found[name] = {k: v[0] if all(one == v[0] for one in v) else v for k, v in values.items()}
     return found
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The class of a module, and its plain attributes; of a module of labkit, its plain properties too."""
+    held = dict(vars(module))
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("labkit."):
+            held |= {k: getattr(module, k) for k, v in vars(kind).items() if isinstance(v, property)}
+    shown = {k: plain(v) for k, v in held.items() if k[0] != "_" and k not in PASSING and is_plain(v)}
+    return {"class": type(module).__name__, **shown}
 
 
 def is_plain(value: object) -> bool:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from labkit.data.encoding import Encoded, encode_all
+from labkit.data.records import records_of
 from labkit.training.config import TrainConfig
 from labkit.training.history import History, say
 from labkit.training.limits import check_fits, padding_id
-from labkit.training.readiness import check_arguments, records_of, shown
+from labkit.training.readiness import check_arguments, shown
 from labkit.training.run import TrainingRun
 
 

@@ -6,7 +6,7 @@ Source of LoRA+: Hayou et al. 2024, section 4.
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from labkit.checks import check_positive
 from labkit.optim.adamw import AdamW8bit
@@ -62,14 +62,3 @@ def make_optimizer(
     if state_budget_bytes is not None:
         attach_paging(optimizer, state_budget_bytes)
     return optimizer
-
-
-def empty_state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
-    """What an optimizer of `make_optimizer` keeps for `p`, by name: tensors of the right dtype and shape, without
-    values."""
-    like = torch.empty_like(p, device="meta")
-    if isinstance(optimizer, AdamW8bit):
-        state: dict[str, Tensor] = {}
-        optimizer.init_state(like, state)
-        return state
-    return {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}

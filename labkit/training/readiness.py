@@ -9,10 +9,8 @@ A model that is not causal sees the token that it is to predict, and learns to c
 read off its class, so it is asked: does an earlier logit have a derivative by a later embedding?
 """
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,36 +37,6 @@ def check_arguments(model: object, tokenizer: object, config: object) -> None:
     if not isinstance(config, TrainConfig):
         also = ": TrainConfig(**config)" if isinstance(config, dict) else ""
         raise ValueError(f"config is a {type(config).__name__}, and must be a TrainConfig{also}")
-
-
-def records_of(data: Any, name: str = "data") -> list[dict]:
-    """The records in `data` as a list, if they are records.
-
-    Raises:
-        ValueError: a path, a single record, a table, or something in it is no record; says what to do.
-    """
-    if isinstance(data, (str, bytes, os.PathLike)):
-        raise ValueError(
-            f"{name}={data!r} is a text, and must be a list of records; read a file of them first: "
-            "[json.loads(line) for line in open(path)]"
-        )
-    if isinstance(data, Mapping):
-        raise ValueError(
-            f"{name} is a {type(data).__name__} with the keys {list(data)[:SHOWN]}, and must be a list of records; a "
-            "single record goes into a list, and of several splits choose one"
-        )
-    try:
-        records = list(data)
-    except TypeError:
-        raise ValueError(f"{name}={data!r} must be a list of records") from None
-    for i, record in enumerate(records):
-        if not isinstance(record, Mapping):
-            also = f". {name}.to_dict('records') makes records of a table" if hasattr(data, "to_dict") else ""
-            raise ValueError(
-                f"record {i} of {name} is a {type(record).__name__}, and must be a dict: "
-                f"{{'prompt': …, 'completion': …}} or {{'messages': [...]}}{also}"
-            )
-    return records
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from labkit.checks import is_number, is_whole
+from labkit.optim.saved_state import check_state
 from labkit.training.history import BestWeights, EvaluationRecord, History, StepRecord
-from labkit.training.optimizer import empty_state
 
 
 def different_tensors(saved: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> list[str]:
@@ -90,17 +90,12 @@ def check_moments(
         kind, *rest = key.split("/", 2)
         if kind == "optimizer":
             found.setdefault(rest[1], {})[rest[0]] = value
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, p in parameters.items():
         if name not in found and name in history.without_gradient:
             continue
         state = found.get(name, {})
-        have = {key: kind_of(value) for key, value in state.items()}
-        want = {key: kind_of(value) for key, value in empty_state(optimizer, p).items()}
-        if have != want:
-            wrong = next(key for key in (want | have) if have.get(key) != want.get(key))
-            raise ValueError(
-                f"the optimizer's {wrong} of {name} is {have.get(wrong, 'missing')}, and must be {want.get(wrong, 'none')}"
-            )
+        check_state(optimizer, p, state, groups[p], name)
         if not 1 <= state["step"].item() <= done or state["step"].item() % 1:
             raise ValueError(f"{name} took {state['step'].item()} steps, and the run {done}")
     return found

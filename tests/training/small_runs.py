@@ -22,8 +22,8 @@ SHORT = [
 
 def tiny_llama(seed=0, **changes):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes | changes)).eval()
+    sizes = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes | changes)).eval()
 
 
 def tiny_adapted(model_changes=None, **config):

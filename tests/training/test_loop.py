@@ -1,5 +1,6 @@
 """The training loop: the right gradients, the right steps, and what ends a run."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from labkit.training.config import TrainConfig
 from labkit.training.history import TrainingDiverged, TrainingWarning
 from labkit.training.loop import train
 from labkit.training.loss import supervised_loss
-from tests.training.small_runs import QUIET, SHORT, adapted, batch_of, tiny_adapted, weights
+from tests.training.small_runs import QUIET, SHORT, adapted, batch_of, tiny_adapted, tiny_llama, weights
 
 
 def gradients(model, batch):
@@ -164,6 +165,30 @@ def test_the_records_of_a_diverged_step_are_counted_as_they_were_given(tiny):
         train(model, tiny[1], [long, SHORT[0]], TrainConfig(**QUIET))
 
 
+def test_a_record_without_a_target_is_refused_by_its_number_before_a_weight_moves(tiny):
+    """Its only token has nothing before it; the loss of its batch would be 0 / 0."""
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.eos_token = None
+    model, data = tiny_adapted(), [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "a"}]
+    before = weights(model)
+    for arguments in ((data,), (data[:1], TrainConfig(**QUIET, eval_every=1), data)):
+        with pytest.raises(
+            ValueError, match="record 1: nothing of .* would be learned: its only token has nothing"
+        ):
+            train(model, tokenizer, *arguments)
+    assert torch.equal(weights(model), before)
+
+
+def test_what_the_model_has_no_row_or_position_for_is_refused_before_a_weight_moves(tiny):
+    long = [SHORT[0], {"prompt": "word " * 60, "completion": "x"}]
+    for model in (tiny_llama(max_position_embeddings=32), tiny_llama(vocab_size=100)):
+        before = weights(model)
+        for arguments in ((long,), (SHORT[:1], TrainConfig(**QUIET, eval_every=1), long)):
+            with pytest.raises(ValueError, match=r"record \d has (\d\d tokens|the token id \d+), and Llama"):
+                train(model, tiny[1], *arguments)
+        assert torch.equal(weights(model), before)
+
+
 def test_held_out_records_that_nothing_measures_are_told(tiny):
     with pytest.warns(TrainingWarning, match="held_out was given, and eval_every was not"):
         train(tiny_adapted(), tiny[1], SHORT, TrainConfig(**QUIET | {"steps": 1}), held_out=SHORT)
@@ -217,17 +242,21 @@ def test_experts_that_no_token_chose_are_named_and_do_not_stop_the_run(tiny):
         ([], "data set is empty"),
         ([{"prompt": "x"}], r"record 0: a record needs .*'completion'"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "must end with the assistant"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "x"}], "record 1: a record needs"),
         (
             "file.jsonl",
-            r"data='file.jsonl' is a text, and must be a list of records; read a file .*json.loads",
+            r"data='file.jsonl' is a text, and must be a list of records; .* labkit.data.read_jsonl\(path\)",
         ),
         (Path("file.jsonl"), "is a text, and must be a list of records"),
         (None, "data=None must be a list of records"),
-        ({"prompt": "a", "completion": "b"}, r"data is a dict .*a single record goes into a list"),
+        ({"prompt": "a", "completion": "b"}, r"data is a dict .*put a single record into a list"),
         ((record for record in ()), "data set is empty"),
-        (np.zeros((2, 3)), "record 0 of data is a ndarray, and must be a dict"),
-        (["a", "b"], "record 0 of data is a str, and must be a dict"),
-        ([{"prompt": "a", "completion": "b"}, None], "record 1 of data is a NoneType, and must be a dict"),
+        (np.zeros((2, 3)), "record 0 of data: .* is a ndarray, and must be a dict"),
+        (["a", "b"], "record 0 of data: 'a' is a str, and must be a dict"),
+        (
+            [{"prompt": "a", "completion": "b"}, None],
+            "record 1 of data: None is a NoneType, and must be a dict",
+        ),
         (
             pd.DataFrame({"prompt": ["a"]}),
             r"is a str, and must be a dict.*data.to_dict\('records'\) makes records",

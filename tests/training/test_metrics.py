@@ -1,11 +1,16 @@
 """What a model gets right: exact match of JSON, bits of facts, accuracy of labels."""
 
 import math
+import string
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from labkit.data.docstrings import load_docstrings
 from labkit.data.encoding import encode
@@ -121,25 +126,18 @@ def test_bits_learned_agrees_with_torch_on_tiny_llama(tiny):
     assert bits_learned(model, tokenizer, facts) == pytest.approx(expected, abs=1e-3)
 
 
-class Pairs:
+def tokenizer_of_pairs():
     """A tokenizer that, like GPT-2's, has tokens of two digits."""
-
-    pad_token_id = 0
-
-    def __call__(self, text, add_special_tokens=False):
-        return {
-            "input_ids": [
-                ord(text[i]) * 256 + ord(text[i + 1 : i + 2] or " ") for i in range(0, len(text), 2)
-            ]
-        }
-
-    def decode(self, ids):
-        return "".join(chr(i // 256) + chr(i % 256) for i in ids)
+    pairs = [(a, b) for a in string.digits for b in string.digits]
+    vocab = {token: i for i, token in enumerate([*string.printable, *map("".join, pairs)])}
+    plain = Tokenizer(BPE(vocab, pairs))
+    plain.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token=" ")
 
 
 def test_bits_learned_refuses_tokenizers_that_merge_digits_and_answers_that_are_no_numbers(tiny):
     with pytest.raises(ValueError, match="token of every digit"):
-        bits_learned(tiny[0], Pairs(), make_facts(2))
+        bits_learned(tiny[0], tokenizer_of_pairs(), make_facts(2))
     with pytest.raises(ValueError, match="must be digits, not 'blue'"):
         bits_learned(*tiny, [{"prompt": "The sky is ", "completion": "blue"}])
     with pytest.raises(ValueError, match="no facts"):
@@ -187,11 +185,15 @@ def test_accuracy_of_tiny_llama_is_the_same_without_batches(labelled, tiny):
     assert classification_accuracy(model, tokenizer, records) == right / 20
 
 
+PLAIN = {"prompt": "x is", "completion": "A"}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda t: classification_accuracy(*t, load_docstrings("test"), ("A", "B")), "'A', 'B'.*got"),
-        (lambda t: classification_accuracy(*t, [], ("A", "asyncio")), "single tokens.*'asyncio'"),
+        (lambda t: classification_accuracy(*t, [], ("A", "B")), "there must be records"),
+        (lambda t: classification_accuracy(*t, [PLAIN], ("A", "asyncio")), "single tokens.*'asyncio'"),
     ],
 )
 def test_errors_name_what_is_allowed(tiny, call, message):
