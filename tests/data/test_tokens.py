@@ -1,6 +1,7 @@
 """Text to ids: what a tokenizer of transformers makes of the joined text, cut where the prompt ends when served."""
 
 import pytest
+from tokenizers import normalizers
 
 from labkit.data.encoding import encode
 from labkit.data.tokens import ChatPrompt, completion_ids, prompt_ids, text_of, tokens_around
@@ -78,13 +79,7 @@ def test_a_token_across_the_border_is_cut_and_not_learned_behind_a_prompt_that_i
 def test_a_word_that_goes_on_over_the_border_is_marked_as_going_on():
     tokenizer = word_piece()
     one = encode({"prompt": "play", "completion": "ing"}, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(one.prompt + one.completion) == [
-        "[CLS]",
-        "play",
-        "##in",
-        "##g",
-        "[SEP]",
-    ]
+    assert tokenizer.convert_ids_to_tokens(one.prompt + one.completion) == ["[CLS]", "play", "##ing", "[SEP]"]
 
 
 def test_bos_and_eos_in_the_text_are_not_doubled(family):
@@ -105,20 +100,25 @@ def test_a_prompt_that_a_template_wrote_gets_no_bos_token():
 
 
 def test_what_the_tokenizer_has_no_token_for_is_not_learned_as_unknown():
-    tokenizer = llama2_without_bytes()
+    tokenizer, as_context = llama2_without_bytes(), {"prompt": "Answer: ☃", "completion": "yes"}
     with pytest.raises(
         ValueError, match=r"no token for '☃' in the completion 'yes ☃', so '<unk>' would be learned"
     ):
         completion_ids("Answer:", "yes ☃", tokenizer)
-    assert encode(
-        {"prompt": "Answer: ☃", "completion": "yes"}, tokenizer
-    ).completion  # as context it may be unknown
+    assert tokenizer.decode(encode(as_context, tokenizer).completion) == "yes</s>"
     with pytest.raises(ValueError, match=r"makes nothing of the completion '\\u200b'; leave the record out"):
         completion_ids("a", "\u200b", word_piece())
+
+
+def test_a_border_that_the_tokenizer_cannot_write_is_refused():
+    """An accent of its own becomes one letter with what it stands on, under NFC as Qwen's tokenizer has it."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     with pytest.raises(
         ValueError, match="joins the end of the prompt .* let the completion begin where a word does"
     ):
-        completion_ids("sf", "12t=:;", word_piece())
+        completion_ids("cafe", "\u0301 yes", tokenizer)
+    assert completion_ids("caf", "e\u0301 yes", tokenizer) == tokenizer("é yes")["input_ids"]
 
 
 def test_a_template_or_tokenizer_that_cuts_off_does_not_cut_off_here():

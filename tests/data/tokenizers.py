@@ -86,16 +86,36 @@ def byte_level_with_space() -> PreTrainedTokenizerFast:
     return byte_level(add_prefix_space=True)
 
 
+LETTERS = sorted({letter for text in TEXTS for letter in text if letter != " "})
+
+
 def word_piece() -> PreTrainedTokenizerFast:
-    """As BERT's: lower case, `##` before what continues a word, tokens of its own around every text."""
-    made = Tokenizer(kinds.WordPiece(unk_token="[UNK]"))
+    """As BERT's: lower case, `##` before what continues a word, tokens of its own around every text.
+
+    The vocabulary is written out, because training one ends differently every time.
+    """
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    letters = sorted({letter.lower() for letter in LETTERS if letter != "\n"})
+    words = [
+        "answer",
+        "yes",
+        "no",
+        "name",
+        "users",
+        "the",
+        "play",
+        "##ing",
+        "##er",
+        "number",
+        "rows",
+        "select",
+        "from",
+    ]
+    vocabulary = [*special, *letters, *(f"##{letter}" for letter in letters), *words]
+    made = Tokenizer(kinds.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
-    special = ["[UNK]", "[CLS]", "[SEP]"]
-    made.train_from_iterator(
-        TEXTS, trainers.WordPieceTrainer(special_tokens=special, vocab_size=120, show_progress=False)
-    )
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
@@ -104,16 +124,35 @@ def word_piece() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As T5's and Gemma's: the likeliest cut into pieces, which may change far to the left of what is added."""
-    made = Tokenizer(kinds.Unigram())
+    """As T5's and Gemma's: the likeliest cut into pieces, which may change far to the left of what is added.
+
+    The pieces are written out, because training them ends differently every time.
+    """
+    words = [
+        "Answer:",
+        "yes",
+        "no",
+        "name",
+        "users",
+        "the",
+        "play",
+        "number",
+        "rows",
+        "is",
+        "SELECT",
+        "FROM",
+        "a",
+        "ab",
+    ]
+    pieces = (
+        [f"▁{word}" for word in words]
+        + ["▁", "ing", "es", "er", "ers", "ow", "um", "bc", "ay", "ser"]
+        + LETTERS
+    )
+    scores = [0.0] * len(SPECIAL) + [-2.0 - 0.05 * i for i in range(len(pieces))]
+    made = Tokenizer(kinds.Unigram(list(zip([*SPECIAL, *pieces], scores)), unk_id=0))
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
-    made.train_from_iterator(
-        TEXTS,
-        trainers.UnigramTrainer(
-            special_tokens=SPECIAL, vocab_size=100, unk_token="<unk>", show_progress=False
-        ),
-    )
     return PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
