@@ -120,9 +120,9 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> n
     """
     path = Path(path)
     raw, tensors = read_folder(path)
-    check_settings(raw, path)
-    check_free(model, name)
     provenance = read_provenance(path)
+    check_settings(raw, path, recorded_start=provenance is not None and "start" in provenance)
+    check_free(model, name)
     if provenance and "start" in provenance:
         load_on_changed_base(model, path, raw, tensors, provenance, name)
         return model

@@ -34,7 +34,7 @@ def new_in(model: nn.Module, base: str) -> list[str]:
         for name, child in inner.named_children()
         if backbone in inner._modules
         and name != backbone
-        and next(child.parameters(), None) is not None
+        and has_weights(child)
         and not any(is_a(child, added) for added in ADDED)
         and not any(id(unwrap(module)) in outputs for module in child.modules())
     ]
@@ -44,6 +44,13 @@ def new_in(model: nn.Module, base: str) -> list[str]:
     if rows is not None and rows != now:
         found += [name for name, table in tables if now in table.weight.shape]
     return found
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Is there a parameter in it, or a weight in 4 bits?"""
+    return next(module.parameters(), None) is not None or any(
+        isinstance(m, QuantLinear) for m in module.modules()
+    )
 
 
 def vocabulary_of(folder: str) -> int | None:
@@ -63,10 +70,11 @@ def brought_along(model: nn.Module, adapter: Adapter, base: str) -> tuple[dict[s
         (modules by own name, to be saved in full; own names of the others).
     """
     modules = {name: module for name, _, module in places(model)}
-    new = [name for name in new_in(model, base) if not is_within(name, adapter.modules)]
+    found = new_in(model, base)
+    new = [name for name in found if not is_within(name, adapter.modules)]
     whole = {name: modules[name] for name in new if can_be_saved(model, name, modules[name], adapter)}
-    new += [name for name in adapter.layers if is_within(name, new_in(model, base))]
-    alone = [name for name in new if name not in whole]
+    adapted = [name for name in adapter.layers if is_within(name, found)]
+    alone = [name for name in (*new, *adapted) if name not in whole]
     tell_alone(alone)
     return whole, alone
 

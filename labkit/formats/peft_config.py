@@ -57,7 +57,7 @@ FOLLOWS = {
 }
 # the other starts change the base in ways of their own
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
-USUAL = {"bias": ("none",), "lora_bias": (False, None), "init_lora_weights": STARTS}
+USUAL = {"bias": ("none",), "lora_bias": (False, None)}
 # they say how to train, or more about a start or a variant, which is refused if it is not known
 PASSED_OVER = (
     "corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core",
@@ -96,8 +96,8 @@ def to_peft(model: nn.Module, adapter: Adapter, plain: bool) -> dict:
         "bias": "none",
         "inference_mode": True,
     }
-    if config.init in ("pissa", "olora"):
-        values["init_lora_weights"] = config.init
+    if config.starts_from_weight:  # PEFT makes PiSSA and OLoRA again, and refuses LoftQ, whose base it cannot
+        values["init_lora_weights"] = "loftq" if config.is_loftq else config.init
     extra = {
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
@@ -139,8 +139,14 @@ def target_modules(model: nn.Module, names: list[str], saved: list[str]) -> list
     return "|".join(re.escape(name) for name in sorted(names))
 
 
-def check_settings(raw: dict, path: Path) -> None:
-    """Raise a `ValueError` that names the settings which `load_adapter` cannot follow, if there are any."""
+def check_settings(raw: dict, path: Path, recorded_start: bool = False) -> None:
+    """Raise a `ValueError` that names the settings which `load_adapter` cannot follow, if there are any.
+
+    Args:
+        raw: the configuration.
+        path: of the folder.
+        recorded_start: does `labkit.json` say how the base of a LoftQ adapter is made?
+    """
     if raw["peft_type"] != "LORA":
         raise ValueError(
             f"the adapter in {path} has peft_type={shown(raw['peft_type'])}; this loader reads LoRA, rsLoRA, DoRA, PiSSA "
@@ -150,7 +156,7 @@ def check_settings(raw: dict, path: Path) -> None:
         raw,
         path / CONFIG,
         FOLLOWS,
-        USUAL,
+        USUAL | {"init_lora_weights": (*STARTS, "loftq") if recorded_start else STARTS},
         PASSED_OVER,
         required=("r", "lora_alpha"),
         advice={

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from labkit import files
+from labkit.formats.peft_settings import MAX_CONFIG
 from labkit.formats.provenance import PROVENANCE
 from labkit.lora.fingerprint import AdapterMismatch
 
@@ -28,7 +29,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OURS = (WEIGHTS, CONFIG, PROVENANCE)
 PREFIX = "base_model.model."  # of the names of modules in a folder
 NAMED_PROBLEMS = 3  # of a folder that does not fit; the others are counted
-MAX_CONFIG = 2**22  # bytes; the full names of all layers of the largest models take 1 MiB
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -89,10 +89,16 @@ def read_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
         FileNotFoundError: there is no adapter.
         ValueError: it is a pickle file, or damaged.
     """
-    if not path.exists():  # a writer that was killed may have moved it out of the way
-        files.clear_leftovers(Path(os.path.realpath(path)))
-    if not (path / WEIGHTS).exists():
-        if (path / "adapter_model.bin").exists():
+    try:
+        if not path.exists():  # a writer that was killed may have moved it out of the way
+            files.clear_leftovers(Path(os.path.realpath(path)))
+        names = set(os.listdir(path))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no adapter in {path} ({error}); give the folder that labkit or PEFT wrote"
+        ) from None
+    if WEIGHTS not in names:
+        if "adapter_model.bin" in names:
             raise ValueError(
                 f"{path} holds adapter_model.bin, a pickle file, which can run any code when it is loaded. "
                 "Save the adapter again with safe_serialization=True, PEFT's default for years, and load "

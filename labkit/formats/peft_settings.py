@@ -20,6 +20,7 @@ PASSED_OVER = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
     "task_type",
 })  # fmt: skip
+MAX_CONFIG = 2**22  # bytes; the full names of all layers of the largest models take 1 MiB
 LARGEST = 2**20  # the largest rank, number of tokens or of a layer that is read
 
 Check = Callable[[Any], bool]

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from labkit import files
-from labkit.formats.peft_settings import are_names, canonical, hash_settings
+from labkit.formats.peft_settings import MAX_CONFIG, are_names, canonical, hash_settings
 from labkit.lora.fingerprint import (
     AdapterMismatch,
     check_recorded,
@@ -104,7 +104,7 @@ def read_provenance(path: Path) -> dict | None:
         ValueError: it is damaged, or was edited.
     """
     try:
-        return checked_record(files.read_json(path / PROVENANCE))
+        return checked_record(files.read_json(path / PROVENANCE, MAX_CONFIG))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

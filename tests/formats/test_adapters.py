@@ -15,6 +15,7 @@ from labkit.lora.fingerprint import AdapterMismatch
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.mounting import mounted_adapter
 from labkit.lora.qlora import add_qlora
+from labkit.models.surgery import untie_embeddings
 from labkit.quant.model import dequantize_model, quantize_model
 from tests.conftest import make_small_llama
 from tests.formats.cases import adapted, logits, outputs, untied
@@ -191,3 +192,17 @@ def test_adapters_load_beside_each_other_and_a_name_only_once(tmp_path):
     assert torch.equal(outputs(use_adapter(model, "first")), outputs(first))
     with pytest.raises(ValueError, match="one of them named 'second'"):
         load_adapter(model, tmp_path / "second", "second")
+
+
+def test_an_adapter_of_tied_embeddings_loads_onto_untied_ones_and_back(tmp_path):
+    tied = randomize(add_lora(make_model(tie_word_embeddings=True), LoRAConfig(r=4)))
+    untied = randomize(add_lora(untie_embeddings(make_model(tie_word_embeddings=True)), LoRAConfig(r=4)))
+    for model, other in ((tied, untied), (untied, tied)):
+        folder = save_adapter(model, tmp_path / "a")
+        base = make_model(tie_word_embeddings=True)
+        base = untie_embeddings(base) if other is untied else base
+        assert torch.equal(outputs(load_adapter(base, folder)), outputs(model))
+    elsewhere = untie_embeddings(make_model(tie_word_embeddings=True))
+    elsewhere.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(AdapterMismatch, match="other weights"):
+        load_adapter(elsewhere, folder)

@@ -10,6 +10,7 @@ from labkit import files
 from labkit.formats import peft_folder
 from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.lora.inject import lora_layers
+from tests.campaign.harness import small_disk
 from tests.conftest import make_small_llama
 from tests.formats.cases import adapted
 
@@ -120,3 +121,43 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
         os.umask(before)
     assert folder.stat().st_mode & 0o777 == 0o755
     assert all(entry.stat().st_mode & 0o044 == 0o044 for entry in folder.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_the_files_of_others_keep_their_permissions_and_stay_the_same_files(tmp_path):
+    save_adapter(adapted(), tmp_path / "a")
+    script, secret = tmp_path / "a" / "run.sh", tmp_path / "a" / "key"
+    for path, mode in ((script, 0o755), (secret, 0o600)):
+        path.write_text("mine")
+        path.chmod(mode)
+    before = [(path.stat().st_ino, path.stat().st_mode) for path in (script, secret)]
+    save_adapter(adapted(seed=2), tmp_path / "a")
+    assert [(path.stat().st_ino, path.stat().st_mode) for path in (script, secret)] == before
+
+
+def test_a_folder_that_a_killed_writer_had_moved_out_of_the_way_is_put_back_and_read(tmp_path):
+    model = adapted(r=2)
+    save_adapter(model, tmp_path / "a")
+    scratch = (
+        tmp_path / ".a.0123abcd.part"
+    )  # as it is between two renames, where folders cannot change places
+    scratch.mkdir()
+    (tmp_path / "a").rename(scratch / files.OLD)
+    assert lora_layers(load_adapter(make_small_llama(), tmp_path / "a"))
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_root_of_a_disk_is_refused_in_one_sentence(tmp_path):
+    with small_disk(tmp_path / "disk", kilobytes=4000) as disk:
+        if disk is None:
+            pytest.skip("no permission to mount a small disk")
+        with pytest.raises(files.CannotWrite, match="it is the root of .*disk.*; name a folder inside it"):
+            save_adapter(adapted(r=2), disk)
+        assert os.listdir(disk) == [] and os.listdir(tmp_path) == ["disk"]
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    for what in ({"data": tmp_path}, {"metrics": {"loss": torch.ones(1)}}):
+        with pytest.raises(ValueError, match=rf"{next(iter(what))} cannot be recorded as JSON"):
+            save_adapter(adapted(r=2), tmp_path / "a", **what)
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,8 @@ from labkit.lora.config import LoRAConfig
     "wrong",
     [{"r": 0}, {"r": -4}, {"r": 2.5}, {"r": True}, {"alpha": 0}, {"alpha": -1}, {"alpha": float("nan")}, {"dropout": 1},
      {"dropout": -0.1}, {"targets": []}, {"variant": "adora"}, {"init": "zeros"},
-     {"init": "pissa_niter_0"}],
+     {"init": "pissa_niter_0"}, {"init": "pissa_niter_101"}, {"init": "pissa_niter_1000000000"},
+     {"init": "loftq_iter_1000000000"}, {"init": "default_100"}, {"alpha": 1e39}, {"alpha": 1e-46}],
 )  # fmt: skip
 def test_config_out_of_range_says_what_is_allowed(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -38,6 +39,7 @@ def test_a_config_knows_its_variant(variant, rslora, dora):
         ("olora", True, False, False, None),
         ("loftq", True, False, True, None),
         ("loftq_iter_3", True, False, True, 3),
+        ("loftq_iter_100", True, False, True, 100),
     ],
 )
 def test_a_config_knows_its_start(init, from_weight, pissa, loftq, iterations):
