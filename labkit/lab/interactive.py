@@ -3,14 +3,61 @@
 import os
 import sys
 
+from labkit.hardware import switch
+
+FRONT_ENDS = ("JPY_SESSION_NAME", "VSCODE_PID")  # set for the kernels of a Jupyter server, and of VS Code
+STATIC = (
+    "labkit draws static figures here: it sees no notebook that could show widgets. If you are in one, set "
+    "LABKIT_STATIC=0 before the kernel starts; LABKIT_STATIC=1 keeps the figures and leaves out this line."
+)
+_told = False
+
 
 def is_interactive() -> bool:
-    """True in JupyterLab, VS Code and Colab; False under nbval, nbconvert or plain Python.
+    """True in JupyterLab, VS Code, Colab, Kaggle and PyCharm; False under nbval, nbconvert or plain Python.
 
-    A Jupyter server sets the name of the session in the environment of the kernels that it starts; a headless
-    run starts its kernel itself. LABKIT_STATIC=1 or =0 overrides this.
+    A headless run starts its kernel itself. A front end leaves a trace: in the environment of the kernels that
+    it starts, or (VS Code in WSL or a container, a kernel on another machine) by saying with every cell which
+    cell it is. LABKIT_STATIC=1 or =0 overrides this. A notebook that is taken for headless is told so, once.
+
+    Raises:
+        ValueError: LABKIT_STATIC is neither yes nor no.
     """
-    forced = os.environ.get("LABKIT_STATIC")
-    if forced in ("0", "1"):
-        return forced == "0"
-    return "JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ or "google.colab" in sys.modules
+    static = switch("LABKIT_STATIC", None)
+    if static is not None:
+        return not static
+    on_kaggle = os.environ.get("KAGGLE_KERNEL_RUN_TYPE")
+    if on_kaggle:
+        return on_kaggle == "Interactive"  # the other is "Batch"
+    if any(name in os.environ for name in FRONT_ENDS) or "google.colab" in sys.modules:
+        return True
+    kernel = running_kernel()
+    if kernel is None:
+        return False
+    if "PYCHARM_HOSTED" in os.environ or names_its_cells(kernel):
+        return True
+    tell()
+    return False
+
+
+def running_kernel() -> object | None:
+    """The IPython kernel that this process is; None for plain Python, or IPython in a terminal."""
+    if "IPython" not in sys.modules:
+        return None
+    return getattr(sys.modules["IPython"].get_ipython(), "kernel", None)
+
+
+def names_its_cells(kernel: object) -> bool:
+    """Did the request that runs now say which cell it is? JupyterLab and VS Code do; nbclient does not."""
+    try:
+        return "cellId" in kernel.get_parent("shell")["metadata"]  # type: ignore[attr-defined]
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
+def tell() -> None:
+    """Say once that figures are static, and what to do about it."""
+    global _told
+    if not _told:
+        _told = True
+        print(STATIC)

@@ -1,6 +1,7 @@
 """Will the course run here, and how fast? Each line is fine, or says what to do about it."""
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -10,12 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from labkit.hardware import best_device, memory_bytes, product_dtype
+from labkit.checks import nearest
+from labkit.hardware import best_device, limits, memory_bytes, physical_memory, product_dtype, switch
 from labkit.models.fetching import SOURCES, ModelUnavailable, is_complete
 from labkit.paths import cache_folder
 
 OK, WARNING, PROBLEM = "OK", "warning", "problem"
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numba", "ipywidgets", "matplotlib", "jupyterlab")
+VARIABLES = tuple(
+    f"LABKIT_{name}" for name in ("CACHE", "DATA", "MODEL", "PROFILE", "STATIC", "FAST", "CAMPAIGN")
+)
 # minutes on two cores of a server CPU with matrix units; `speed_line` scales them by the speed here
 REFERENCE_GFLOPS = 140.0
 COURSE_MINUTES = {
@@ -53,7 +58,8 @@ class PreflightLine:
 def gflops(seconds: float = 0.5) -> float:
     """fp32 matrix-multiply speed of the best device in GFLOP/s, at a shape from the course's training."""
     device = best_device()
-    x, w = torch.randn(640, 576, device=device), torch.randn(1536, 576, device=device)
+    generator = torch.Generator(device)  # of its own: the random numbers of a notebook stay what they were
+    x, w = (torch.randn(n, 576, device=device, generator=generator) for n in (640, 1536))
     done = timed(lambda: x @ w.T, seconds)
     return 2 * 640 * 576 * 1536 / done / 1e9
 
@@ -61,7 +67,7 @@ def gflops(seconds: float = 0.5) -> float:
 def gigabytes_per_second(seconds: float = 0.5) -> float:
     """Memory bandwidth of the best device in GB/s: bytes read and written by a copy of 64 MiB."""
     device = best_device()
-    source = torch.randn(1 << 24, device=device)
+    source = torch.ones(1 << 24, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / timed(lambda: target.copy_(source), seconds) / 1e9
 
@@ -117,11 +123,32 @@ def memory_line() -> PreflightLine:
     device = best_device()
     total = memory_bytes(device)
     found = f"{total / 2**30:.1f} GiB on {device}"
-    if device.type == "cpu" and total < 4 * 2**30:
-        return PreflightLine(
-            "memory", WARNING, found, "the training notebooks need about 3 GiB; close other programs"
-        )
+    if device.type != "cpu":
+        return PreflightLine("memory", OK, found)
+    allowed = limits()
+    free = min(allowed.free, total)
+    found += f", {free / 2**30:.1f} free" + (
+        " (of the container)" if allowed.memory < physical_memory() else ""
+    )
+    if total < 4 * 2**30 or free < 2**30:
+        advice = "the training notebooks need about 3 GiB; close other programs"
+        return PreflightLine("memory", WARNING, found, advice)
     return PreflightLine("memory", OK, found)
+
+
+def settings_line() -> PreflightLine:
+    given = {name: value for name, value in os.environ.items() if name.startswith("LABKIT_")}
+    found = ", ".join(f"{name}={value}" for name, value in sorted(given.items())) or "none"
+    unknown = [name for name in given if name not in VARIABLES]
+    if unknown:
+        advice = f"{unknown[0]} is not known, and does nothing{nearest(unknown[0], VARIABLES)}"
+        return PreflightLine("settings", WARNING, found, advice.removesuffix("."))
+    try:
+        for name in ("LABKIT_STATIC", "LABKIT_FAST"):
+            switch(name, None)
+    except ValueError as error:
+        return PreflightLine("settings", PROBLEM, found, str(error))
+    return PreflightLine("settings", OK, found)
 
 
 def disk_line() -> PreflightLine:
@@ -153,8 +180,8 @@ def speed_line() -> PreflightLine:
 
 
 def preflight() -> list[PreflightLine]:
-    """Look at Python, packages, model, memory, disk and speed; print a line for each, and return them."""
-    makers = (python_line, packages_line, model_line, memory_line, disk_line, speed_line)
+    """Look at Python, packages, settings, model, memory, disk and speed; print a line for each, return them."""
+    makers = (python_line, packages_line, settings_line, model_line, memory_line, disk_line, speed_line)
     lines = []
     for make in makers:
         lines.append(make())

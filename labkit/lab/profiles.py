@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from labkit.checks import check_choice
-from labkit.hardware import best_device, compute_dtype, memory_bytes, product_dtype
+from labkit.hardware import best_device, compute_dtype, limits, memory_bytes, product_dtype
 
 LARGER_MODEL = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 
@@ -43,6 +43,17 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def use_threads() -> None:
+    """Use no more threads than this process has processors, unless OMP_NUM_THREADS says how many.
+
+    PyTorch does not see how much *time* a container has on the machine's processors; with more threads than
+    that, each of them waits for the others.
+    """
+    allowed = limits().cpus
+    if torch.get_num_threads() > allowed and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(allowed)
+
+
 def profile(model: str | None = None, name: str | None = None) -> Profile:
     """Pick the sizes for this machine and print them.
 
@@ -55,14 +66,16 @@ def profile(model: str | None = None, name: str | None = None) -> Profile:
         ValueError: an unknown name, or "gpu" on a machine without one.
     """
     device = best_device()
-    name = name or os.environ.get("LABKIT_PROFILE") or ("cpu" if device.type == "cpu" else "gpu")
-    check_choice("profile", name, ("cpu", "gpu"))
+    by_variable = os.environ.get("LABKIT_PROFILE", "").strip().lower()
+    check_choice("name" if name else "LABKIT_PROFILE", name or by_variable or "cpu", ("cpu", "gpu"))
+    name = name or by_variable or ("cpu" if device.type == "cpu" else "gpu")
     if name == "gpu" and device.type == "cpu":
         raise ValueError(
             "you asked for the profile 'gpu', but PyTorch sees no GPU; leave it out, or use 'cpu'"
         )
     model = model or os.environ.get("LABKIT_MODEL") or "smollm2-135m"
     if name == "cpu":
+        use_threads()
         threads = torch.get_num_threads()
         products = product_dtype("cpu")
         units = (

@@ -109,29 +109,28 @@ def same_attributes(objects: Iterable[object]) -> Iterator[None]:
 def same_numbers(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Tensors hold the bits that they held, and autograd does not know that they ever held others."""
     tensors = tuple(t for t in dict.fromkeys(tensors) if not t.is_inference())
-    needs_grad = [t.requires_grad for t in tensors]
     before = [t.detach().clone() for t in tensors]
     with torch.autograd._unsafe_preserve_version_counter(tensors):
         try:
             yield
         finally:
             with torch.no_grad():
-                for tensor, value, needed in zip(tensors, before, needs_grad, strict=True):
+                for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
-                    tensor.requires_grad_(needed)
 
 
 @contextmanager
 def same_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients are put aside, and are there again afterwards."""
-    before = [p.grad for p in parameters]
+    """Gradients are put aside, and are there again afterwards; the same parameters need one."""
+    before = [(p.grad, p.requires_grad) for p in parameters]
     for p in parameters:
         p.grad = None
     try:
         yield
     finally:
-        for p, grad in zip(parameters, before, strict=True):
+        for p, (grad, needed) in zip(parameters, before, strict=True):
             p.grad = grad
+            p.requires_grad_(needed)
 
 
 @contextmanager

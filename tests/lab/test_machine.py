@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from labkit.hardware import Limits
 from labkit.lab import machine
 from labkit.models.fetching import ModelUnavailable
 
@@ -45,3 +46,36 @@ def test_preflight_expects_more_minutes_without_matrix_units(monkeypatch, dtype,
     name = "08_qlora_finetune"
     minutes = (machine.WITHOUT_MATRIX_UNITS if longer else machine.COURSE_MINUTES)[name]
     assert f"{name} {minutes:.1f}" in machine.speed_line().found
+
+
+def test_memory_is_that_of_the_container_and_what_is_left_of_it(monkeypatch):
+    monkeypatch.setattr(machine, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(machine, "physical_memory", lambda: 64 * 2**30)
+    for memory, free, state in ((8, 6, "OK"), (8, 0.5, "warning"), (2, 2, "warning")):
+        allowed = Limits(2, int(memory * 2**30), int(free * 2**30), contained=True)
+        monkeypatch.setattr(machine, "limits", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(machine, "memory_bytes", lambda _, allowed=allowed: allowed.memory)
+        line = machine.memory_line()
+        assert (
+            line.state == state
+            and f"{memory:.1f} GiB on cpu" in line.found
+            and "of the container" in line.found
+        )
+
+
+def test_settings_that_do_nothing_or_say_nothing_are_pointed_out(monkeypatch):
+    for name in machine.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert machine.settings_line().found == "none"
+    monkeypatch.setenv("LABKIT_STATIC", "true")
+    assert machine.settings_line() == machine.PreflightLine("settings", "OK", "LABKIT_STATIC=true")
+    monkeypatch.setenv("LABKIT_STATIC", "maybe")
+    assert machine.settings_line().state == "problem" and "neither yes" in machine.settings_line().advice
+    monkeypatch.setenv("LABKIT_STATC", "1")
+    assert "did you mean 'LABKIT_STATIC'?" in machine.settings_line().advice
+
+
+def test_a_measured_speed_draws_no_random_number_of_the_notebook():
+    before = torch.get_rng_state()
+    machine.gflops(0.01), machine.gigabytes_per_second(0.01)
+    assert torch.equal(before, torch.get_rng_state())

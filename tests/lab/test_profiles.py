@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from labkit.hardware import Limits
 from labkit.lab import profiles
 
 
@@ -42,3 +43,26 @@ def test_profile_is_gpu_where_there_is_one(monkeypatch):
     chosen = profiles.profile()
     assert (chosen.name, chosen.device.type, chosen.dtype) == ("gpu", "cuda", torch.bfloat16)
     assert profiles.profile(name="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize(("allowed", "given", "used"), [(1, None, 1), (64, None, 2), (1, "2", 2)])
+def test_threads_follow_the_limits_of_the_container_unless_they_are_given(monkeypatch, allowed, given, used):
+    threads = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
+    monkeypatch.setattr(profiles, "limits", lambda: Limits(allowed, 2**33, 2**33, contained=True))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    profiles.profile(name="cpu")
+    assert threads == [used]
+
+
+def test_a_variable_with_an_unknown_profile_is_named(monkeypatch):
+    monkeypatch.setenv("LABKIT_PROFILE", "cuda")
+    with pytest.raises(
+        ValueError, match=r"LABKIT_PROFILE='cuda' is not known; choose one of \('cpu', 'gpu'\)"
+    ):
+        profiles.profile()
+    monkeypatch.setenv("LABKIT_PROFILE", " CPU ")
+    assert profiles.profile().name == "cpu"
