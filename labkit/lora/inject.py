@@ -16,7 +16,7 @@ from labkit.lora.mounting import Adapter, attach, refuse_adapted, standing
 from labkit.lora.starts import olora, pissa
 from labkit.lora.targets import matching_layers, saved_names, tell_fused
 from labkit.models.walk import own_name, unwrap
-from labkit.quant.layer_kinds import is_four_bit, widths
+from labkit.quant.layer_kinds import holds_weight, is_four_bit, widths
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
@@ -29,9 +29,24 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.
         ValueError: the model has adapters already, of any kind, ours or PEFT's, mounted or put aside; the targets
             match no layer; or the rank is too high for one. Nothing is changed then.
     """
+    check_arguments(model, config)
     refuse_adapted(model, "add_lora")
     attach(model, name, make_adapter(model, config))
     return model
+
+
+def check_arguments(model: object, config: object) -> None:
+    """Raise a `TypeError` unless these are a model and a `LoRAConfig`."""
+    if not isinstance(model, nn.Module):
+        hint = (
+            "; models.load returns a pair: model, tokenizer = models.load(…)"
+            if isinstance(model, tuple)
+            else ""
+        )
+        raise TypeError(f"model is a {type(model).__name__}, and must be a PyTorch module{hint}")
+    if not isinstance(config, LoRAConfig):
+        hint = "; write LoRAConfig(**config)" if isinstance(config, dict) else ""
+        raise TypeError(f"config is a {type(config).__name__}, and must be a LoRAConfig{hint}")
 
 
 @torch.inference_mode(False)  # what is made in it can never train
@@ -84,7 +99,7 @@ def places_for(
                 f"the pattern {key!r} matches none of the {len(names)} layers that targets chose"
             )
     for name in names:
-        check_layer(unwrap(standing(model, name)), config)
+        check_layer(name, unwrap(standing(model, name)), config)
     return names, saved_names(model, config.modules_to_save)
 
 
@@ -105,8 +120,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {own_name(model, path): module for path, module in found.items()}
 
 
-def check_layer(base: nn.Module, config: LoRAConfig) -> None:
-    """Raise a `ValueError` if the variant or the start of `config` does not work on a layer like `base`."""
+def check_layer(name: str, base: nn.Module, config: LoRAConfig) -> None:
+    """Raise a `ValueError` if the variant or the start of `config` does not work on `base`, called `name`."""
     kind = type(base).__name__
     if isinstance(base, nn.Embedding):
         if config.is_dora or config.init not in ("default", "gaussian"):
@@ -130,6 +145,16 @@ def check_layer(base: nn.Module, config: LoRAConfig) -> None:
         raise ValueError(
             f"init={config.init!r} changes the base, whose row norms DoRA starts from; use variant='lora' "
             "or 'rslora'"
+        )
+    if config.starts_from_weight and not holds_weight(base):
+        raise ValueError(
+            f"init={config.init!r} splits the weight of {name}, which is computed at each call (a {kind}); remove its "
+            "parametrization first, with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if config.starts_from_weight and not base.weight.is_meta and not base.weight.isfinite().all():
+        raise ValueError(
+            f"init={config.init!r} splits the weight of {name}, which holds NaN or infinity; load the model again, or "
+            "leave this layer out of targets"
         )
 
 

@@ -52,7 +52,7 @@ class LoRALinear(StandIn):
         self.in_features, self.out_features = widths(base)
         device = base.packed.device if isinstance(base, QuantLinear) else base.weight.device
         # adapters train in at least fp32: their updates are smaller than bf16 can add to them
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         self.lora_A = nn.Parameter(torch.zeros(config.r, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, device=device, dtype=dtype))
         if config.init == "gaussian":

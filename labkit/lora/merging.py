@@ -7,7 +7,7 @@ model without any of our layers, which saves, loads and is adapted as any other.
 Agrees with: PEFT `merge_and_unload` and `unload`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,7 @@ from labkit.lora.mounting import (
 )
 from labkit.models.surgery import swap_modules
 from labkit.models.walk import unwrap
-from labkit.quant.layer_kinds import dense_weight, is_four_bit, is_transposed
+from labkit.quant.layer_kinds import dense_weight, holds_weight, is_four_bit, is_transposed
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model
 from labkit.quant.tensor import quantize
@@ -63,10 +63,21 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
                 "changing the output. Call dequantize_model(model) first and merge into the 16- or 32-bit "
                 "weights; or, knowing that, merge(model, requantize=True)."
             )
+    check_weights_held(layers)
     with torch.no_grad():
         for layer in layers.values():
             merge_layer(layer)
     return model
+
+
+def check_weights_held(layers: Mapping[str, LoRALinear]) -> None:
+    """Raise a `ValueError` if a base has no weight that a merged one could be put in place of."""
+    for name, layer in layers.items():
+        if not holds_weight(layer.base):
+            raise ValueError(
+                f"the weight of {name} is computed at each call (a {type(layer.base).__name__}), so nothing can be merged "
+                "into it; remove its parametrization first, with torch.nn.utils.parametrize.remove_parametrizations"
+            )
 
 
 def merge_layer(layer: LoRALinear) -> None:
@@ -169,6 +180,7 @@ def unload(model: nn.Module, merged: bool = True, dequantize: bool = False) -> n
                 "give dequantize=True for a model in 16 or 32 bits, or merged=False for the 4-bit base alone. (Layers "
                 "of other libraries cannot be dequantized here.)"
             )
+        check_weights_held(adapter.layers)
         if dequantize:
             dequantize_model(model)
         if not adapter.is_merged:

@@ -129,8 +129,9 @@ def attach(model: nn.Module, name: str, adapter: Adapter) -> None:
     """Give `model` an adapter that was made for its base, and mount it; the first one freezes the model.
 
     Raises:
-        ValueError: see `unmount`. Nothing is changed then.
+        ValueError: the name cannot be one; see `unmount`. Nothing is changed then.
     """
+    check_name(name)
     if mounted_adapter(model) is not None:
         unmount(model)
     if not adapters_of(model).by_name:
@@ -138,6 +139,12 @@ def attach(model: nn.Module, name: str, adapter: Adapter) -> None:
         setattr(unwrap(model), RECORD, ModelAdapters())
     adapters_of(model).by_name[name] = adapter
     mount(model, name)
+
+
+def check_name(name: str) -> None:
+    """Raise a `ValueError` if `name` cannot be the name of an adapter."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name={name!r}: give the adapter a name without dots")
 
 
 def mount(model: nn.Module, name: str) -> None:

@@ -7,8 +7,8 @@ from torch import nn
 
 from labkit.lora.config import LoRAConfig
 from labkit.lora.fingerprint import fingerprint
-from labkit.lora.inject import add_lora, places_for
-from labkit.lora.mounting import mounted_adapter, refuse_adapted
+from labkit.lora.inject import add_lora, check_arguments, places_for
+from labkit.lora.mounting import check_name, mounted_adapter, refuse_adapted
 from labkit.lora.starts import LOFTQ_ITERATIONS, loftq
 from labkit.models.surgery import inside
 from labkit.quant.config import QuantConfig
@@ -42,6 +42,8 @@ def add_qlora(
     Raises:
         ValueError, TypeError: see `add_lora` and `quantize_model`. Nothing is changed then.
     """
+    check_arguments(model, config)
+    check_name(name)
     quantization = QuantConfig.of(quantization, **settings)
     refuse_adapted(model, "add_qlora")
     config_of_layers = replace(config, init="default") if config.is_loftq else config

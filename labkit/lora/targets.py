@@ -13,7 +13,9 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from labkit.models.surgery import ends_with, inside, no_match_message, tied_partner, weight_holders
 from labkit.models.walk import (
@@ -53,7 +55,12 @@ def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Seq
             expression) the output layer too.
     """
     layers = [layer for layer in walk(model) if not inside(layer.name, besides)]
-    linears = [layer for layer in layers if layer.kind in LINEARS and not layer.is_output]
+    linears = [layer for layer in layers if is_matrix(layer.module) and not layer.is_output]
+    if any(layer.name == "" for layer in linears):
+        raise ValueError(
+            f"the model itself is a {type(unwrap(model)).__name__}, and an adapter takes the place of a layer in a model; "
+            "put it into one: nn.Sequential(layer)"
+        )
     if isinstance(targets, str) and (targets in PRESETS or not targets.isidentifier()):
         matches = matching_pattern(model, targets, linears)
     else:
@@ -69,6 +76,25 @@ def matching_layers(model: nn.Module, targets: str | Sequence[str], besides: Seq
     for name in matches:
         check_adaptable(model, name, modules[name], holders)
     return matches
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Is `module` a linear layer of some kind, so that s B A can be added to what it computes?
+
+    A subclass of `nn.Linear` may have a forward pass that does more, as routers do. It is asked with one x.
+    """
+    if kind_of(module) != SUBCLASS or type(module).forward is nn.Linear.forward:
+        return kind_of(module) in LINEARS
+    weight, bias = module.weight, module.bias
+    x = torch.linspace(-1, 1, module.in_features, device=weight.device, dtype=weight.dtype)[None]  # (1, in)
+    try:
+        with torch.no_grad():
+            y, expected = module(x), F.linear(x, weight, bias)  # (1, out)
+    except Exception:  # whatever it wants, it is not x alone
+        return False
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    return y.is_meta or torch.allclose(y, expected, rtol=1e-2, atol=1e-3)
 
 
 def first_names(model: nn.Module) -> dict[int, str]:
@@ -102,22 +128,31 @@ def tell_fused(model: nn.Module, targets: str | Sequence[str], besides: Sequence
     """
     if not isinstance(targets, str) or targets not in PRESETS:
         return
-    layers = [layer for layer in walk(model) if layer.kind in (EXPERTS, ATTENTION)]
-    fused = [
+    passed_by = [
         layer
-        for layer in layers
-        if re.fullmatch(PRESETS[targets], layer.name) and not inside(layer.name, besides)
+        for layer in walk(model)
+        if (layer.kind in (EXPERTS, ATTENTION) or (layer.kind == SUBCLASS and not is_matrix(layer.module)))
+        and re.fullmatch(PRESETS[targets], layer.name)
+        and not inside(layer.name, besides)
     ]
-    if fused:
+    if passed_by:
         warnings.warn(
-            f"targets={targets!r} does not reach {describe(fused)}: LoRA adapts layers, and these hold several "
-            "matrices as one parameter. They stay frozen and as they were",
+            f"targets={targets!r} does not reach {describe(passed_by)}: LoRA adapts layers that compute W x + b, and "
+            "these hold several matrices as one parameter, or compute more. They stay frozen and as they were",
             stacklevel=5,  # the line that calls add_lora
         )
 
 
 def check_adaptable(model: nn.Module, name: str, module: nn.Module, holders: Mapping[int, list]) -> None:
     """Raise a `ValueError` that says why `module`, called `name`, cannot have an adapter, if it cannot."""
+    if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+        raise ValueError(f"{name} has no weight yet: let the model compute once before it is adapted")
+    if kind_of(module) == SUBCLASS and not is_matrix(module):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, a linear layer whose forward pass is not W x + b, so a correction of W "
+            f"would be one of something else. Take it out of targets; to train it in full, give modules_to_save="
+            f"[{name.rpartition('.')[2]!r}]"
+        )
     if kind_of(module) not in (*LINEARS, EMBEDDING):
         raise ValueError(
             f"{name} is a {type(module).__name__}, and LoRA adapts linear layers, Conv1D and embeddings; to "

@@ -33,9 +33,6 @@ STANDS_IN = {
     "AdaptedAttention": "model",
     "AuxiliaryTrainingWrapper": "original_module",  # PEFT's modules_to_save
     "StandIn": "base",  # ours: see `labkit.models.stand_in`
-    "LoRALinear": "base",
-    "IA3Linear": "base",
-    "Bottleneck": "base",
 }
 OF_PEFT = ("BaseTunerLayer", "AuxiliaryTrainingWrapper", "BasePromptEncoder", "AdaptedAttention")
 ADDED = ("VirtualTokens",)  # children that a method has added to a model, in place of nothing
@@ -199,11 +196,12 @@ def kind_of(module: nn.Module) -> str:
 
 
 def is_packed(linear: nn.Linear) -> bool:
-    """Is the weight not one number for each input and output? Bytes may be stored under a floating dtype."""
+    """Is the weight not one whole number for each input and output? Bytes may be stored under a floating dtype."""
     weight = linear._parameters.get("weight")  # to read one that is computed (spectral norm) may change it
     if weight is None or nn.parameter.is_lazy(weight):
         return False
-    return not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features)
+    whole = weight.is_floating_point() and weight.dtype.itemsize > 1  # those of one byte have scales beside them
+    return not whole or weight.shape != (linear.out_features, linear.in_features)
 
 
 def output_layers(model: nn.Module) -> list[nn.Module]:

@@ -34,6 +34,11 @@ def is_four_bit(module: nn.Module) -> bool:
     return kind_of(module) == PACKED
 
 
+def holds_weight(module: nn.Module) -> bool:
+    """Is its weight there to be replaced? A parametrized layer (`weight_norm`) makes it anew at each call."""
+    return isinstance(module, QuantLinear) or "weight" in module._parameters
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Is the weight stored (in, out)?"""
     return isinstance(module, nn.Embedding) or is_conv1d(module)

@@ -86,6 +86,7 @@ def snapshot(model):
         ({"modules_to_save": ["act_fn"]}, None),
         ({"targets": ["q_proj"]}, lambda m: m.model.layers[1].mlp.up_proj.weight.data.fill_(float("nan"))),
         ({}, lambda m: add_lora(m, LoRAConfig(r=2))),
+        ({"name": "a.b"}, None),
     ],
 )
 def test_what_is_refused_is_refused_before_anything_is_quantized(init, settings, spoil):
@@ -94,8 +95,10 @@ def test_what_is_refused_is_refused_before_anything_is_quantized(init, settings,
         spoil(model)
     kinds, flags, before = snapshot(model)
     state = torch.random.get_rng_state()
+    name = settings.get("name", "default")
+    config = LoRAConfig(**{"r": 4, "init": init} | {k: v for k, v in settings.items() if k != "name"})
     with pytest.raises(ValueError):
-        add_qlora(model, LoRAConfig(**{"r": 4, "init": init} | settings))
+        add_qlora(model, config, name=name)
     now = snapshot(model)
     assert now[:2] == (kinds, flags) and torch.equal(now[2].nan_to_num(7), before.nan_to_num(7))
     assert torch.equal(torch.random.get_rng_state(), state)

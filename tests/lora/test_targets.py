@@ -5,12 +5,12 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import FalconConfig, FalconForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from labkit.lora.config import LoRAConfig
 from labkit.lora.count import trainable
 from labkit.lora.inject import add_lora, lora_layers
-from labkit.lora.merging import merge, unmerge
+from labkit.lora.merging import merge, unload, unmerge
 from labkit.lora.targets import matching_layers
 from labkit.models.surgery import untie_embeddings
 from labkit.quant.model import quantize_model
@@ -219,3 +219,115 @@ def test_a_quantized_module_cannot_train_in_full():
     quantize_model(model, progress=False)
     with pytest.raises(ValueError, match=r"skip=\('down_proj',\)"):
         add_lora(model, LoRAConfig(r=2, targets="attention", modules_to_save=["down_proj"]))
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.softmax(-1), y
+
+
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Named(nn.Linear):
+    """As Falcon's linear layer: a forward pass of its own that is W x + b."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.router, self.gain = Named(8, 8), Router(8, 4), Tripled(8, 8)
+
+    def forward(self, x):
+        return self.router(self.gain(self.up(x)))[1]
+
+
+def test_a_linear_layer_that_computes_more_than_its_weight_says_is_passed_by_and_told():
+    with pytest.warns(UserWarning, match=r"2 x subclass of linear \(432 bytes: router, …\)"):
+        model = add_lora(Mixed(), LoRAConfig(r=2))
+    assert list(lora_layers(model)) == ["up"]
+    x = torch.randn(3, 8)
+    torch.nn.init.normal_(model.up.lora_B)
+    before = model(x)
+    torch.testing.assert_close(merge(model)(x), before)
+    for name, kind in (("router", "Router"), ("gain", "Tripled")):
+        with pytest.raises(
+            ValueError, match=rf"{name} is a {kind}, .*not W x \+ b.*modules_to_save=\['{name}'\]"
+        ):
+            add_lora(Mixed(), LoRAConfig(r=2, targets=[name]))
+
+
+def test_falcon_is_adapted_where_peft_adapts_it():
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    names = list(lora_layers(add_lora(FalconForCausalLM(config), LoRAConfig(r=2))))
+    theirs = get_peft_model(FalconForCausalLM(config), PeftConfig(r=2, target_modules="all-linear"))
+    assert names == [n for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")]
+
+
+def test_a_weight_that_is_computed_is_adapted_and_neither_merged_nor_split():
+    model = nn.Sequential(nn.Linear(8, 8), torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    add_lora(model, LoRAConfig(r=2))
+    torch.nn.init.normal_(model[1].lora_B)
+    x = torch.randn(3, 8)
+    before = model(x)
+    torch.testing.assert_close(
+        nn.functional.linear(model[0](x), model[1].weight, model[1].bias), before, rtol=1e-5, atol=1e-5
+    )
+    for call in (merge, unload):
+        with pytest.raises(ValueError, match="the weight of 1 is computed at each call"):
+            call(model)
+        assert torch.equal(model(x), before) and not model[0].is_merged
+    with pytest.raises(ValueError, match="splits the weight of 1, which is computed"):
+        add_lora(unload(model, merged=False), LoRAConfig(r=2, init="pissa"))
+
+
+def test_a_weight_in_one_byte_is_a_packed_one_whatever_its_dtype():
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    add_lora(model, LoRAConfig(r=2))
+    assert model[0].lora_A.dtype == torch.float32
+    with pytest.raises(ValueError, match="cannot take up a small correction"):
+        merge(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "error", "message"),
+    [
+        (lambda: nn.Linear(8, 8), {}, ValueError, "the model itself is a Linear.*nn.Sequential"),
+        (lambda: nn.Sequential(nn.LazyLinear(8)), {}, ValueError, "0 has no weight yet"),
+        (
+            lambda: with_nan(nn.Sequential(nn.Linear(8, 8))),
+            {"init": "pissa"},
+            ValueError,
+            "weight of 0, which holds NaN",
+        ),
+        (lambda: (make_model(), None), {}, TypeError, "model is a tuple.*model, tokenizer = models.load"),
+        (lambda: "tiny-llama", {}, TypeError, "model is a str, and must be a PyTorch module"),
+    ],
+)
+def test_what_is_no_model_or_no_layer_yet_is_named(make, config, error, message):
+    with pytest.raises(error, match=message):
+        add_lora(make(), LoRAConfig(r=2, **config))
+
+
+def with_nan(model):
+    model[0].weight.data[0, 0] = float("nan")
+    return model
+
+
+def test_a_configuration_must_be_one_and_a_name_a_name():
+    with pytest.raises(TypeError, match=r"config is a dict.*LoRAConfig\(\*\*config\)"):
+        add_lora(make_model(), {"r": 2})
+    model = make_model()
+    for name in ("a.b", "", None):
+        with pytest.raises(ValueError, match="a name without dots"):
+            add_lora(model, LoRAConfig(r=2), name)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
