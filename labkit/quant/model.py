@@ -167,11 +167,9 @@ def is_replaceable(layer: Layer) -> bool:
     module = layer.module
     if layer.kind not in (LINEAR, SUBCLASS, CONV1D) or (layer.kind == CONV1D and not is_conv1d(module)):
         return False
-    kind = (
-        nn.Linear
-        if isinstance(module, nn.Linear)
-        else next(c for c in type(module).__mro__ if c.__name__ == "Conv1D")
-    )
+    kind: Any = nn.Linear
+    if layer.kind == CONV1D:
+        kind = next(base for base in type(module).__mro__ if base.__name__ == "Conv1D")
     return (
         type(module).forward is kind.forward
         and "forward" not in vars(module)
