@@ -11,7 +11,7 @@ are would gain by it in every domain. `text_loss` leaves that token out: use it 
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -67,8 +67,7 @@ def examples_of(model: nn.Module, tokenizer, records: Sequence[dict], max_length
     check_whole("max_length", max_length)
     found = records_of(records, "records")
     examples, left_out = encode_all(found, tokenizer, max_length)
-    check_fits(model, examples, left_out)
-    check_causal_once(model, examples)
+    check_measurable(model, examples, left_out)
     if left_out:
         warnings.warn(
             f"{len(left_out)} of {len(found)} records are longer than max_length={max_length} tokens and are left out "
@@ -78,9 +77,15 @@ def examples_of(model: nn.Module, tokenizer, records: Sequence[dict], max_length
     return examples
 
 
+def check_measurable(model: nn.Module, examples: list[Encoded], left_out: Collection[int] = ()) -> None:
+    """Raise a `ValueError` if an example does not fit into the model, or the model is not causal."""
+    check_fits(model, examples, left_out)
+    check_causal_once(model, examples)
+
+
 def check_causal_once(model: nn.Module, examples: list[Encoded]) -> None:
-    """`check_causal`, of each model once."""
-    if (inner := unwrap(model)) not in _causal:
+    """`check_causal`, of each model once; what is no model of transformers is not judged."""
+    if (inner := unwrap(model)) not in _causal and hasattr(inner, "get_input_embeddings"):
         with torch.enable_grad():
             check_causal(model, examples, next(model.parameters()).device)
         _causal.add(inner)

@@ -22,7 +22,7 @@ from torch import nn
 from labkit.data.batches import collate
 from labkit.data.docstrings import PACKAGES
 from labkit.data.encoding import encode
-from labkit.training.evaluate import loss_of_examples
+from labkit.training.evaluate import check_measurable, loss_of_examples
 from labkit.training.limits import padding_id
 from labkit.training.readiness import own_modes
 
@@ -55,6 +55,7 @@ def bits_learned(model: nn.Module, tokenizer, facts: Sequence[dict], batch_size:
             )
         examples.append(one)
         n_digits += len(one.completion)
+    check_measurable(model, examples)
     mean, tokens = loss_of_examples(model, examples, padding_id(tokenizer, model), batch_size)
     return max(0.0, n_digits * math.log2(10) - mean * tokens / math.log(2))
 
@@ -95,6 +96,7 @@ def classification_accuracy(
                 f"labels must be the same tokens behind every prompt; {labels[label]!r} is {tokens[label]} in record 0 "
                 f"and {one.completion} in record {i}; end all prompts alike"
             )
+    check_measurable(model, examples)
     order = sorted(range(len(records)), key=lambda i: len(examples[i]))
     device, pad_id, right = next(model.parameters()).device, padding_id(tokenizer, model), 0
     with own_modes(model):

@@ -2,6 +2,7 @@
 
 import math
 import string
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,8 @@ from labkit.data.encoding import encode
 from labkit.data.facts import make_facts
 from labkit.data.splits import SPLITS
 from labkit.training.metrics import bits_learned, classification_accuracy, parse_json, score_json
+from tests.conftest import make_small_llama
+from tests.data.tokenizers import tiny_llama, word_piece
 
 
 def test_exact_match_is_strict():
@@ -199,3 +202,24 @@ PLAIN = {"prompt": "x is", "completion": "A"}
 def test_errors_name_what_is_allowed(tiny, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny)
+
+
+def test_labels_and_facts_are_read_as_training_reads_them():
+    """A label is the token that it is behind its prompt; what a model cannot take in is refused."""
+    model, tokenizer = make_small_llama(vocab_size=4096), tiny_llama()
+    records = [{"prompt": "Package:", "completion": f" {label}"} for label in "AB"]
+    assert classification_accuracy(model, tokenizer, records, (" A", " B")) in (0.0, 0.5, 1.0)
+    pieces = word_piece()
+    alike, other = {"prompt": "play ", "completion": "a"}, {"prompt": "play", "completion": "a"}
+    read = partial(classification_accuracy, make_small_llama(vocab_size=len(pieces)), pieces, labels="ab")
+    assert read([alike, alike]) in (0.0, 1.0)
+    with pytest.raises(
+        ValueError,
+        match=r"the same tokens behind every prompt; 'a' is \[\d+\] in record 0 and \[\d+\] in record 1",
+    ):
+        read([alike, other])
+    small = make_small_llama(vocab_size=4096, max_position_embeddings=8)
+    with pytest.raises(ValueError, match="record 0 has .* tokens, and LlamaForCausalLM has 8 positions"):
+        classification_accuracy(small, tokenizer, [{"prompt": "word " * 9, "completion": "A"}], "AB")
+    with pytest.raises(ValueError, match="record 0 has .* tokens, and LlamaForCausalLM has 8 positions"):
+        bits_learned(small, tokenizer, make_facts(2))
