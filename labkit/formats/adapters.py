@@ -34,7 +34,7 @@ from labkit.lora.adapters import adapter_configs, base_only, check_new
 from labkit.lora.config import LoRAConfig
 from labkit.lora.fingerprint import AdapterMismatch, differences, fingerprint
 from labkit.lora.inject import lora_layers, make_adapter
-from labkit.lora.mounting import attach, mounted_adapter
+from labkit.lora.mounting import attach, check_standing, mounted_adapter
 from labkit.lora.qlora import add_qlora
 from labkit.models.restoring import unchanged_on_error
 from labkit.models.walk import adapters_in, unwrap
@@ -66,8 +66,8 @@ def save_adapter(
         `path`.
 
     Raises:
-        ValueError: the model has no adapter, one with NaN in it, or one that cannot be saved in this form; or
-            `data` or `metrics` are nothing that JSON can hold.
+        ValueError: the model has no adapter, one with NaN in it, one of which a layer was replaced, or one that
+            cannot be saved in this form; or `data` or `metrics` are nothing that JSON can hold.
         labkit.files.CannotWrite: no space, no permission; the old adapter is intact.
     """
     adapter = mounted_adapter(model)
@@ -75,6 +75,7 @@ def save_adapter(
         raise ValueError(
             f"{type(unwrap(model)).__name__} has no LoRA adapter to save; call add_lora and train first"
         )
+    check_standing(model)
     config, init = adapter.config, adapter.config.init
     if plain and config.is_loftq:
         raise ValueError(

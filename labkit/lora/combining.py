@@ -15,7 +15,7 @@ from torch import nn
 from labkit.checks import check_choice
 from labkit.lora.adapters import check_known, check_new
 from labkit.lora.config import LoRAConfig
-from labkit.lora.mounting import Adapter, adapters_of, attach
+from labkit.lora.mounting import Adapter, Place, adapters_of, attach
 
 COMBINATIONS = ("cat", "linear")
 
@@ -56,8 +56,9 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
     modules = {}
     for path in base:
         layers = {n: own[path] for n, own in layers_of.items() if path in own}
+        device = Place.of(base[path]).device  # adapters that are put away may be on another
         factors = [
-            (weights[n] * layer.scaling, layer.lora_A.detach(), layer.lora_B.detach())
+            (weights[n] * layer.scaling, layer.lora_A.detach().to(device), layer.lora_B.detach().to(device))
             for n, layer in layers.items()
         ]
         if how == "cat":

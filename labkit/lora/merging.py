@@ -20,6 +20,7 @@ from labkit.lora.mounting import (
     RECORD,
     adapters_of,
     check_base_kept,
+    check_standing,
     mounted_adapter,
     refuse_adapted,
     unmount,
@@ -64,6 +65,7 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
                 "weights; or, knowing that, merge(model, requantize=True)."
             )
     check_weights_held(layers)
+    check_standing(model)
     with torch.no_grad():
         for layer in layers.values():
             merge_layer(layer)
@@ -163,6 +165,7 @@ def unload(model: nn.Module, merged: bool = True, dequantize: bool = False) -> n
         raise ValueError(
             f"{type(unwrap(model)).__name__} has no LoRA adapter to take off; it is plain already"
         )
+    check_standing(model)
     if merged and adapter is None:
         raise ValueError(
             "no adapter is mounted, so there is nothing to merge: call labkit.use_adapter(model, name) first, with one "

@@ -17,7 +17,7 @@ from torch import nn
 from labkit.lora.config import LoRAConfig
 from labkit.lora.layer import LoRALinear
 from labkit.models.surgery import swap_modules
-from labkit.models.walk import adapters_in, path_of, unwrap
+from labkit.models.walk import adapters_in, path_of, stood_in_for, unwrap
 from labkit.quant.linear import QuantLinear
 
 RECORD = "lora_adapters"  # the attribute of a model that holds its `ModelAdapters`
@@ -179,6 +179,7 @@ def unmount(model: nn.Module) -> None:
     if adapter.is_merged:
         raise ValueError(f"the adapter {adapters.active!r} is merged into the base; unmerge it first")
     check_base_kept(model)
+    check_standing(model)
     base = adapter.base_modules()
     for path, module in adapter.modules.items():
         if path in adapter.originals:
@@ -198,6 +199,23 @@ def check_base_kept(model: nn.Module) -> None:
             "together: the weights from before were not kept, and the base alone is another model. Load a "
             "fresh base for other adapters"
         )
+
+
+def check_standing(model: nn.Module) -> None:
+    """Raise a `ValueError` if a module of the mounted adapter is not where it was put.
+
+    `resize_token_embeddings`, for one, puts a new layer in the place of an old one, whatever that was.
+    """
+    adapter = mounted_adapter(model)
+    for name, module in adapter.modules.items() if adapter else ():
+        there = standing(model, name)
+        while there is not module and (child := stood_in_for(there)) is not None:
+            there = there.get_submodule(child)
+        if there is not module:
+            raise ValueError(
+                f"{name} is not the layer that the adapter {adapters_of(model).active!r} put there: something replaced it "
+                "since, such as resize_token_embeddings. Load the base again, change it first, and add the adapter then"
+            )
 
 
 def refuse_adapted(model: nn.Module, wanted: str) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from labkit.formats.adapters import save_adapter
 from labkit.lora.adapters import active_adapter, adapter_configs, add_adapter, use_adapter
 from labkit.lora.combining import combine
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora, lora_layers
-from labkit.lora.merging import merge
+from labkit.lora.merging import merge, unload
 from labkit.lora.mounting import RECORD, adapters_of, mounted_adapter
 from tests.lora.cases import logits, make_model, randomize
 
@@ -64,3 +65,31 @@ def test_an_adapter_that_cannot_be_mounted_is_not_recorded():
     with pytest.raises(ValueError, match="'second' is merged into the base; unmerge it first"):
         combine(model, {"second": 0.5}, "half")
     assert list(adapter_configs(model)) == ["first", "second"] and active_adapter(model) == "second"
+
+
+@pytest.mark.parametrize(
+    "call", [merge, unload, lambda m: use_adapter(m, None), lambda m: save_adapter(m, "nowhere")]
+)
+def test_an_adapter_of_which_something_was_replaced_is_neither_merged_nor_taken_off_nor_saved(
+    call, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = make_model(tie_word_embeddings=False)
+    add_lora(model, LoRAConfig(r=2, targets="attention", modules_to_save=["lm_head"]))
+    model.resize_token_embeddings(140, mean_resizing=False)
+    before = logits(model)
+    with pytest.raises(
+        ValueError, match="lm_head is not the layer that the adapter 'default' put there.*resize_token"
+    ):
+        call(model)
+    assert torch.equal(logits(model), before) and active_adapter(model) == "default"
+    assert not any(layer.is_merged for layer in lora_layers(model).values()) and not list(tmp_path.iterdir())
+
+
+def test_a_layer_of_an_adapter_may_be_wrapped_where_it_stands():
+    model = randomize(add_lora(make_model(), LoRAConfig(r=2)))
+    before = logits(model)
+    part = model.model.layers[0].mlp
+    part.up_proj = torch.compile(part.up_proj, backend="eager")
+    torch.testing.assert_close(logits(unload(merge(model))), before, rtol=1e-4, atol=1e-5)
+    assert type(part.up_proj) is nn.Linear
