@@ -56,10 +56,10 @@ def matches_whole(pattern: str, text: str) -> bool:
     Raises:
         PatternError: not an expression, longer than 4,096 characters, or of a kind that is left out here.
     """
-    compiled, step = parsed(pattern)
+    compiled = few_ways(pattern)
     if compiled is not None and len(text) <= SHORT:
         return compiled.fullmatch(text) is not None
-    return bool(step(Walk(text), 1) >> len(text) & 1)
+    return bool(step_of_pattern(pattern)(Walk(text), 1) >> len(text) & 1)
 
 
 def check_patterns(patterns: Iterable[str]) -> None:
@@ -68,7 +68,7 @@ def check_patterns(patterns: Iterable[str]) -> None:
     many_ways = 0
     for pattern in patterns:
         total += len(pattern)
-        many_ways += len(pattern) if parsed(pattern)[0] is None else 0
+        many_ways += len(pattern) if few_ways(pattern) is None else 0
         if total > MAX_TOTAL or many_ways > MAX_PATTERN:
             raise PatternError(
                 f"expressions of more than {MAX_TOTAL:,} characters together, or of more than {MAX_PATTERN:,} "
@@ -76,9 +76,12 @@ def check_patterns(patterns: Iterable[str]) -> None:
             )
 
 
-@lru_cache(maxsize=4096)
-def parsed(pattern: str) -> tuple[re.Pattern | None, Step]:
-    """A pattern as `re` compiles it, if it has few ways, and as a `Step`."""
+def parsed(pattern: str) -> Any:
+    """The tree of a pattern, as `re` parses it.
+
+    Raises:
+        PatternError: see `matches_whole`.
+    """
     if len(pattern) > MAX_PATTERN:
         raise PatternError(f"an expression of {len(pattern):,} characters; at most {MAX_PATTERN:,} are read")
     try:
@@ -87,11 +90,26 @@ def parsed(pattern: str) -> tuple[re.Pattern | None, Step]:
             raise PatternError(
                 f"an expression with more than {MAX_COSTLY} looks ahead or behind and repeats of repeats"
             )
-        step = step_of(tree, tree.state.flags)
-        return re.compile(pattern) if ways(tree) <= MAX_WAYS else None, step
     except (re.error, RecursionError, OverflowError) as error:
         shown = repr(pattern if len(pattern) <= 60 else pattern[:57] + "…")
         raise PatternError(f"{shown} is not a regular expression ({error})") from None
+    return tree
+
+
+@lru_cache(maxsize=4096)
+def few_ways(pattern: str) -> re.Pattern | None:
+    """A pattern as `re` compiles it, if that has few ways to try; else None, if it can be matched here."""
+    if ways(parsed(pattern)) <= MAX_WAYS:
+        return re.compile(pattern)
+    step_of_pattern(pattern)
+    return None
+
+
+@lru_cache(maxsize=4096)
+def step_of_pattern(pattern: str) -> Step:
+    """What matching a pattern makes of a set of places."""
+    tree = parsed(pattern)
+    return step_of(tree, tree.state.flags)
 
 
 def ways(tree: Any) -> float:
@@ -108,6 +126,8 @@ def ways(tree: Any) -> float:
             product *= SHORT + 1 if is_single(value[2]) else math.inf
         elif op in LOOKS:
             product *= ways(value[1])
+        elif op not in (*SINGLE, _constants.AT):
+            product = math.inf  # of a kind that is left out
     return product
 
 
@@ -152,7 +172,7 @@ def step_of_node(op: Any, value: Any, flags: int) -> Step:
         PatternError: of a kind that is left out.
     """
     if op in SINGLE:
-        return single(only(op, value, flags))
+        return single(op, value, flags)
     if op is _constants.AT:
         anchor = only(op, value, flags)
         return looking(lambda walk, place: anchor.match(walk.text, place) is not None)
@@ -182,9 +202,13 @@ def only(op: Any, value: Any, flags: int) -> re.Pattern:
     return _compiler.compile(_parser.SubPattern(state, [(op, value)]), flags)
 
 
-def single(character: re.Pattern) -> Step:
+def single(op: Any, value: Any, flags: int) -> Step:
     """One character, if it is of that kind."""
-    takes = lru_cache(maxsize=256)(lambda c: character.fullmatch(c) is not None)
+    if op is _constants.LITERAL and not flags & re.IGNORECASE:
+        takes = chr(value).__eq__
+    else:
+        kind = only(op, value, flags)
+        takes = lru_cache(maxsize=256)(lambda c: kind.fullmatch(c) is not None)
 
     def step(walk: Walk, places: int) -> int:
         if id(step) not in walk.taken:
