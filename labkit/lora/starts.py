@@ -75,8 +75,8 @@ def split_off(layer: LoRALinear, A: Tensor, B: Tensor) -> None:
     weight = layer.base.weight
     rest = dense_weight(layer.base).float() - layer.scaling * (B @ A)
     rest = (rest.T if is_transposed(layer.base) else rest).to(weight.dtype).contiguous()
-    # a copy of the module, which takes `rest` for the copy of its weight
-    layer.base = copy.deepcopy(layer.base, {id(weight): nn.Parameter(rest, requires_grad=False)})
+    # a copy of the module, which takes `rest` for the copy of its weight; its bias does not train either
+    layer.base = copy.deepcopy(layer.base, {id(weight): nn.Parameter(rest)}).requires_grad_(False)
 
 
 def start_from(layer: LoRALinear, A: Tensor, B: Tensor) -> None:

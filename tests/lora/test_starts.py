@@ -135,3 +135,11 @@ def test_starts_from_the_weight_refuse_one_that_is_quantized_already():
         DoRALinear(
             with_bitsandbytes(make_model()).model.layers[0].mlp.up_proj, LoRAConfig(r=4, variant="dora")
         )
+
+
+@pytest.mark.parametrize("init", ["default", "pissa", "olora"])
+def test_no_bias_of_the_base_trains_whatever_the_start(init):
+    model = add_lora(
+        nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)), LoRAConfig(r=2, targets=["0"], init=init)
+    )
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
