@@ -4,7 +4,7 @@
 `labkit.training.run`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -61,7 +61,7 @@ def train(
 
 
 def encoded(
-    model: nn.Module, tokenizer, data: Sequence[dict], name: str, config: TrainConfig
+    model: nn.Module, tokenizer, data: Iterable[Mapping], name: str, config: TrainConfig
 ) -> tuple[list[Encoded], list[int]]:
     """The records that fit, encoded, and the indices of those that do not, after a warning that says which.
 

@@ -9,21 +9,26 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from labkit import files, models
+from labkit import files
 from labkit.files import InUse
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
+from labkit.models.loading import shipped
 from labkit.training import checkpoint
 from labkit.training.config import TrainConfig
 from labkit.training.history import History, TrainingWarning
 from labkit.training.loop import train
-from tests.campaign.harness import duration, kill_after, moments, rounds, small_disk, start
+from tests.campaign.harness import moments, rounds, small_disk, start
 
 RECORDS = [
     {"prompt": f"{a} and", "completion": f" {b}"} for a in ("sun", "tea") for b in ("moon", "milk", "so on")
@@ -34,6 +39,12 @@ OPTIMIZERS = (
     {"optimizer": "adamw8bit", "state_budget_bytes": 40_000},
 )
 KEPT = [".run.lock", "run.safetensors"]
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """That of tiny-llama."""
+    return PreTrainedTokenizerFast.from_pretrained(shipped("tiny-llama"))
 
 
 def run(folder: Path, optimizer: dict, steps: int = 8) -> tuple[torch.nn.Module, History]:
@@ -54,7 +65,7 @@ def run(folder: Path, optimizer: dict, steps: int = 8) -> tuple[torch.nn.Module,
         "progress": False,
     }
     config = TrainConfig(**settings, **optimizer, checkpoint_folder=folder, checkpoint_every=1)
-    return model, train(model, models.load("tiny-llama")[1], RECORDS, config, held_out=RECORDS[:2])
+    return model, train(model, tokenizer(), RECORDS, config, held_out=RECORDS[:2])
 
 
 def outcome(model: torch.nn.Module, history: History) -> dict:
@@ -74,16 +85,54 @@ def work(folder: Path, optimizer: dict) -> None:
         files.write_json(folder.with_suffix(".json"), outcome(model, history))
 
 
+@dataclass
+class Undisturbed:
+    """What a run comes to, and the seconds in a process of its own before its first step is kept, and after it."""
+
+    outcome: dict
+    before: float
+    steps: float
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> list[tuple[dict, float]]:
-    """For each optimizer what the run comes to, and the seconds that it takes in a process of its own."""
+def undisturbed(tmp_path_factory) -> list[Undisturbed]:
+    """Of each optimizer."""
     found = []
     for n, optimizer in enumerate(OPTIMIZERS):
         folder = tmp_path_factory.mktemp("undisturbed") / str(n)
-        seconds = duration(work, folder, optimizer)
-        found.append((files.read_json(folder.with_suffix(".json")), seconds))
-    assert found[1][0] == found[2][0] != found[0][0], "paging changes no bit"
+        begin, process = time.monotonic(), start(work, folder, optimizer)
+        has_begun(process, folder)
+        first = time.monotonic()
+        process.join()
+        outcome = files.read_json(folder.with_suffix(".json"))
+        found.append(Undisturbed(outcome, first - begin, time.monotonic() - first))
+    assert found[1].outcome == found[2].outcome != found[0].outcome, "paging changes no bit"
     return found
+
+
+def has_begun(process: BaseProcess, folder: Path) -> bool:
+    """Wait for the first checkpoint; False if the process ends before."""
+    while not checkpoint.exists(folder):
+        if process.exitcode is not None:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def disturb(number: int, n: int, share: float, folder: Path, usual: Undisturbed) -> int:
+    """Send a signal to a run: of every two, to one at any moment, to one after its first step was kept.
+
+    Returns:
+        the exit code.
+    """
+    process = start(work, folder, OPTIMIZERS[n % 3])
+    if n % 2:
+        assert has_begun(process, folder)
+    process.join(share * (usual.steps if n % 2 else usual.before + usual.steps))
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+    process.join()
+    return process.exitcode
 
 
 def goes_on_to(expected: dict, folder: Path, optimizer: dict) -> bool:
@@ -94,55 +143,47 @@ def goes_on_to(expected: dict, folder: Path, optimizer: dict) -> bool:
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, undisturbed):
-    killed, begun = 0, 0
+    killed = 0
     for n, share in enumerate(moments(rounds(4, 100), 1.0, seed=1)):
-        (expected, seconds), optimizer = undisturbed[n % 3], OPTIMIZERS[n % 3]
-        folder = tmp_path / str(n)
-        killed += kill_after(share * seconds, work, folder, optimizer)
-        begun += checkpoint.exists(folder)
-        assert goes_on_to(expected, folder, optimizer), f"round {n}"
+        folder, usual = tmp_path / str(n), undisturbed[n % 3]
+        killed += disturb(signal.SIGKILL, n, share, folder, usual) == -signal.SIGKILL
+        assert goes_on_to(usual.outcome, folder, OPTIMIZERS[n % 3]), f"round {n}"
         shutil.rmtree(folder)
-    assert killed > 0 and begun > 0, "no kill fell into the steps of a run"
+    assert killed > 0, "every run was done before its kill"
 
 
 def test_a_run_killed_again_and_again_loses_no_step_that_it_kept(tmp_path, undisturbed):
-    expected, seconds = undisturbed[1]
-    folder, kept = tmp_path / "run", 0
-    for moment in moments(rounds(2, 30), seconds, seed=2):
-        kill_after(moment, work, folder, OPTIMIZERS[1])
-        if checkpoint.exists(folder):
-            done = checkpoint.read(folder / checkpoint.FILE)[1]["steps_done"]
-            assert done >= kept
-            kept = done
-    assert kept > 0 and goes_on_to(expected, folder, OPTIMIZERS[1])
+    folder, usual, kept = tmp_path / "run", undisturbed[1], 0
+    for share in moments(rounds(2, 30), 0.3, seed=2):
+        disturb(signal.SIGKILL, 1, share, folder, usual)
+        done = steps_kept(folder)
+        assert done >= max(kept, 1)
+        kept = done
+    assert goes_on_to(usual.outcome, folder, OPTIMIZERS[1])
+
+
+def steps_kept(folder: Path) -> int:
+    """How many steps the checkpoint in the folder has."""
+    return checkpoint.read(folder / checkpoint.FILE)[1]["steps_done"]
 
 
 def test_a_run_interrupted_at_any_moment_keeps_its_steps_and_goes_on_to_the_same_bits(tmp_path, undisturbed):
     interrupted = 0
-    for n, share in enumerate(moments(rounds(3, 100), 1.0, seed=3)):
-        (expected, seconds), optimizer = undisturbed[n % 3], OPTIMIZERS[n % 3]
-        folder = tmp_path / str(n)
-        process = start(work, folder, optimizer)
-        process.join(share * seconds)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGINT)
-        process.join()
-        assert process.exitcode in (0, 1), "1: an interrupt outside of train"
+    for n, share in enumerate(moments(rounds(4, 100), 1.0, seed=3)):
+        folder, usual = tmp_path / str(n), undisturbed[n % 3]
+        code = disturb(signal.SIGINT, n, share, folder, usual)
+        assert code in (0, 1), "1: an interrupt before the work or after it"
         if checkpoint.exists(folder):
-            state = checkpoint.read(folder / checkpoint.FILE)[1]
-            interrupted += state["steps_done"] < len(expected["steps"])
-        assert goes_on_to(expected, folder, optimizer), f"round {n}"
+            interrupted += steps_kept(folder) < len(usual.outcome["steps"])
+        assert goes_on_to(usual.outcome, folder, OPTIMIZERS[n % 3]), f"round {n}"
         shutil.rmtree(folder)
     assert interrupted > 0, "no interrupt fell into the steps of a run"
 
 
 def test_a_second_run_in_the_folder_refuses_and_the_first_is_undisturbed(tmp_path, undisturbed):
-    folder = tmp_path / "run"
+    folder, refused = tmp_path / "run", 0
     process = start(work, folder, OPTIMIZERS[1])
-    while not checkpoint.exists(folder):
-        assert process.exitcode is None
-        time.sleep(0.005)
-    refused = 0
+    assert has_begun(process, folder)
     while process.exitcode is None and refused < rounds(1, 20):
         try:
             run(folder, OPTIMIZERS[1])
@@ -150,15 +191,15 @@ def test_a_second_run_in_the_folder_refuses_and_the_first_is_undisturbed(tmp_pat
             assert "another run keeps its checkpoints in" in str(error)
             refused += 1
         else:
+            process.join(1)
             assert process.exitcode is not None, "both ran"
-        process.join(0.01)
     process.join()
-    assert refused > 0 and files.read_json(folder.with_suffix(".json")) == undisturbed[1][0]
+    assert refused > 0 and files.read_json(folder.with_suffix(".json")) == undisturbed[1].outcome
     assert sorted(os.listdir(folder)) == KEPT
 
 
 def test_on_a_full_disk_the_run_goes_on_and_the_last_checkpoint_is_whole(tmp_path, undisturbed):
-    expected = undisturbed[1][0]
+    expected = undisturbed[1].outcome
     run(tmp_path / "large", OPTIMIZERS[1], steps=1)
     size = (tmp_path / "large" / checkpoint.FILE).stat().st_size
     with small_disk(tmp_path / "disk", kilobytes=int(1.6 * size / 1024)) as disk:  # one and a half fit
