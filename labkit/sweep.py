@@ -1,6 +1,6 @@
 """The door to `labkit.sweeps` from the command line.
 
-    python -m labkit.sweep experiments/rank.toml [--jobs 2]
+    python -m labkit.sweep experiments/rank.toml [--jobs 2] [--minutes 60]
 
 makes or completes data/results/rank.jsonl, and prints what it holds.
 """
@@ -18,11 +18,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("experiment", help="a TOML file, such as experiments/rank.toml")
     parser.add_argument("--jobs", type=int, help="processes; default: one per core")
+    parser.add_argument("--minutes", type=float, help="stop a run that takes longer, and record that it did")
     parser.add_argument("--out", type=Path, help="where to record; default: data/results/NAME.jsonl")
     chosen = parser.parse_args(arguments)
     try:
-        results = run_experiment(chosen.experiment, chosen.out, chosen.jobs)
-    except (ValueError, RuntimeError) as error:
+        results = run_experiment(chosen.experiment, chosen.out, chosen.jobs, minutes=chosen.minutes)
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     frame = results.to_frame()
     if not frame.empty:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from labkit.alternatives.sized import SIZED_METHODS
-from labkit.checks import check_choice, check_whole, use_python_numbers
+from labkit.checks import check_choice, check_whole, nearest, use_python_numbers
 from labkit.lora.config import LoRAConfig
 from labkit.training.config import TrainConfig
 
@@ -63,6 +63,10 @@ class RunConfig:
         use_python_numbers(self)
         check_choice("task", self.task, TASK_NAMES)
         check_choice("method", self.method, METHODS)
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model={self.model!r} must be a name, or a folder, for labkit.models.load")
+        if self.embeddings is not None:
+            check_choice("embeddings", self.embeddings, (True, False))
         for name in ("examples", "d", "size"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name))
@@ -101,7 +105,10 @@ class RunConfig:
         known = [f.name for f in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: no such setting of a run; it has {', '.join(known)}")
+            near = nearest(unknown[0], known)
+            raise ValueError(
+                f"{', '.join(unknown)}: no such setting of a run; it has {', '.join(known)}{near}"
+            )
         return cls(**values)
 
     def lora_config(self) -> LoRAConfig:

@@ -15,38 +15,47 @@ of its lists.
 
     python -m labkit.sweep experiments/rank.toml [--jobs 2]     # makes or completes data/results/rank.jsonl
 
-A killed sweep loses the runs under way and nothing else: start it again, and it does what is missing. A run
-that diverges or cannot run is a result too, and is recorded as such.
+A grid's setting comes before a fixed one. Everything is checked before anything runs. A killed sweep loses the runs
+under way and nothing else: start it again, and it does what is missing. A run that diverges or cannot run is a
+result too, and is recorded as such.
 """
 
 import itertools
+import math
+import os
 import tomllib
+import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from labkit.checks import check_positive, check_whole, nearest
+from labkit.files import only_one, read_bytes
+from labkit.models.fetching import ModelUnavailable
+from labkit.models.loading import local_folder
 from labkit.paths import data_folder
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.processes import carry_out, default_jobs
-from labkit.sweeps.records import Results, append, load, mend_last_line
+from labkit.sweeps.records import Results, append, is_cut_off, load, mend_last_line
+
+PARTS = {"about": str, "seeds": list, "fixed": dict, "grid": list}
+MAX_RUNS = 100_000
 
 
 def read_experiment(path: str | Path) -> list[RunConfig]:
     """The runs of an experiment file, in its order, the seeds innermost.
 
     Raises:
-        ValueError: the file is missing or is not TOML, an unknown setting, an empty grid, or two runs that
-            are the same.
+        ValueError: the file is missing or is not TOML, or see `expand`. The message begins with the file.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return expand(tomllib.loads(text))
+        return expand(tomllib.loads(read_bytes(path).decode("utf-8")))
     except OSError as error:
         raise ValueError(f"cannot read the experiment {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path} ')}") from None
 
 
 def expand(experiment: dict) -> list[RunConfig]:
@@ -56,22 +65,64 @@ def expand(experiment: dict) -> list[RunConfig]:
         experiment: {"seeds": [...], "fixed": {setting: value}, "grid": [{setting: [values]}, ...]}.
 
     Raises:
-        ValueError: see `read_experiment`.
+        ValueError: a part that no experiment has or of another kind, a setting unknown or out of its range, an empty
+            grid, or two runs that are the same. The message says in which grid.
     """
-    unknown = set(experiment) - {"about", "seeds", "fixed", "grid"}
-    if unknown:
-        raise ValueError(f"unknown parts {sorted(unknown)}; an experiment has about, seeds, fixed and grid")
-    seeds, grids = experiment.get("seeds", [0]), experiment.get("grid", [{}])
-    configs = []
+    check_parts(experiment)
+    seeds, fixed, grids = (
+        experiment.get("seeds", [0]),
+        experiment.get("fixed", {}),
+        experiment.get("grid", [{}]),
+    )
+    for seed in seeds:
+        check_whole("seeds: seed", seed, at_least=0)
+    configs: list[RunConfig] = []
     for number, grid in enumerate(grids, 1):
         axes = {name: v if isinstance(v, list) else [v] for name, v in {**grid, "seed": seeds}.items()}
         empty = [name for name, values in axes.items() if not values]
         if empty:
             raise ValueError(f"grid {number} has no runs: {', '.join(empty)} is an empty list")
+        if len(configs) + math.prod(len(values) for values in axes.values()) > MAX_RUNS:
+            raise ValueError(f"more than {MAX_RUNS:,} runs with grid {number}; take values out of its lists")
         for values in itertools.product(*axes.values()):
-            configs.append(RunConfig.from_dict({**experiment.get("fixed", {}), **dict(zip(axes, values))}))
+            try:
+                configs.append(RunConfig.from_dict({**fixed, **dict(zip(axes, values))}))
+            except ValueError as error:
+                raise ValueError(f"grid {number}: {error}") from None
     refuse_duplicates(configs)
     return configs
+
+
+def check_parts(experiment: dict) -> None:
+    """Raise a `ValueError` that says which part of an experiment is not what it must be, and how it is written."""
+    unknown = sorted(set(experiment) - set(PARTS))
+    if unknown:
+        is_setting = unknown[0] in RunConfig.__dataclass_fields__
+        hint = "; settings of all runs stand under [fixed]" if is_setting else nearest(unknown[0], PARTS)
+        raise ValueError(f"unknown parts {unknown}; an experiment has about, seeds, fixed and grid{hint}")
+    written = {
+        "about": 'about = "…"',
+        "seeds": "seeds = [0, 1, 2], a list",
+        "fixed": "[fixed], in single brackets, with name = value in the lines below",
+        "grid": "[[grid]], in double brackets, with name = [values] in the lines below",
+    }
+    for part, value in experiment.items():
+        is_right = isinstance(value, PARTS[part])
+        if part == "grid" and is_right:
+            is_right = all(isinstance(one, dict) for one in value)
+        if not is_right:
+            shown = f"a table with {', '.join(value)}" if isinstance(value, dict) else repr(value)
+            raise ValueError(f"{part} is {shown}; write {written[part]}")
+    fixed = experiment.get("fixed", {})
+    for name, value in fixed.items():
+        if isinstance(value, list):
+            raise ValueError(f"{name}={value} under [fixed] is a list; values to try stand under [[grid]]")
+    for number, table in enumerate([fixed, *experiment.get("grid", [])]):
+        if "seed" in table:
+            place = f"grid {number}" if number else "[fixed]"
+            raise ValueError(
+                f"seed={table['seed']!r} in {place}; seeds of all runs stand at the top: seeds = […]"
+            )
 
 
 def refuse_duplicates(configs: Sequence[RunConfig]) -> None:
@@ -92,6 +143,7 @@ def run_experiment(
     path: str | Path | None = None,
     jobs: int | None = None,
     progress: bool = True,
+    minutes: float | None = None,
 ) -> Results:
     """Do the runs of an experiment that are not recorded yet.
 
@@ -100,45 +152,78 @@ def run_experiment(
         path: where to record; default for a TOML file: data/results/NAME.jsonl.
         jobs: processes; default: see `default_jobs`. 0 runs in this process.
         progress: show a bar.
+        minutes: how long a run may take before it is stopped and recorded as failed; None for no limit.
 
     Returns:
-        The records of these runs, in their order. Ctrl-C ends the sweep and returns what there is.
+        The records of these runs, in their order, and in `problems` what kept others from being run. Ctrl-C ends the
+        sweep and returns what there is.
 
     Raises:
-        ValueError: see `read_experiment`; or no path for a list of configs.
-        RuntimeError: another sweep is writing to `path`.
+        ValueError: see `read_experiment`; a model that no run could load; or no path for a list of configs. Nothing
+            has run then.
+        labkit.files.InUse: another sweep is writing to `path`.
+        labkit.files.CannotWrite: `path` cannot be written to; what is recorded there is intact.
     """
+    jobs = default_jobs() if jobs is None else jobs
+    check_whole("jobs", jobs, at_least=0)
+    if minutes is not None:
+        check_positive("minutes", minutes)
+        if jobs == 0:
+            raise ValueError(
+                "minutes are counted for runs in processes of their own: give jobs=1 or more with it"
+            )
     if isinstance(experiment, (str, Path)):
-        configs, stem = read_experiment(experiment), Path(experiment).stem
-        path = Path(path or data_folder() / "results" / f"{stem}.jsonl")
+        configs, name = read_experiment(experiment), str(experiment)
+        path = path or data_folder() / "results" / f"{Path(experiment).stem}.jsonl"
     elif path is None:
         raise ValueError("give the path of the file to record in")
     else:
-        configs, path = list(experiment), Path(path)
+        configs, name = list(experiment), "the experiment"
         refuse_duplicates(configs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
-            results = complete(configs, path, default_jobs() if jobs is None else jobs, progress)
-    except Timeout:
-        raise RuntimeError(f"another sweep is writing to {path}; wait for it, or stop it") from None
+    path = Path(os.path.realpath(path))  # one lock for one file, under whatever name
+    with warnings.catch_warnings():  # a look; the warnings come with what is returned
+        warnings.simplefilter("ignore")
+        missing = missing_from(load(path) if path.exists() else Results(), configs)
+    for model in dict.fromkeys(config.model for config in missing):
+        try:
+            local_folder(model)
+        except ModelUnavailable as error:
+            raise ValueError(f"{name}: {error}") from None
+    if missing or is_cut_off(path):
+        taken = f"another sweep is writing to {path}; wait for it, or stop it"
+        with only_one(path.with_name(f".{path.name}.lock"), taken):
+            results = complete(configs, path, jobs, progress, minutes)
+    else:  # nothing is written, and the place may be read-only
+        results = load(path)
     recorded = results.by_config()
     return Results([recorded[config] for config in configs if config in recorded], results.problems)
 
 
-def complete(configs: Sequence[RunConfig], path: Path, jobs: int, progress: bool) -> Results:
+def missing_from(results: Results, configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Those of `configs` that are not recorded."""
+    recorded = results.by_config()
+    return [config for config in configs if config not in recorded]
+
+
+def complete(
+    configs: Sequence[RunConfig], path: Path, jobs: int, progress: bool, minutes: float | None = None
+) -> Results:
     """Add those of `configs` that `path` lacks; everything that is recorded there then."""
     mend_last_line(path)
     results = load(path) if path.exists() else Results()
-    recorded = results.by_config()
-    missing = [config for config in configs if config not in recorded]
+    missing = missing_from(results, configs)
     bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
     try:
-        for record in carry_out(missing, jobs):
-            append(path, record)
-            results.records.append(record)
-            bar.set_postfix_str(headline(record))
-            bar.update()
+        with closing(carry_out(missing, jobs, minutes)) as done:
+            for record in done:
+                if record["status"] == "not run":
+                    run = RunConfig.from_dict(record["config"])
+                    results.problems.append(f"not run: {run} ({record['error']}); start again to do it")
+                    continue
+                append(path, record)
+                results.records.append(record)
+                bar.set_postfix_str(headline(record))
+                bar.update()
     except KeyboardInterrupt:
         results.problems.append("interrupted: some runs are missing; run again to complete them")
     finally:

@@ -16,13 +16,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from scipy import stats
 
+from labkit.checks import check_choice
+from labkit.files import explained, new_file, parse_json, read_bytes
 from labkit.paths import data_folder
 from labkit.sweeps import runs
 from labkit.sweeps.config import RunConfig
+
+STATUSES = ("done", "diverged", "failed")
+MAX_BYTES = 2**30  # of a file of results
 
 
 class SweepWarning(UserWarning):
@@ -66,9 +72,12 @@ def load(path: str | Path) -> Results:
             f"{path} is not there; make it with: python -m labkit.sweep experiments/{path.stem}.toml"
         )
     results, seen = Results(), set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    lines = read_bytes(path, MAX_BYTES).split(
+        b"\n"
+    )  # not splitlines: a text in JSON may hold other ends of a line
+    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, 1):
         try:
-            record = json.loads(line)
+            record: Any = parse_json("it", line)
             config = RunConfig.from_dict(record["config"])
             check_complete(record)
         except (ValueError, KeyError, TypeError) as error:
@@ -77,6 +86,11 @@ def load(path: str | Path) -> Results:
         if record["data"] != (now := runs.data_hash(config)):
             results.problems.append(
                 f"line {number} was run on other data ({record['data']}, now {now}): {config}"
+            )
+        elif record.get("base_settings", now := runs.settings_hash(config.model)) != now:
+            results.problems.append(
+                f"line {number} was run with another config or tokenizer of {config.model} "
+                f"({record['base_settings']}, now {now}): {config}"
             )
         elif config in seen:
             results.problems.append(f"line {number} repeats a run: {config}")
@@ -92,10 +106,24 @@ def load(path: str | Path) -> Results:
 
 
 def check_complete(record: dict) -> None:
-    """Raise a `KeyError` for what every record of a run has, and this one does not."""
-    for key in ("status", "seconds", "data"):
-        if key not in record:
-            raise KeyError(key)
+    """Raise a `KeyError` for what every record of a run has, and this one does not, or a `ValueError` for what cannot
+    be.
+    """
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "config": dict,
+        "status": str,
+        "seconds": (int, float),
+        "data": str,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(record[key], kind):
+            raise ValueError(f"{key}={record[key]!r}")
+    check_choice("status", record["status"], STATUSES)
+    metrics = record.get("metrics", {})
+    if not isinstance(metrics, dict) or not all(
+        isinstance(value, (int, float)) for value in metrics.values()
+    ):
+        raise ValueError("metrics that are not numbers")
 
 
 def load_recorded(name: str) -> Results:
@@ -103,17 +131,21 @@ def load_recorded(name: str) -> Results:
     return load(data_folder() / "results" / f"{name}.jsonl")
 
 
+def is_cut_off(path: Path) -> bool:
+    """Does the file end in the middle of a line?"""
+    return path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+
+
 def mend_last_line(path: Path) -> None:
     """Put aside a last line that a kill cut off, into NAME.broken; the next line then begins on its own."""
-    text = path.read_bytes() if path.exists() else b""
-    if not text or text.endswith(b"\n"):
+    if not is_cut_off(path):
         return
-    whole, _, cut = text.rpartition(b"\n")
-    with path.with_name(f"{path.name}.broken").open("ab") as aside:
-        aside.write(cut + b"\n")
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(whole + b"\n" if whole else b"")
-    os.replace(part, path)
+    whole, _, cut = path.read_bytes().rpartition(b"\n")
+    aside = path.with_name(f"{path.name}.broken")
+    with new_file(aside) as part:
+        part.write_bytes((aside.read_bytes() if aside.exists() else b"") + cut + b"\n")
+    with new_file(path) as part:
+        part.write_bytes(whole + b"\n" if whole else b"")
     warnings.warn(
         f"the last line of {path.name} was cut off; it is kept in {path.name}.broken, and its run is done again",
         SweepWarning,
@@ -122,11 +154,22 @@ def mend_last_line(path: Path) -> None:
 
 
 def append(path: Path, record: dict) -> None:
-    """Add one line; it is on disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line; it is on disk when this returns.
+
+    Raises:
+        labkit.files.CannotWrite: the disk is full or the like; the file is as it was.
+    """
+    line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+    with explained(path), path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(line)
+            if written != len(line):  # the disk took a part: the rest says why
+                file.write(line[written:])
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -20,6 +20,8 @@ from labkit.sweeps.fitting import fit
 from labkit.sweeps.tasks import TASKS
 from labkit.training.history import History
 
+SETTINGS = (".json", ".jinja", ".model", ".txt")  # files of a model that are no weights
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -73,5 +75,18 @@ def weights_hash(model: str) -> str:
     """The sha256 of a base model's weights: of its source if known, else of the files in its folder."""
     if model in models.SOURCES:
         return models.SOURCES[model].sha256
-    folder = models.shipped(model) if model in models.SHIPPED else Path(model)
+    folder = models.shipped(model) if model in models.SHIPPED else Path(model).expanduser()
     return "+".join(sha256(path) for path in sorted(folder.glob("*.safetensors"))) or model
+
+
+@cache
+def settings_hash(model: str) -> str | None:
+    """A short hash of what a model in a folder of yours has beside its weights: config, tokenizer, chat template.
+
+    None for a model that is known by name, whose files are known too.
+    """
+    folder = Path(model).expanduser()
+    if model in models.SOURCES or model in models.SHIPPED or not folder.is_dir():
+        return None
+    kept = sorted(p for p in folder.iterdir() if p.suffix in SETTINGS and p.is_file())
+    return hashlib.sha256("".join(f"{p.name} {sha256(p)}\n" for p in kept).encode()).hexdigest()[:16]

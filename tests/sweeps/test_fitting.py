@@ -6,7 +6,7 @@ from labkit.lora.count import trainable
 from labkit.quant.linear import QuantLinear
 from labkit.sweeps import fitting, runs
 from labkit.sweeps.config import RunConfig
-from labkit.training import loop
+from labkit.training import run as training_run
 from tests.sweeps.cases import QUICK
 
 D, LINEARS = 256, 2_949_120  # tiny-llama's width, and the weights of its linear layers
@@ -42,6 +42,6 @@ def test_training_that_was_interrupted_is_no_result(monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "supervised_loss", stop)
+    monkeypatch.setattr(training_run, "supervised_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         runs.run(RunConfig(**QUICK))

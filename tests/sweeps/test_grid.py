@@ -1,11 +1,13 @@
 """A sweep records what it did, never does it twice, survives a kill, and hides nothing that went wrong."""
 
+import os
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from labkit.sweeps import grid, runs
 from labkit.sweeps.config import RunConfig
@@ -37,7 +39,33 @@ def test_a_grid_is_the_product_of_its_lists_with_the_seeds_innermost():
         ({"fixed": {"lr": -1}}, "must be a positive number"),
         ({"fixed": {"task": "facts"}}, "give examples"),
         ({"fixed": {"examples": 0}}, "must be a whole number of at least 1"),
-        ({"fixed": {"targets": ["q_proj"]}}, "must be a text here"),
+        ({"grid": [{"targets": [["q_proj"]]}]}, "grid 1: targets=.* must be a text here"),
+        ({"seeds": 3}, r"seeds is 3; write seeds = \[0, 1, 2\], a list"),
+        ({"seeds": [0, 0.5, 1]}, "seeds: seed=0.5 must be a whole number"),
+        ({"seeds": [True]}, "seeds: seed=True must be a whole number"),
+        ({"seeds": [1, 1]}, "runs 1 and 2 are the same"),
+        ({"grid": {"r": [4]}}, r"grid is a table with r; write \[\[grid\]\], in double brackets"),
+        ({"grid": [5]}, r"grid is \[5\]; write \[\[grid\]\]"),
+        ({"fixed": 5}, r"fixed is 5; write \[fixed\], in single brackets"),
+        ({"fixed": [{"r": 4}]}, r"write \[fixed\], in single brackets"),
+        ({"about": 5}, "about is 5; write about ="),
+        (
+            {"fixed": {"lr": [1e-3]}},
+            r"lr=\[0.001\] under \[fixed\] is a list; values to try stand under \[\[grid",
+        ),
+        ({"fixed": {"seed": 3}}, r"seed=3 in \[fixed\]; seeds of all runs stand at the top"),
+        ({"grid": [{"r": [1]}, {"seed": [3]}]}, r"seed=\[3\] in grid 2; seeds of all runs"),
+        ({"steps": 5}, r"unknown parts \['steps'\].*settings of all runs stand under \[fixed\]"),
+        ({"grid": [{"r": [1]}, {"batchsize": [4]}]}, "grid 2: batchsize: .*did you mean 'batch_size'"),
+        ({"grid": [{"r": [1]}, {"batch_size": [2.5]}]}, "grid 2: batch_size=2.5 must be a whole number"),
+        ({"grid": [{"lr": [float("nan")]}]}, "grid 1: lr=nan must be a positive number"),
+        ({"grid": [{"lr": [float("inf")]}]}, "grid 1: lr=inf must be a positive number"),
+        ({"fixed": {"model": 5}}, "model=5 must be a name, or a folder"),
+        ({"fixed": {"embeddings": "yes"}}, "embeddings='yes' is not known"),
+        (
+            {"grid": [{"r": list(range(1, 1001)), "steps": list(range(1, 1001))}]},
+            "more than 100,000 runs with grid 1",
+        ),
     ],
 )
 def test_a_wrong_experiment_is_refused_before_anything_runs(experiment, message):
@@ -48,6 +76,9 @@ def test_a_wrong_experiment_is_refused_before_anything_runs(experiment, message)
 def test_a_file_that_is_no_experiment_is_an_error_with_its_name(tmp_path):
     with pytest.raises(ValueError, match=r"missing\.toml: No such file"):
         grid.read_experiment(tmp_path / "missing.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ValueError, match=r"pipe\.toml: is not a regular file"):
+        grid.read_experiment(tmp_path / "pipe.toml")
     (tmp_path / "bad.toml").write_text("seeds = [0,")
     with pytest.raises(ValueError, match=r"bad\.toml: Invalid value"):
         grid.read_experiment(tmp_path / "bad.toml")
@@ -136,6 +167,6 @@ def test_an_interrupt_ends_the_sweep_and_half_a_run_is_not_recorded(tmp_path, mo
 
 
 def test_two_sweeps_do_not_write_to_one_file(recorded_file):
-    lock = grid.FileLock(recorded_file.with_name(f".{recorded_file.name}.lock"))
+    lock = FileLock(recorded_file.with_name(f".{recorded_file.name}.lock"))
     with lock, pytest.raises(RuntimeError, match="another sweep is writing"):
         grid.run_experiment(configs(r=[4]), recorded_file, jobs=0, progress=False)

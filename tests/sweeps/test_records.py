@@ -1,6 +1,7 @@
 """Damaged files lose nothing, intervals are Student's, and what comes with the course is complete."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -45,6 +46,31 @@ def test_nonsense_and_repeated_lines_are_reported_with_their_number(recorded_fil
     assert len(results.records) == 2
     assert [p.split(" ")[1] for p in results.problems] == ["3", "4", "5"]
     assert "no such setting" in results.problems[0] and "repeats a run" in results.problems[2]
+
+
+def test_damage_in_the_middle_costs_its_line_alone_and_its_run_is_done_again(recorded_file):
+    first, second = recorded_file.read_bytes().splitlines()
+    ends = (
+        '"status": "done", "error": "a\u2028b\x85c"'.encode()
+    )  # ends of a line elsewhere, not in a file of JSON lines
+    third = first.replace(b'"status": "done"', ends).replace(b'"schedule": "linear"', b'"schedule": "cosine"')
+    odd = [
+        b"\xff\x00\xfe",
+        first[: len(first) // 2],
+        first.replace(b'"done"', b'"finished"'),
+        first.replace(b'"seconds": ', b'"seconds": "long", "was": '),
+        re.sub(rb'"metrics": \{', b'"metrics": {"bits": "many", ', first),
+        first.replace(b'"r": ', b'"rank_of_a_later_version": 1, "r": '),
+        b"[" * 100_000,
+    ]
+    recorded_file.write_bytes(b"\n".join([*odd, second, b"", third]) + b"\n")
+    whole = recorded_file.read_bytes()
+    with pytest.warns(records.SweepWarning, match="left out 8 lines"):
+        results = records.load(recorded_file)
+    assert [record["config"]["schedule"] for record in results.records] == ["linear", "cosine"]
+    with pytest.warns(records.SweepWarning):
+        again = grid.run_experiment(configs(r=[1]), recorded_file, jobs=0, progress=False)
+    assert len(again.records) == 2 and recorded_file.read_bytes().startswith(whole)
 
 
 def test_nothing_recorded_says_how_to_make_it(tmp_path):
