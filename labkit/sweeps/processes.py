@@ -34,9 +34,7 @@ from labkit.sweeps.config import RunConfig
 from labkit.training.history import TrainingDiverged
 
 VERSIONS = ("labkit", "torch", "transformers", "numpy")
-START_METHOD: Literal["spawn", "fork"] = (
-    "spawn"  # a forked process would inherit the locks of torch's threads
-)
+START_METHOD = "spawn"  # a forked process would inherit the locks of torch's threads
 ATTEMPTS = 2  # at a run whose process ends before it does
 STARTS = 3  # of a process, one after the other, none of which came up
 PATIENCE = 5  # seconds for a process that has closed its connection to be gone
