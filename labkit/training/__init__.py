@@ -1,12 +1,12 @@
 """One training loop for full fine-tuning, LoRA and QLoRA, its loss, exact resume, and what a model gets
 right.
 
-Read `loop` first, then `loss`; `chunked_loss` is the fast path of the same call.
+Read `loop` and `run` first, then `loss`; `chunked_loss` is the fast path of the same call.
 """
 
 from labkit.training.config import TrainConfig, learning_rate
 from labkit.training.evaluate import generate, held_out_loss, text_loss
-from labkit.training.history import History, TrainingDiverged
+from labkit.training.history import History, TrainingDiverged, TrainingWarning
 from labkit.training.loop import train
 from labkit.training.loss import supervised_loss
 from labkit.training.metrics import bits_learned, classification_accuracy, score_json
@@ -16,6 +16,7 @@ __all__ = [
     "History",
     "TrainConfig",
     "TrainingDiverged",
+    "TrainingWarning",
     "bits_learned",
     "classification_accuracy",
     "generate",
