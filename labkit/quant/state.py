@@ -43,7 +43,7 @@ def describe(weight: QuantizedTensor) -> Tensor:
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
     }
-    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8, device="cpu")
 
 
 def read_weight(state: dict[str, Tensor], prefix: str, shape: torch.Size) -> QuantizedTensor | None:
