@@ -31,6 +31,7 @@ from torch import Tensor
 
 LOCK, OLD = ".lock", ".old"  # inside a scratch folder
 MAX_JSON = 16 * 2**20  # bytes; the largest configuration or header that is read
+MAX_INSIDE = 10**6  # lists and objects in it, which take much more memory than they have letters
 IN_THE_WAY = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -83,8 +84,8 @@ def new_folder(path: str | Path, take_along: Callable[[Path, Path], None] | None
 
     Args:
         path: of the folder.
-        take_along: what is to stay of the old folder: called with it and the new one, just before they change
-            places.
+        take_along: what is to stay of the old folder: called with it and the new one before they change places,
+            and once more after, for what has come in between.
 
     Raises:
         CannotWrite: no space, no permission, or a file at `path`; what was there is intact.
@@ -108,6 +109,9 @@ def new_folder(path: str | Path, take_along: Callable[[Path, Path], None] | None
         elif not exchange(made, place):
             os.replace(place, scratch / OLD)
             os.replace(made, place)
+        old = next((folder for folder in (scratch / OLD, made) if folder.exists()), None)
+        if take_along is not None and old is not None:
+            take_along(old, place)  # what has come since
         bring_to_disk(place.parent)
 
 
@@ -292,6 +296,8 @@ def parse_json(path: str | Path, raw: bytes) -> object:
             raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
         return made
 
+    if raw.count(b"[") + raw.count(b"{") > MAX_INSIDE:
+        raise ValueError(f"{path} holds more than {MAX_INSIDE:,} lists and objects, the most that are read")
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:

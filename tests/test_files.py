@@ -90,6 +90,7 @@ def test_only_one_at_a_time_may_hold_a_lock(tmp_path: Path):
         ("{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (" " * (files.MAX_JSON + 1), "at most"),
+        ("[" + "[]," * files.MAX_INSIDE + "[]]", "more than 1,000,000 lists and objects"),
     ],
 )
 def test_json_that_is_not_read(tmp_path: Path, content: str | bytes, reason: str):

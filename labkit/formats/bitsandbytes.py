@@ -16,16 +16,20 @@ Agrees with: bitsandbytes `functional.py`, `QuantState.as_dict` and `from_dict`.
 """
 
 import json
+import math
 
 import torch
 from torch import Tensor
 
+from labkit import files
+from labkit.checks import is_number, is_same, is_whole
 from labkit.quant.blockwise import NESTED_BLOCKSIZE
 from labkit.quant.codebooks import codebook as levels_of
 from labkit.quant.config import BLOCKSIZES
 from labkit.quant.tensor import NestedScales, QuantizedTensor
 
 QUANT_TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes can read
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def to_bitsandbytes(q: QuantizedTensor, prefix: str = "weight") -> dict[str, Tensor]:
@@ -78,7 +82,7 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
 
     Raises:
         KeyError: there is no 4-bit weight of this name, or a part of it is missing.
-        ValueError: it was quantized with settings or codebooks that `labkit` does not have.
+        ValueError: it was quantized with settings or codebooks that `labkit` does not have, or is damaged.
     """
     mark = ".quant_state.bitsandbytes__"
     states = [key for key in state_dict if key.startswith(prefix + mark)]
@@ -92,13 +96,8 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
                 else "It holds none at all"
             )
         )
-    rest = json.loads(bytes(state_dict[states[0]].tolist()))
-    name, blocksize = rest["quant_type"], rest["blocksize"]
-    if name not in QUANT_TYPES or blocksize not in BLOCKSIZES:
-        raise ValueError(
-            f"{prefix}: quant_type={name!r}, blocksize={blocksize}; known are {QUANT_TYPES}, {BLOCKSIZES}"
-        )
-    nested = "nested_blocksize" in rest
+    rest = read_description(state_dict[states[0]], prefix)
+    name, blocksize, nested = rest["quant_type"], rest["blocksize"], "nested_blocksize" in rest
     parts = ("quant_map", "absmax", *(("nested_quant_map", "nested_absmax") if nested else ()))
     missing = [part for part in parts if f"{prefix}.{part}" not in state_dict]
     if missing:
@@ -113,11 +112,8 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
             f"{prefix}.absmax is {scales.dtype}, but its description is of a weight "
             f"{'with' if nested else 'without'} double quantization; the two do not belong together"
         )
+    check_scales(state_dict[f"{prefix}.{'nested_absmax' if nested else 'absmax'}"], prefix)
     if nested:
-        if rest["nested_blocksize"] != NESTED_BLOCKSIZE:
-            raise ValueError(
-                f"{prefix}: nested_blocksize={rest['nested_blocksize']}; only {NESTED_BLOCKSIZE} is known"
-            )
         check_map(state_dict[f"{prefix}.nested_quant_map"], "dynamic8", prefix)
         offset = torch.tensor(rest["nested_offset"], dtype=torch.float32, device=scales.device)
         scales = NestedScales(scales, state_dict[f"{prefix}.nested_absmax"].float(), offset)
@@ -130,10 +126,54 @@ def from_bitsandbytes(state_dict: dict[str, Tensor], prefix: str = "weight") -> 
     )
 
 
+def read_description(letters: Tensor, prefix: str) -> dict:
+    """What the JSON object beside a weight says of it.
+
+    Args:
+        letters: (n,) uint8, the letters of the object.
+        prefix: the weight's name.
+
+    Raises:
+        ValueError: no such object, or with values that there are not here.
+    """
+    if letters.dtype != torch.uint8 or letters.dim() != 1:
+        raise ValueError(f"the description of {prefix} is {letters.dtype}, not the letters of JSON")
+    rest = files.parse_json(f"the description of {prefix}", bytes(letters.tolist()))
+    if not isinstance(rest, dict):
+        raise ValueError(f"the description of {prefix} is no JSON object")
+    name, blocksize = rest.get("quant_type"), rest.get("blocksize")
+    if name not in QUANT_TYPES or not is_whole(blocksize) or blocksize not in BLOCKSIZES:
+        raise ValueError(
+            f"{prefix}: quant_type={name!r}, blocksize={blocksize!r}; known are {QUANT_TYPES}, {BLOCKSIZES}"
+        )
+    shape, dtype = rest.get("shape"), rest.get("dtype")
+    if dtype not in DTYPES or not isinstance(shape, list) or not shape or not all(map(is_whole, shape)):
+        raise ValueError(
+            f"{prefix}: dtype={dtype!r}, shape={shape!r}; known are {DTYPES} and sizes of at least 1"
+        )
+    if "nested_blocksize" in rest and not (
+        is_same(rest["nested_blocksize"], NESTED_BLOCKSIZE)
+        and is_number(rest.get("nested_offset"))
+        and math.isfinite(rest["nested_offset"])
+    ):
+        raise ValueError(
+            f"{prefix}: nested_blocksize={rest['nested_blocksize']!r}, nested_offset={rest.get('nested_offset')!r}; "
+            f"only blocks of {NESTED_BLOCKSIZE} with a finite offset are known"
+        )
+    return rest
+
+
+def check_scales(scales: Tensor, prefix: str) -> None:
+    """Refuse a weight whose scales, largest absolute values, are not finite or below zero."""
+    if not scales.is_floating_point() or not (scales.isfinite() & (scales >= 0)).all():
+        raise ValueError(f"{prefix}: its scales hold NaN, infinity or numbers below 0; the file is damaged")
+
+
 def check_map(levels: Tensor, name: str, prefix: str) -> None:
     """Refuse a weight with other levels than `labkit.quant.codebooks` has, to within the rounding of fp32."""
-    error = (levels.float().cpu() - levels_of(name)).abs().max().item()
-    if error > 1e-6:
+    ours = levels_of(name)
+    error = (levels.float().cpu() - ours).abs().max().item() if levels.shape == ours.shape else math.inf
+    if not error <= 1e-6:  # NaN is no codebook either
         raise ValueError(
             f"{prefix}: its {name} codebook differs from ours by {error:.2g}; its values would be wrong"
         )

@@ -64,9 +64,10 @@ def write_folder(path: Path, tensors: dict[str, Tensor], config: dict, provenanc
 
 
 def link_others(old: Path, new: Path) -> None:
-    """Give the folder `new` what lies in `old` and is not part of an adapter: the same files, not copies."""
+    """Give the folder `new` what lies in `old`, is not part of an adapter, and is not there yet: the same files, not
+    copies."""
     for entry in old.iterdir():
-        if entry.name in OURS:
+        if entry.name in OURS or os.path.lexists(new / entry.name):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=link_or_copy)

@@ -17,6 +17,7 @@ from torch import nn
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import make_adapter
 from labkit.lora.mounting import adapters_of, attach, mount, unmount
+from labkit.models.walk import unwrap
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -38,7 +39,7 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> nn.Module:
     """
     if not adapter_configs(model):
         raise ValueError(
-            f"{type(model).__name__} has no adapter yet; begin with labkit.add_lora(model, config, {name!r})"
+            f"{type(unwrap(model)).__name__} has no adapter yet; begin with labkit.add_lora(model, config, {name!r})"
         )
     check_new(model, name)
     with base_only(model):
@@ -108,5 +109,5 @@ def check_new(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"there is an adapter named {name!r} already; choose another name, or remove_adapter it first"
         )
-    if "." in name or not name:
-        raise ValueError(f"name={name!r}: give the adapter a name without dots")
+    if not isinstance(name, str) or "." in name or not name:
+        raise ValueError(f"name={name!r}: give the adapter a name, text without dots")

@@ -1,5 +1,7 @@
 """bitsandbytes' checkpoints: written byte for byte, read back, and refused where a part is missing."""
 
+import json
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -97,3 +99,43 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_and_the_part_named():
         mixed = other | {"a.weight.absmax": absmax["a.weight.absmax"]}
         with pytest.raises(ValueError, match="the two do not belong together"):
             from_bitsandbytes(mixed, "a.weight")
+
+
+def describe(entries, **changes):
+    """The entries of a weight with another description; None takes a key out."""
+    key = next(key for key in entries if ".quant_state." in key)
+    rest = json.loads(bytes(entries[key].tolist())) | changes
+    letters = json.dumps({name: value for name, value in rest.items() if value is not None}).encode()
+    return entries | {key: torch.tensor(list(letters), dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant_type": None}, {"quant_type": [1]}, {"blocksize": None}, {"blocksize": True}, {"blocksize": -64},
+        {"blocksize": 64.0}, {"dtype": None}, {"dtype": "load"}, {"dtype": "int8"}, {"dtype": 7}, {"shape": None},
+        {"shape": 7}, {"shape": ["a"]}, {"shape": [64.0, 64]}, {"shape": [-64, -64]}, {"shape": [64, 65]},
+        {"nested_offset": None}, {"nested_offset": "x"}, {"nested_offset": float("nan")}, {"nested_blocksize": 64},
+    ],
+)  # fmt: skip
+def test_a_description_that_is_damaged_is_refused(changes):
+    entries = describe(to_bitsandbytes(quantize(torch.randn(64, 64)), "a.weight"), **changes)
+    with pytest.raises(ValueError, match="a[.]weight: |4160 weights in blocks of 64 need"):
+        from_bitsandbytes(entries, "a.weight")
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_scales_that_are_no_largest_absolute_values_are_refused(double_quant, value):
+    entries = to_bitsandbytes(quantize(torch.randn(64, 64), double_quant=double_quant), "a.weight")
+    scales = entries["a.weight.nested_absmax" if double_quant else "a.weight.absmax"]
+    scales[0] = float(value)
+    with pytest.raises(ValueError, match="its scales hold NaN, infinity or numbers below 0"):
+        from_bitsandbytes(entries, "a.weight")
+
+
+def test_a_codebook_cut_short_or_with_nan_is_refused():
+    entries = to_bitsandbytes(quantize(torch.randn(64, 64)), "a.weight")
+    for levels in (entries["a.weight.quant_map"][:3], entries["a.weight.quant_map"] * float("nan")):
+        with pytest.raises(ValueError, match="its nf4 codebook differs"):
+            from_bitsandbytes(entries | {"a.weight.quant_map": levels}, "a.weight")

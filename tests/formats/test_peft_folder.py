@@ -161,3 +161,18 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
         with pytest.raises(ValueError, match=rf"{next(iter(what))} cannot be recorded as JSON"):
             save_adapter(adapted(r=2), tmp_path / "a", **what)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_comes_while_an_adapter_is_saved_stays(tmp_path, monkeypatch):
+    save_adapter(adapted(r=2), tmp_path / "a")
+    for exchanges in (files.exchange, lambda one, other: False):  # with and without a way to change places
+
+        def late(one, other, exchanges=exchanges):
+            (tmp_path / "a" / "late.txt").write_text("written just now")
+            return exchanges(one, other)
+
+        monkeypatch.setattr(files, "exchange", late)
+        save_adapter(adapted(seed=2, r=2), tmp_path / "a")
+        assert (tmp_path / "a" / "late.txt").read_text() == "written just now"
+        (tmp_path / "a" / "late.txt").unlink()
+    assert os.listdir(tmp_path) == ["a"]
