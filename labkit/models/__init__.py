@@ -1,7 +1,7 @@
 """Base models by name, their shapes without weights, and how to change a module of a model.
 
-Read `loading` first; `fetching` and `gguf` bring the named models here, `shapes` builds models without
-memory, and `surgery` finds and replaces modules.
+Read `loading` first; `folders` says when a folder is a whole model, `fetching` and `gguf` bring the named models
+here, `shapes` builds models without memory, `walk` finds layers through wrappers, and `surgery` replaces modules.
 """
 
 from labkit.models.fetching import SOURCES, ModelUnavailable, Source, fetch

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from labkit.checks import check_choice, nearest
 from labkit.files import read_json
@@ -63,36 +64,8 @@ def load(name: str | Path, dtype: torch.dtype | str | None = None, device: torch
         raise ValueError(f"name={name!r} must be the name of a model, its folder, or its id on the hub")
     folder = local_folder(name)
     with collector_paused():
-        from transformers import (
-            AutoModelForCausalLM,
-            AutoTokenizer,
-            LlamaForCausalLM,
-            PreTrainedTokenizerFast,
-        )
-
-        ours = name in SOURCES or name in SHIPPED
-        model_class = LlamaForCausalLM if ours else AutoModelForCausalLM
-        tokenizer_class = PreTrainedTokenizerFast if ours else AutoTokenizer
-        place = folder or str(name)
-        offline = {"local_files_only": folder is None and not is_reachable()}
-        options = {"trust_remote_code": False, **offline}
-        try:
-            tokenizer = tokenizer_class.from_pretrained(place, **options)
-        except Exception as error:  # transformers, tokenizers and the hub raise many kinds
-            raise ModelUnavailable(not_loaded_message(name, folder, error, "tokenizer")) from error
-        try:
-            model, info = model_class.from_pretrained(
-                place,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `info` has them, by name
-                adapter_kwargs=offline,
-                **options,
-            )
-        except Exception as error:  # and so do transformers and safetensors here
-            raise ModelUnavailable(not_loaded_message(name, folder, error, "model")) from error
-    check_loaded(model, info, place)
+        model, tokenizer, info = read(name, folder, dtype)
+    check_loaded(model, info, folder or name)
     if getattr(model.config, "auto_map", None):
         warnings.warn(
             f"{name} brings code of its own, which was not run; it is loaded as transformers' own "
@@ -101,6 +74,41 @@ def load(name: str | Path, dtype: torch.dtype | str | None = None, device: torch
         )
     model.config.name_or_path = str(name)
     return model.to(device).eval(), tokenizer
+
+
+def read(name: str | Path, folder: Path | None, dtype: torch.dtype) -> tuple[nn.Module, Any, dict]:
+    """Read a model from its folder, or from the hub if that is None.
+
+    Returns:
+        (model, tokenizer, info): `info` is transformers' account of what was missing, too much, or of another shape.
+
+    Raises:
+        ModelUnavailable: transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    ours = name in SOURCES or name in SHIPPED
+    model_class = LlamaForCausalLM if ours else AutoModelForCausalLM
+    tokenizer_class = PreTrainedTokenizerFast if ours else AutoTokenizer
+    place = folder or str(name)
+    offline = {"local_files_only": folder is None and not is_reachable()}
+    part = "tokenizer"
+    try:
+        tokenizer = tokenizer_class.from_pretrained(place, trust_remote_code=False, **offline)
+        part = "model"
+        model, info = model_class.from_pretrained(
+            place,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `info` has them, by name
+            adapter_kwargs=offline,
+            **offline,
+        )
+    except Exception as error:  # transformers, tokenizers, safetensors and the hub raise many kinds
+        raise ModelUnavailable(not_loaded_message(name, folder, error, part)) from error
+    return model, tokenizer, info
 
 
 def local_folder(name: str | Path) -> Path | None:
