@@ -12,11 +12,13 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from labkit.checks import check_choice, nearest
+from labkit.files import read_json
 from labkit.paths import data_folder
 
 ATTENTION = ("sdpa", "eager")
@@ -139,22 +141,24 @@ def config_of(model):
             f"{', '.join(known_models())}. Also possible: a folder with a config.json, or "
             "AutoConfig.from_pretrained(…) of any model on the hub"
         )
-    try:
-        config = _from_dict(json.loads(path.read_text()))
-        config.name_or_path = path.parent.name if path.name == "config.json" else path.stem
-        return config
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    config = _from_dict(read_json(path))
+    config.name_or_path = path.parent.name if path.name == "config.json" else path.stem
+    return config
 
 
-def _from_dict(values: dict):
+def _from_dict(values: Any):
     """The transformers config that a `config.json` holds."""
     from transformers import AutoConfig
 
-    values = {k: v for k, v in values.items() if k != "transformers_version"}
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(
+            "not the config of a model that transformers knows: it needs a model_type, such as 'llama'"
+        )
+    given = {key: value for key, value in values.items() if key not in ("transformers_version", "model_type")}
     try:
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    except (KeyError, ValueError) as error:
+        return AutoConfig.for_model(kind, **given)
+    except Exception as error:  # transformers checks some settings, and stumbles over others
         raise ValueError(f"not the config of a model that transformers knows: {str(error)[:200]}") from None
 
 

@@ -18,7 +18,7 @@ def test_a_model_whose_blocks_are_not_modelled_gets_a_note():
 
 def test_a_config_file_that_is_no_json_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not a JSON file"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         plan(tmp_path)
 
 

@@ -31,3 +31,36 @@ def test_what_a_config_leaves_out_is_derived_or_none():
 def test_what_is_no_decoder_is_refused(given):
     with pytest.raises(ValueError, match=f"{type(given).__name__} does not say how wide and deep it is"):
         decoder_shape(given)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json is not valid JSON"),
+        ('{"model_type": "llama", "model_type": "gpt2"}', "'model_type' stands there twice"),
+        ("[" * 10**5, "nested too deeply"),
+        ("[1]", "it needs a model_type, such as 'llama'"),
+        ('{"hidden_size": 64}', "it needs a model_type"),
+        ('{"model_type": ["llama"]}', "it needs a model_type"),
+        ('{"model_type": "no-such-model"}', "not the config of a model that transformers knows"),
+        (
+            '{"model_type": "llama", "hidden_size": "wide"}',
+            "not the config of a model that transformers knows",
+        ),
+        (
+            '{"model_type": "llama", "rope_parameters": 5}',
+            "not the config of a model that transformers knows",
+        ),
+        (" " * (16 * 2**20 + 1), "at most 16,777,216 are read"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused_with_the_reason(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        config_of(tmp_path)
+
+
+def test_a_config_that_is_a_pipe_or_a_device_does_not_hang(tmp_path):
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="is not a known config"):
+        config_of(tmp_path)
