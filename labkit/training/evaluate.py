@@ -24,12 +24,16 @@ from labkit.data.encoding import Encoded, encode_all
 from labkit.data.records import records_of, shortened
 from labkit.data.tokens import prompt_ids
 from labkit.models.walk import unwrap
-from labkit.training.greedy import greedy, stops_of
+from labkit.training.greedy import greedy, needs_solitude, stops_of
 from labkit.training.limits import check_fits, check_ids, context_of, padding_id, virtual_tokens_of
 from labkit.training.loss import supervised_loss
 from labkit.training.readiness import check_causal, own_modes
 
-_causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that were asked, and are
+PROBE = 8  # tokens of a prompt, to ask a model with whether it writes the same in a batch
+
+# what each model was asked once: must its prompts be alone; and those that are causal
+_needs_solitude: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def held_out_loss(
@@ -153,13 +157,11 @@ def generate(
     check_causal_once(model, [Encoded(one, []) for one in ids])
     device, pad_id = next(model.parameters()).device, padding_id(tokenizer, model)
     stops = stops_of(model, tokenizer)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers: list[str] = [""] * len(ids)
     bar = tqdm(total=len(ids), desc="generate", unit="prompt", disable=not progress, leave=False)
     with bar, own_modes(model):
         model.eval()
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in batches_of_prompts(model, ids, pad_id, batch_size):
             width = max(len(ids[i]) for i in chosen)
             padded = torch.full((len(chosen), width), pad_id)
             mask = torch.zeros_like(padded)
@@ -195,6 +197,19 @@ def ids_of_prompts(
                 + (f"1 to {room} fit" if room > 0 else "none fits")
             )
     return ids
+
+
+def batches_of_prompts(
+    model: nn.Module, ids: list[list[int]], pad_id: int, batch_size: int
+) -> list[list[int]]:
+    """The indices of each batch, of similar lengths; of one prompt where the model writes others in company."""
+    inner, context = unwrap(model), context_of(model)
+    room = PROBE if context is None else min(PROBE, context - virtual_tokens_of(model) - 4)
+    if inner not in _needs_solitude and room > 0:
+        _needs_solitude[inner] = needs_solitude(model, min(ids, key=len)[:room], pad_id)
+    size = 1 if _needs_solitude.get(inner) else batch_size
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def text_after(prompt: list[int], answer: list[int], tokenizer) -> str:

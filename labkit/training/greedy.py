@@ -81,12 +81,57 @@ def greedy(
         max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stops.ids) or None, pad_token_id=pad_id
     )
     criteria = StoppingCriteriaList([StopAtText(tokenizer, stops.text, width)] if stops.text else [])
+    out = quietly_generate(model, ids, mask, settings, criteria)
+    return out[:, width:]
+
+
+def quietly_generate(model: nn.Module, ids: Tensor, mask: Tensor, settings: GenerationConfig, criteria=None):
+    """transformers' `generate` with these settings and no others."""
     able = model if hasattr(model, "generate") else unwrap(model)  # data parallelism has no `generate`
     with generation_config_aside(model):
-        out = able.generate(
+        return able.generate(
             input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=criteria
         )
-    return out[:, width:]
+
+
+def needs_solitude(model: nn.Module, ids: list[int], pad_id: int) -> bool:
+    """Does the model write something else in a batch with padding than alone, as RWKV does, which has no mask?
+
+    Two tokens are written, and their logits compared with those of the forward pass that is trained.
+
+    Raises:
+        ValueError: they differ even if `ids` are alone, or are not finite.
+    """
+    name, device = type(unwrap(model)).__name__, next(model.parameters()).device
+    settings = GenerationConfig(
+        max_new_tokens=2,
+        do_sample=False,
+        pad_token_id=pad_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+    def differs(rows: list[list[int]], padding: int) -> bool:
+        mask = torch.ones(len(rows), len(rows[0]), dtype=torch.long, device=device)
+        mask[0, :padding] = 0
+        out = quietly_generate(model, torch.tensor(rows, device=device), mask, settings)
+        said = torch.stack([step[0] for step in out.logits]).float()  # (2, vocab)
+        own = out.sequences[:1, padding:-1]
+        trained = model(input_ids=own, use_cache=False).logits[0, -2:].float()
+        if not trained.isfinite().all():
+            raise ValueError(
+                f"the logits of {name} are not finite, so no token is the most likely one; a weight is NaN or "
+                "infinite, or the dtype too narrow: load it in float32"
+            )
+        spread = trained - trained.mean(dim=1, keepdim=True)
+        return bool((said - trained).norm() > 0.1 * spread.norm())  # rounding is far less
+
+    if differs([ids], 0):
+        raise ValueError(
+            f"generate of transformers does not compute with {name} what training does, for example because it counts "
+            "positions otherwise; its answers would not be those of the model that was trained"
+        )
+    return differs([[pad_id, pad_id, *ids], [ids[0], ids[0], *ids]], 2)
 
 
 def with_generation_config(model: nn.Module) -> list[nn.Module]:

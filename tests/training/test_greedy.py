@@ -5,9 +5,18 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from labkit.data.encoding import encode
+from labkit.training import evaluate
 from labkit.training.config import TrainConfig
 from labkit.training.evaluate import chat_prompts, generate
 from labkit.training.greedy import stops_of, with_generation_config
@@ -95,11 +104,11 @@ class Rehearsed(torch.nn.Module):
     def __init__(self, model, tokens: list[int]):
         super().__init__()
         self.model, self.tokens, self.said = model, tokens, 0
+        evaluate._causal.add(model)  # what a model is asked once, it has been
+        evaluate._needs_solitude[model] = False
         model.get_output_embeddings().register_forward_hook(self.say)
 
     def say(self, _, __, logits):
-        if torch.is_grad_enabled():  # asked whether it is causal
-            return logits
         logits = torch.zeros_like(logits)
         logits[:, -1, self.tokens[min(self.said, len(self.tokens) - 1)]] = 9.0
         self.said += 1
@@ -123,7 +132,7 @@ def test_a_plain_answer_ends_at_the_mark_that_encoding_supervises(name):
     tokenizer = FAMILIES[name]()
     record = {"prompt": "a\n", "completion": "yes no"}
     model = make_small_llama(vocab_size=len(tokenizer), eos_token_id=5, bos_token_id=0)
-    rehearsed = Rehearsed(model, encode(record, tokenizer).completion + [5, 6, 7])
+    rehearsed = Rehearsed(model, [*encode(record, tokenizer).completion, 5, 6, 7])
     assert generate(model, tokenizer, [record["prompt"]], 40, progress=False) == ["yes no"]
     assert rehearsed.said <= len(encode(record, tokenizer).completion)
 
@@ -150,3 +159,59 @@ def test_a_model_that_learned_its_chats_says_them_and_stops():
     )
     assert say() == ["1", "2", "6", "10"]
     assert model.generation_config.eos_token_id == 0
+
+
+def rwkv():
+    return RwkvForCausalLM(
+        RwkvConfig(vocab_size=4096, hidden_size=64, num_hidden_layers=2, intermediate_size=64)
+    )
+
+
+def mamba():
+    return MambaForCausalLM(MambaConfig(vocab_size=4096, hidden_size=64, state_size=8, num_hidden_layers=2))
+
+
+def roberta():
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    return RobertaForCausalLM(
+        RobertaConfig(vocab_size=4096, is_decoder=True, max_position_embeddings=64, **sizes)
+    )
+
+
+def loud(model):
+    """With weights so large that its tokens differ."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "alone"), [(rwkv, True), (mamba, False), (partial(make_small_llama, vocab_size=4096), False)]
+)
+def test_prompts_share_a_batch_only_where_the_model_writes_the_same_in_company(tiny, make, alone):
+    model, tokenizer, prompts = loud(make()), tiny[1], [*PROMPTS, "The king", "def f(a):"]
+    said = generate(model, tokenizer, prompts, max_new_tokens=6, progress=False)
+    assert said == [plain(model, tokenizer, prompt, 6) for prompt in prompts]
+    assert evaluate._needs_solitude[model] is alone
+
+
+def test_a_model_that_generates_otherwise_than_it_is_trained_is_refused():
+    """transformers' generate counts RoBERTa's positions from 0, its forward pass from 2."""
+    with pytest.raises(ValueError, match="does not compute with RobertaForCausalLM what training does"):
+        generate(loud(roberta()), tiny_llama(), ["The king of the land"], max_new_tokens=2, progress=False)
+
+
+def test_logits_that_are_not_finite_give_no_answer():
+    model = make_small_llama(vocab_size=4096)
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the logits of LlamaForCausalLM are not finite"):
+        generate(model, tiny_llama(), ["a"], max_new_tokens=2, progress=False)
+
+
+def test_wrappers_generate_what_their_model_does(tiny):
+    model, tokenizer = make_small_llama(vocab_size=4096), tiny[1]
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=4, progress=False)
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model, backend="eager")):
+        assert generate(wrapped, tokenizer, PROMPTS, max_new_tokens=4, progress=False) == answers
