@@ -110,8 +110,13 @@ class IA3Linear(StandIn):
             return self.base.weight
         weight = self.base.weight
         weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-        factors = self.vector[None, :] if self.on_input else self.vector[:, None]  # of an (out, in) weight
-        return (weight * (factors.T if is_conv1d(self.base) else factors)).to(weight.dtype)
+        if is_conv1d(self.base):
+            return self.stretched(weight.T).T.to(weight.dtype)
+        return self.stretched(weight).to(weight.dtype)
+
+    def stretched(self, weight: Tensor) -> Tensor:
+        """A weight, (out, in), with the vector in it: `diag(l) W`, or on the input `W diag(l)`."""
+        return weight * (self.vector[None, :] if self.on_input else self.vector[:, None])
 
     @property
     def bias(self) -> Tensor | None:

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from labkit.checks import is_whole
 from labkit.models.surgery import is_output_layer
+from labkit.models.walk import adapters_in
 
 
 class Offset(nn.Module):
@@ -81,6 +82,11 @@ def add_subspace(model: nn.Module, d: int, seed: int) -> nn.Module:
     if any(parametrize.is_parametrized(layer, "weight") for layer in layers):
         raise ValueError(
             f"{type(model).__name__} is in a subspace already; load a fresh model to start again"
+        )
+    there = adapters_in(model)
+    if there:
+        raise ValueError(
+            f"{type(model).__name__} has {' and '.join(there)} adapters, which would be frozen; load a fresh model"
         )
     size = sum(layer.weight.numel() for layer in layers)
     if not is_whole(d) or d > size:

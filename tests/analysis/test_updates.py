@@ -2,14 +2,21 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 
+from labkit.alternatives.bottleneck import BottleneckConfig, add_bottleneck
+from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers, merge_ia3
+from labkit.alternatives.prompts import PromptConfig, add_prompt
+from labkit.analysis.subspace import add_subspace
 from labkit.analysis.updates import PARTS, find_updates, linear_layers, with_update
+from labkit.lora.adapters import base_only as disabled
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.merging import merge
-from labkit.quant.layer_kinds import dense_weight
+from labkit.models.stand_in import StandIn
+from labkit.quant.layer_kinds import dense_weight, widths
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model, quantize_model
 from tests.analysis.matrices import gaussian
@@ -142,3 +149,84 @@ def test_a_change_that_does_not_fit_changes_nothing(small_llama):
         with pytest.raises(ValueError, match="nowhere|3, 3"), with_update(small_llama, changes):
             pass
         assert torch.equal(small_llama.get_submodule(name).weight, weight)
+
+
+@pytest.mark.parametrize("base", ["llama", "llama in 4 bits", "gpt2"])
+@torch.no_grad()
+def test_the_update_of_ia3_is_what_merging_it_adds_and_the_same_merged(base):
+    original = make_gpt2() if base == "gpt2" else make_small_llama()
+    tuned = copy.deepcopy(original)
+    config = None
+    if base == "llama in 4 bits":
+        quantize_model(tuned, progress=False)
+        config = IA3Config(("k_proj", "v_proj", "up_proj"), ())
+    add_ia3(tuned, config)
+    for n, layer in enumerate(ia3_layers(tuned).values()):
+        layer.vector += 0.1 * gaussian(1, len(layer.vector), seed=n)[0]
+    update, total = find_updates(original, tuned), find_updates(original, tuned, "total")
+    assert set(update) == set(ia3_layers(tuned)) and set(total) == set(linear_layers(original))
+    for name, change in update.items():
+        start, layer = dense_weight(ia3_layers(tuned)[name].base), ia3_layers(tuned)[name]
+        factors = layer.vector[None] if layer.on_input else layer.vector[:, None]
+        assert change.abs().max() > 1e-3
+        torch.testing.assert_close(change, start * factors - start)
+    with with_update(original, total) as model:  # without the biases, which are scaled too
+        for name, layer in linear_layers(model).items():
+            torch.testing.assert_close(dense_weight(layer), computed(tuned, name), atol=1e-5, rtol=1e-4)
+    merge_ia3(tuned)
+    again = find_updates(original, tuned)
+    assert all(torch.allclose(again[name], update[name], atol=1e-6) for name in update)
+
+
+def computed(model, name):
+    """The weight that a layer computes with, (out, in), found by giving it each unit vector."""
+    layer = linear_layers(model)[name]
+    n_in = widths(layer.base if isinstance(layer, StandIn) else layer)[0]
+    bias = layer(torch.zeros(1, n_in))
+    return (layer(torch.eye(n_in)) - bias).T
+
+
+def test_what_trains_in_full_beside_an_adapter_is_an_update_too(small_llama):
+    config = LoRAConfig(r=2, targets=["q_proj"], modules_to_save=["layers.1.mlp"])
+    tuned = randomize_B(add_lora(copy.deepcopy(small_llama), config))
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight += 0.5
+    found = find_updates(small_llama, tuned)
+    assert torch.allclose(found["model.layers.1.mlp.up_proj"], torch.tensor(0.5), atol=1e-6)
+    assert len(found) == 3 + 3
+
+
+@torch.no_grad()
+def test_wrappers_around_a_model_change_no_name_and_no_number(small_llama):
+    tuned = randomize_B(add_lora(copy.deepcopy(small_llama), LoRAConfig(r=2)))
+    want = find_updates(small_llama, tuned)
+    found = find_updates(torch.compile(small_llama, backend="eager"), torch.nn.DataParallel(tuned))
+    assert list(found) == list(want) and all(torch.equal(found[name], want[name]) for name in want)
+
+
+@torch.no_grad()
+def test_full_fine_tuning_of_gpt2_is_the_difference():
+    base, tuned = make_gpt2(), make_gpt2()
+    layer = tuned.transformer.h[0].mlp.c_fc
+    layer.weight += (change := 0.01 * gaussian(*layer.weight.shape))
+    found = find_updates(base, tuned)["transformer.h.0.mlp.c_fc"]
+    torch.testing.assert_close(found, change.T, atol=1e-6, rtol=1e-4)
+
+
+def test_what_has_no_update_in_weights_is_refused_and_not_zero(small_llama):
+    tuned = add_prompt(copy.deepcopy(small_llama), PromptConfig(3))
+    with pytest.raises(ValueError, match="Prompt changes no weight"):
+        find_updates(small_llama, tuned)
+    tuned = add_bottleneck(copy.deepcopy(small_llama), BottleneckConfig(4))
+    with pytest.raises(ValueError, match="Bottleneck changes no weight"):
+        find_updates(small_llama, tuned)
+    theirs = peft.get_peft_model(copy.deepcopy(small_llama), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="PEFT's adapters, which find_updates does not read"):
+        find_updates(small_llama, theirs)
+    tuned = randomize_B(add_lora(copy.deepcopy(small_llama), LoRAConfig(r=2)))
+    with disabled(tuned), pytest.raises(ValueError, match="put aside"):
+        find_updates(small_llama, tuned)
+    with pytest.raises(ValueError, match="base has LoRA adapters"):
+        find_updates(tuned, tuned)
+    with pytest.raises(ValueError, match="has LoRA adapters, which would be frozen"):
+        add_subspace(tuned, 4, seed=0)
