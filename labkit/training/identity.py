@@ -28,7 +28,14 @@ from labkit.models.walk import own_name, unwrap
 from labkit.training.config import TrainConfig
 
 MAY_DIFFER = ("checkpoint_folder", "checkpoint_every", "progress", "state_budget_bytes")
-SINCE_0_2 = ("held_out", "base", "adapter", "config", "modules")  # older checkpoints do not have them
+SINCE_0_2 = (
+    "held_out",
+    "autocast",
+    "base",
+    "adapter",
+    "config",
+    "modules",
+)  # older checkpoints do not have them
 HASHES = ("data", "held_out", "base values")  # of no use to a reader
 SHOWN = 4  # differences in a message
 # what a forward pass or the place of a file leaves on a module
@@ -67,6 +74,10 @@ def identity_of(
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER}
     settings |= {"betas": list(config.betas), "data": fingerprint(examples), "total": total}
     settings["held_out"] = fingerprint(list(held_out)) if config.eval_every else None
+    device = next(model.parameters()).device.type
+    settings["autocast"] = (
+        str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    )
     return settings | identity_of_model(model)
 
 

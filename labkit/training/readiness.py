@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from labkit.data.encoding import Encoded
 from labkit.lora.mounting import adapters_of, mounted_adapter
-from labkit.models.walk import own_name, unwrap
+from labkit.models.walk import is_a, own_name, unwrap
 from labkit.training.config import TrainConfig
 
 PROBE = 8  # tokens that the question needs
@@ -91,13 +91,17 @@ def check_mounted(model: nn.Module) -> None:
 
 
 def check_not_merged(model: nn.Module) -> None:
-    """Raise a `ValueError` if an adapter is merged: its parameters are no part of the computation then."""
-    merged = [name for name, module in model.named_modules() if getattr(module, "is_merged", False) is True]
-    if merged:
-        undo = "unmerge_ia3" if type(model.get_submodule(merged[0])).__name__ == "IA3Linear" else "unmerge"
+    """Raise a `ValueError` if an adapter, ours or PEFT's, is merged: its parameters have no part in the output then."""
+    for path, module in model.named_modules():
+        if getattr(module, "is_merged", False) is True:
+            undo = "unmerge_ia3(model)" if is_a(module, "IA3Linear") else "unmerge(model)"
+        elif is_a(module, "BaseTunerLayer") and module.merged:
+            undo = "model.unmerge_adapter()"
+        else:
+            continue
         raise ValueError(
-            f"the adapter is merged into the base ({own_name(model, merged[0])}), so its parameters would not "
-            f"train; call {undo}(model) first"
+            f"the adapter is merged into the base ({own_name(model, path)}), so its parameters would not train; call "
+            f"{undo} first"
         )
 
 

@@ -64,12 +64,10 @@ class TrainingRun:
             weight_decay=config.weight_decay,
         )
         self.best: BestWeights | None = None
-        self.folder = (
-            None if config.checkpoint_folder is None else Path(config.checkpoint_folder).expanduser()
-        )
-        self.identity = (
-            {} if self.folder is None else identity_of(model, config, examples, self.total, held_out)
-        )
+        self.folder, self.identity = None, {}
+        if config.checkpoint_folder is not None:
+            self.folder = Path(config.checkpoint_folder).expanduser().absolute()
+            self.identity = identity_of(model, config, examples, self.total, held_out)
         self.done, self.kept = 0, 0  # steps that were taken, and that the checkpoint in the folder has
         self.looked = False  # at the gradients, in the first step of this call
         self.without_gradient = set(self.parameters)  # so far

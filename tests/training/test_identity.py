@@ -148,13 +148,17 @@ def test_settings_and_data_are_parts_and_those_that_change_no_number_are_not():
     assert differences(here, identity(EXAMPLES[:1])) == ["data"]
     assert differences(here, identity(held_out=EXAMPLES)) == ["held_out"]
     assert differences(here, identity(eval_every=None)) == ["eval_every 1 there, None here", "held_out"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert differences(here, identity()) == ["autocast None there, torch.bfloat16 here"]
     free = {"checkpoint_folder": "x", "checkpoint_every": 3, "progress": False, "state_budget_bytes": 9}
     assert differences(here, identity(**free)) == []
 
 
 def test_an_identity_of_version_0_1_0_is_compared_by_the_parts_that_it_has():
     now = recorded(identity_of(tiny_llama(), TrainConfig(steps=3), EXAMPLES, 3))
-    before = {key: now[key] for key in now.keys() - {"held_out", "base", "adapter", "config", "modules"}}
+    before = {
+        key: now[key] for key in now.keys() - {"held_out", "autocast", "base", "adapter", "config", "modules"}
+    }
     assert differences(before, now) == []
     assert differences({k: v for k, v in before.items() if k != "lr"}, now) == ["lr None there, 0.001 here"]
 
