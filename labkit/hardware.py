@@ -174,7 +174,7 @@ def physical_memory() -> int:
     """Memory of the machine in bytes."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    import psutil  # on Windows; it comes with ipykernel
+    import psutil  # type: ignore[import-untyped]  # on Windows; it comes with ipykernel
 
     return psutil.virtual_memory().total
 

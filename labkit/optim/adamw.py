@@ -16,6 +16,7 @@ a CPU in the update of w.
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -94,6 +95,13 @@ class AdamW(torch.optim.Optimizer):
 
     def init_state(self, p: Tensor, state: dict) -> None:
         """Zero moments, of the parameter's shape and dtype, and a step count."""
+        if p.dtype == torch.float16 and not p.is_meta:
+            warnings.warn(
+                "the moments of a float16 parameter are in float16, as in PyTorch: of a gradient below 0.005 the "
+                "square, and ε, are zero there, and the weight becomes infinite. Train it in float32 or bfloat16, "
+                "or with AdamW8bit, whose moments are not in half precision",
+                stacklevel=4,
+            )
         state["step"] = torch.tensor(0.0)
         state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)

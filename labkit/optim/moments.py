@@ -1,17 +1,16 @@
 """The two moments of AdamW in 8 bits, by a rounding that keeps what holds for exact ones.
 
-The step divides m by √v, so an error of v matters where v is *small*, and a mean error does not show it.
-Rounded to the nearest level, what is below 4e-4 of its block's largest gradient becomes zero in v = g², and in m
-only below 3e-7. Between the two ε alone is left of the denominator: single weights move by units where the
-learning rate is a thousandth. Three rules keep it from that:
+The step divides m by √v, so an error matters where v is *small*, and a mean error does not show it. Rounded to the
+nearest level, a gradient below 4e-4 of its block's largest becomes zero in v, and only below 3e-7 in m. Between
+the two, ε alone is left of the denominator, and single weights jump. Three rules prevent it:
 
 - v > 0 is stored as the smallest level at least;
 - m² ≤ K² v, which all exact moments obey (`smallest_root`), is restored when they are read;
 - m falls where the gradient is zero, as β₁ m does.
 
 Source: 8-bit Optimizers (Dettmers et al. 2021), section 2. bitsandbytes on a CPU keeps v above 1e-5 of its
-block's largest, by the bins in which it looks codes up (`labkit.quant.blockwise.lookup_blocks`); its CUDA kernel
-rounds v to zero, and keeps the sign of m.
+block's largest by the bins in which it looks codes up (`labkit.quant.blockwise.lookup_blocks`); its CUDA kernel
+rounds v to zero too.
 """
 
 import math

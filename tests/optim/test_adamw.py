@@ -102,6 +102,19 @@ def test_a_closure_is_called_once_with_gradients_and_its_loss_returned():
     assert AdamW([weight]).step(closure).item() == 3.0 and calls == [3.0]
 
 
+def test_moments_in_float16_are_warned_about_because_the_weight_becomes_infinite_as_in_torch():
+    def stepped(make):
+        p = torch.nn.Parameter(torch.zeros(5000, dtype=torch.float16))
+        p.grad = torch.full_like(p, 1e-3)
+        make([p]).step()
+        return p.detach()
+
+    with pytest.warns(UserWarning, match=r"moments of a float16 parameter .* becomes infinite.* AdamW8bit"):
+        mine = stepped(AdamW)
+    assert torch.equal(mine, stepped(lambda p: torch.optim.AdamW(p, foreach=False))) and mine.isinf().all()
+    assert stepped(AdamW8bit).isfinite().all()
+
+
 # --- 8 bits
 
 
