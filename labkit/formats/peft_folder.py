@@ -44,8 +44,7 @@ def write_folder(path: Path, tensors: dict[str, Tensor], config: dict, provenanc
     whatever else lies in that folder (a tokenizer, notes, a checkpoint) stays.
 
     Raises:
-        ValueError: a tensor holds NaN or infinity, or the provenance something that JSON cannot hold; nothing is
-            written then.
+        ValueError: a tensor holds NaN or infinity, or `path` is not for an adapter; nothing is written then.
         NotADirectoryError: there is a file at `path`.
         labkit.files.CannotWrite: no space, no permission; the old adapter is intact.
     """
@@ -54,13 +53,37 @@ def write_folder(path: Path, tensors: dict[str, Tensor], config: dict, provenanc
         raise ValueError(
             f"{broken[0]} and {len(broken) - 1} more tensors hold NaN or infinity; nothing was saved"
         )
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder, so give another name")
+    check_place(path)
     with files.new_folder(path, take_along=link_others) as made:
         save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
         (made / CONFIG).write_text(json.dumps(config, indent=2))
         (made / PROVENANCE).write_text(json.dumps(provenance, indent=2))
     return path
+
+
+def check_place(path: Path) -> None:
+    """Raise unless an adapter may be saved in the folder `path`: what would be replaced there must be an adapter's.
+
+    Raises:
+        ValueError: the folder that the process is in, which would be gone under its feet; a `labkit.json` of
+            something else, such as a fetched model; a folder that has the name of a file of an adapter.
+        NotADirectoryError: a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder, so give another name")
+    if Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
+        raise ValueError(
+            f"{path} is the folder that you are in, or around it; give the adapter a folder of its own"
+        )
+    for name in OURS:
+        if (path / name).is_dir():
+            raise ValueError(f"{path / name} is a folder, which is not of an adapter; give another name")
+    try:
+        recorded = files.read_json(path / PROVENANCE, MAX_CONFIG)
+    except (OSError, ValueError):
+        return  # none, or a damaged one
+    if not isinstance(recorded, dict) or "base" not in recorded:
+        raise ValueError(f"{path / PROVENANCE} is not of an adapter; give the adapter a folder of its own")
 
 
 def link_others(old: Path, new: Path) -> None:

@@ -21,7 +21,7 @@ from labkit.lora.config import LoRAConfig
 from labkit.lora.mounting import Adapter, standing
 from labkit.lora.plain import plain_factors
 from labkit.lora.targets import saved_names
-from labkit.models.walk import places, unwrap
+from labkit.models.walk import own_name, places, unwrap
 from labkit.quant.layer_kinds import is_linear, widths
 
 # by the names of a layer's own parameters here
@@ -47,7 +47,8 @@ def adapter_tensors(adapter: Adapter, plain: bool) -> dict[str, Tensor]:
     layers = adapter.layers
     for name, module in adapter.modules.items():
         if name not in layers:
-            tensors |= {f"{PREFIX}{name}.{key}": t.detach().clone() for key, t in module.state_dict().items()}
+            state = {own_name(module, key): tensor for key, tensor in module.state_dict().items()}
+            tensors |= {f"{PREFIX}{name}.{key}": tensor.detach().clone() for key, tensor in state.items()}
             continue
         parts = dict(module.named_parameters(recurse=False))
         if plain:
@@ -63,7 +64,10 @@ def fill(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, module in adapter.modules.items():
             if name not in layers:
-                module.load_state_dict({key: tensors[f"{PREFIX}{name}.{key}"] for key in module.state_dict()})
+                state = {
+                    key: tensors[f"{PREFIX}{name}.{own_name(module, key)}"] for key in module.state_dict()
+                }
+                module.load_state_dict(state)
                 continue
             names = tensor_names(name, module.base)
             for part, parameter in module.named_parameters(recurse=False):
@@ -82,7 +86,8 @@ def expected_tensors(model: nn.Module, config: LoRAConfig, names: list[str]) -> 
         there, dtype = tensor_names(name, base), torch.promote_types(base.weight.dtype, torch.float32)
         expected |= {there[part]: Expected(shape, dtype) for part, shape in shapes.items() if part in there}
     for name in config.modules_to_save:
-        state = unwrap(standing(model, name)).state_dict()
+        there = standing(model, name)
+        state = {own_name(there, key): tensor for key, tensor in there.state_dict().items()}
         expected |= {f"{PREFIX}{name}.{key}": Expected(tuple(t.shape), t.dtype) for key, t in state.items()}
     return expected
 

@@ -176,3 +176,26 @@ def test_a_file_that_comes_while_an_adapter_is_saved_stays(tmp_path, monkeypatch
         assert (tmp_path / "a" / "late.txt").read_text() == "written just now"
         (tmp_path / "a" / "late.txt").unlink()
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_folder_that_one_is_in_and_those_of_other_things_are_refused_and_stay(tmp_path, monkeypatch):
+    for name in ("here/inside", "model", "odd/adapter_config.json"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "model" / "labkit.json").write_text(
+        '{"format": 1, "sha256": "ab"}'
+    )  # as a fetched model has it
+    monkeypatch.chdir(tmp_path / "here" / "inside")
+    cases = {
+        ".": "the folder that you are in",
+        str(tmp_path / "here"): "the folder that you are in, or around it",
+        str(tmp_path / "model"): "labkit.json is not of an adapter",
+        str(tmp_path / "odd"): "adapter_config.json is a folder",
+    }
+    model = adapted(r=2)
+    for place, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            save_adapter(model, place)
+    assert os.listdir(".") == [] and os.getcwd() == str(tmp_path / "here" / "inside")
+    assert (tmp_path / "model" / "labkit.json").read_text() == '{"format": 1, "sha256": "ab"}'
+    save_adapter(model, "a")  # beside other things is fine
+    assert set(os.listdir("a")) == set(peft_folder.OURS)

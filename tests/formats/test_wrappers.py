@@ -59,6 +59,18 @@ def test_an_adapter_saved_in_a_wrapper_loads_without_it_and_the_other_way_round(
     assert torch.equal(logits(use_adapter(loaded, None)), logits(make_model()))
 
 
+def test_modules_that_train_in_full_are_saved_under_own_names_though_they_are_compiled(tmp_path):
+    config = LoRAConfig(r=4, targets=["layers.0.mlp.up_proj"], modules_to_save=["layers.1"])
+    model = add_lora(compile_layers(make_model()), config)
+    for parameter in model.model.layers[1].parameters():
+        parameter.data *= 1.5
+    folder = save_adapter(model, tmp_path / "a")
+    for base in (make_model(), compile_layers(make_model())):
+        assert torch.equal(logits(load_adapter(base, folder)), logits(model))
+    theirs = PeftModel.from_pretrained(make_model(), str(folder)).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_fingerprint_does_not_see_wrappers(wrap):
     assert fingerprint(wrap(make_model())) == fingerprint(make_model())
