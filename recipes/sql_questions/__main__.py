@@ -4,7 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from labkit.files import write_text
 from labkit.paths import data_folder
+from recipes.jsonl import write
 from recipes.sql_questions.generate import check_names, generate
 
 
@@ -25,11 +27,9 @@ def one_row_a_line(databases: dict[str, dict]) -> str:
 def main(folder: Path) -> None:
     databases, items, dropped = generate()
     check_names(databases)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "databases.json").write_text(one_row_a_line(databases), encoding="utf-8")
+    write_text(folder / "databases.json", one_row_a_line(databases))
     for split, rows in items.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        write(folder / f"{split}.jsonl", rows)
     print({split: len(rows) for split, rows in items.items()}, dropped)
 
 

@@ -1,29 +1,26 @@
 """Checkpoints without pickle: safetensors and JSON, in a folder that appears whole or not at all."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from labkit.files import new_folder
+
 
 def save_checkpoint(folder: Path, model, optimizer, state: dict) -> None:
-    """Write `folder`/step-NNNNNN by way of a temporary folder, then delete the older ones."""
-    scratch = folder / "part"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    """Write `folder`/step-NNNNNN, whole or not at all, then delete the older ones."""
     tensors = {}
     for name, parameter in model.named_parameters():  # the tied lm_head comes once
         tensors[f"model/{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "state.safetensors")
-    (scratch / "state.json").write_text(json.dumps(state))
     made = folder / f"step-{state['step']:06d}"
-    shutil.rmtree(made, ignore_errors=True)
-    os.replace(scratch, made)
+    with new_folder(made) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "state.safetensors")
+        (part / "state.json").write_text(json.dumps(state))
     for old in folder.glob("step-*"):
         if old != made:
             shutil.rmtree(old)

@@ -15,13 +15,14 @@ occurs in held-out text is removed from the training text, and the overlap that 
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from labkit.files import write_json
 from recipes.debian import unpack
+from recipes.jsonl import write
 from recipes.tiny_llama.sources import Document, devil, docstrings, jargon, kjv, pydocs, sqlite
 
 PACKAGES = (
@@ -115,8 +116,6 @@ def make(work: Path, debs: Path | None = None) -> list[Document]:
     if not path.exists():
         packages = fetch(work / "packages", debs)
         documents = collect(work / "packages")
-        (work / "packages.json").write_text(json.dumps(packages, indent=1))
-        scratch = path.with_suffix(".part")
-        scratch.write_text("".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in documents))
-        os.replace(scratch, path)
+        write_json(work / "packages.json", packages, indent=1)
+        write(path, [asdict(d) for d in documents])
     return [Document(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -10,6 +10,8 @@ import csv
 import hashlib
 import json
 import platform
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
+from labkit.files import new_file, write_json, write_text
+from recipes.jsonl import write
 from recipes.tiny_llama import corpus, tokens
 from recipes.tiny_llama.card import card
 from recipes.tiny_llama.checkpoint import load_checkpoint
@@ -67,13 +71,11 @@ def finish(
         work: the folder of the run, for the PSF licence and for the baselines, which are kept there.
     """
     heldout = out / "heldout"
-    heldout.mkdir(parents=True, exist_ok=True)
     for domain in HELD_OUT_BYTES:
         rows = [{"name": d.name, "text": d.text} for d in documents if d.held_out and d.domain == domain]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (heldout / f"{domain}.jsonl").write_text(text, encoding="utf-8")
-    (heldout / "README.md").write_text(HELD_OUT_README, encoding="utf-8")
-    (heldout / "PSF-LICENSE.txt").write_text(psf_licence(work), encoding="utf-8")
+        write(heldout / f"{domain}.jsonl", rows)
+    write_text(heldout / "README.md", HELD_OUT_README)
+    write_text(heldout / "PSF-LICENSE.txt", psf_licence(work))
     export(model, tokenizer, out)
     write_log(state["log"], out / "training_log.csv")
     draw(state["log"], made["plan"], out / "loss_curve.png")
@@ -86,7 +88,7 @@ def finish(
     }
     kept = work / "baselines.json"
     if not kept.exists():
-        kept.write_text(json.dumps(baselines(documents, tokenizer)))
+        write_json(kept, baselines(documents, tokenizer), indent=None)
     results = json.loads(kept.read_text())
     for domain, row in results.items():
         texts = held_out(documents, domain)
@@ -108,10 +110,8 @@ def finish(
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.name not in ("README.md", "provenance.json")
     }
-    (out / "provenance.json").write_text(
-        json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (out / "README.md").write_text(card(made), encoding="utf-8")
+    write_json(out / "provenance.json", made, indent=1)
+    write_text(out / "README.md", card(made))
 
 
 def provenance(state: dict, packages: dict) -> dict:
@@ -151,13 +151,16 @@ def export(model, tokenizer, out: Path) -> None:
     half = LlamaForCausalLM(model.config).to(torch.float16)
     half.load_state_dict(model.state_dict())  # copies and rounds
     half.config.dtype = torch.float16
-    half.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # it is written readable by its owner only
-    tokenizer.save_pretrained(out)
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config.pop("backend", None)
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as work:
+        half.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        path = Path(work, "tokenizer_config.json")
+        config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config.pop("backend", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+        for file in sorted(Path(work).iterdir()):
+            with new_file(out / file.name) as part:
+                shutil.copyfile(file, part)
 
 
 def slice_nats(model, tokenizer, heldout: Path) -> float:
@@ -192,7 +195,7 @@ def sample(model, tokenizer, prompt: str, n: int = 60) -> str:
 
 def write_log(log: list[dict], path: Path) -> None:
     fields = list(dict.fromkeys(key for row in log for key in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with new_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         for row in log:
@@ -225,7 +228,8 @@ def draw(log: list[dict], plan: dict, path: Path) -> None:
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    with new_file(path) as part:
+        figure.savefig(part, metadata={"Software": None})
     plt.close(figure)
 
 

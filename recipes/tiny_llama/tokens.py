@@ -6,13 +6,13 @@ vocabulary, so no text is out of vocabulary and bits per byte are defined for al
 tokens.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from labkit.files import new_file, new_folder
 from recipes.tiny_llama.corpus import DOMAINS
 from recipes.tiny_llama.sources import Document
 
@@ -48,9 +48,8 @@ def make_tokenizer(work: Path, documents: list[Document]) -> PreTrainedTokenizer
     """The tokenizer in `work`/tokenizer, trained on the training documents if it is not there yet."""
     folder = work / "tokenizer"
     if not folder.exists():
-        scratch = work / "tokenizer.part"
-        train_tokenizer([d.text for d in documents if not d.held_out]).save_pretrained(scratch)
-        os.replace(scratch, folder)
+        with new_folder(folder) as made:
+            train_tokenizer([d.text for d in documents if not d.held_out]).save_pretrained(made)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -69,7 +68,6 @@ def make_stream(work: Path, documents: list[Document], tokenizer: PreTrainedToke
         stream = np.concatenate(
             [np.array([tokenizer.eos_token_id, *ids], np.uint16) for ids in ids_of(texts, tokenizer)]
         )
-        scratch = work / "train.part.npy"
-        np.save(scratch, stream)
-        os.replace(scratch, path)
+        with new_file(path) as part:
+            np.save(part, stream)
     return np.load(path)
