@@ -1,16 +1,16 @@
 """A layer that stands where another one stood: to all other code, it is that layer.
 
 An adapter takes the place of a layer and calls it as its `base`. But a layer is not only called. T5 asks
-`self.wo.weight` for its dtype; Mamba and PyTorch's attention read a weight and multiply by it themselves;
-PyTorch's encoder layer hands all its weights to one kernel. So a `StandIn` answers for the layer:
+`self.wo.weight` for its dtype; Mamba and PyTorch's attention read a weight and multiply by it themselves. So a
+`StandIn` answers for the layer:
 
-- what it does not have itself, it asks of `base` (`padding_idx`, `num_embeddings`, `nx`, a bias);
-- an adapter that changes the map gives as `weight` the one *with the adapter in it*, so whoever multiplies by
-  that computes, and trains, what calling the layer would;
-- what it keeps aside, out of the counts and the `state_dict` (a weight from before a merge), moves and is cast
-  with the rest.
+- what it does not have itself, it asks of `base` (`padding_idx`, `num_embeddings`, a bias);
+- an adapter that changes the map gives as `weight` the one *with the adapter in it*: whoever multiplies by that
+  computes, and trains, what calling the layer would;
+- what it keeps aside, out of the counts and the `state_dict` (a weight from before a merge), moves and is cast with
+  the rest.
 
-Compare PEFT's `BaseTunerLayer.weight`, which is the base's: its adapter is passed over there until merged.
+PEFT's `BaseTunerLayer.weight` is the base's: there a reader passes the adapter by until it is merged.
 """
 
 from torch import nn

@@ -200,7 +200,8 @@ def is_packed(linear: nn.Linear) -> bool:
     weight = linear._parameters.get("weight")  # to read one that is computed (spectral norm) may change it
     if weight is None or nn.parameter.is_lazy(weight):
         return False
-    whole = weight.is_floating_point() and weight.dtype.itemsize > 1  # those of one byte have scales beside them
+    # floating numbers of one byte have scales beside them
+    whole = weight.is_floating_point() and weight.dtype.itemsize > 1
     return not whole or weight.shape != (linear.out_features, linear.in_features)
 
 
