@@ -136,7 +136,7 @@ def add_prefix(model: nn.Module, config: PrefixConfig, tokenizer=None) -> nn.Mod
     shape = prefix_shape(model)
     reach = reach_of(model, shape, config.length)
     like = dict(device=device_of(input_embeddings(model)), dtype=train_dtype(model))
-    width = 2 * shape.num_hidden_layers * shape.kv_width
+    width = prefix_width(shape)
     if config.projection:
         embedding = torch.randn(config.length, shape.kv_width, **like)
         mlp = nn.Sequential(
@@ -205,6 +205,11 @@ def prefix_shape(model: nn.Module) -> DecoderShape:
             f"{sorted({s for pair in kept for s in pair})}; use prompt tuning or LoRA"
         )
     return replace(shape, num_key_value_heads=kept[0][0][1], head_dim=kept[0][0][3])
+
+
+def prefix_width(shape: DecoderShape) -> int:
+    """Numbers of one token of a prefix: a key and a value in each layer."""
+    return 2 * shape.num_hidden_layers * shape.kv_width
 
 
 @torch.no_grad()

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from labkit.alternatives.methods import AddedMethod, check_unadapted, install
-from labkit.alternatives.sublayers import decoder, device_of, embed, evaluating, input_embeddings, train_dtype
+from labkit.alternatives.sublayers import (
+    decoder,
+    device_of,
+    embed,
+    embedding_width,
+    evaluating,
+    input_embeddings,
+    train_dtype,
+)
 from labkit.alternatives.virtual_tokens import VirtualTokens, check_tokens, text_ids
 from labkit.models.shapes import decoder_shape
 from labkit.models.walk import unwrap
@@ -101,8 +109,7 @@ def add_prompt(model: nn.Module, config: PromptConfig, tokenizer=None) -> nn.Mod
     check_embeddings_are_enough(model)
     device = device_of(table)
     if config.init == "random":
-        width = embed(model, torch.zeros(1, dtype=torch.long)).shape[1]
-        start = torch.randn(config.length, width, device=device, dtype=dtype)
+        start = torch.randn(config.length, embedding_width(model), device=device, dtype=dtype)
     elif config.init == "vocab":
         start = embed(model, torch.randint(table.num_embeddings, (config.length,), device=device))
     else:

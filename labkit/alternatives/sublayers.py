@@ -79,6 +79,11 @@ def embed(model: nn.Module, ids: Tensor) -> Tensor:
         return layer(ids[None].to(device_of(layer)))[0]
 
 
+def embedding_width(model: nn.Module) -> int:
+    """Numbers per token that the embedding layer puts out, which may be fewer than the blocks are wide."""
+    return embed(model, torch.zeros(1, dtype=torch.long)).shape[1]
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Within the block `module` is in evaluation mode; then each of its modules is in the mode it was in."""

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from labkit.alternatives.bottleneck import BottleneckConfig
 from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers
 from labkit.alternatives.methods import base_only, check_unadapted, method_of, require_method
-from labkit.alternatives.prefixes import Prefix, PrefixConfig, add_prefix
+from labkit.alternatives.prefixes import Prefix, PrefixConfig, add_prefix, prefix_shape, prefix_width
 from labkit.alternatives.prompts import PromptConfig, add_prompt
+from labkit.alternatives.sublayers import embedding_width
 from labkit.formats.new_weights import new_in, tell_alone
 from labkit.formats.peft_config import meaning, named_base
 from labkit.formats.peft_folder import (
@@ -53,7 +54,7 @@ from labkit.lora.fingerprint import fingerprint
 from labkit.models.patterns import matches_whole
 from labkit.models.restoring import unchanged_on_error
 from labkit.models.shapes import decoder_shape
-from labkit.models.walk import places
+from labkit.models.walk import places, unwrap
 from labkit.quant.layer_kinds import is_conv1d, is_linear, widths
 
 PROMPT = "prompt_embeddings"
@@ -124,7 +125,8 @@ def on_disk(layer) -> Tensor:
 
 def to_peft(model: nn.Module) -> dict:
     """`adapter_config.json` of what is in `model`."""
-    config = method_of(model).config
+    added = method_of(model)
+    config, tokens = added.config, added.tokens
     common = named_base(model) | {"inference_mode": True}
     if isinstance(config, IA3Config):
         return common | {
@@ -133,7 +135,7 @@ def to_peft(model: nn.Module) -> dict:
             "feedforward_modules": [*config.inputs],
             "fan_in_fan_out": any(is_conv1d(layer.base) for layer in ia3_layers(model).values()),
         }
-    s = decoder_shape(model)
+    s = tokens.shape if isinstance(tokens, Prefix) else decoder_shape(unwrap(model))
     common |= {
         "num_virtual_tokens": config.length,
         "num_layers": s.num_hidden_layers,
@@ -142,7 +144,7 @@ def to_peft(model: nn.Module) -> dict:
     if isinstance(config, PromptConfig):
         return common | {
             "peft_type": "PROMPT_TUNING",
-            "token_dim": s.hidden_size,
+            "token_dim": tokens.embedding.shape[1],
             "num_attention_heads": s.num_attention_heads,
             "prompt_tuning_init": "RANDOM",  # PEFT has no use for it once there are values
         }
@@ -183,8 +185,8 @@ def load_alternative(model: nn.Module, path: str | Path) -> nn.Module:
         if kind == "IA3":
             config, expected = ia3_of(model, raw, path)
         else:
-            s, length = decoder_shape(model), raw["num_virtual_tokens"]
-            width = s.hidden_size if kind == "PROMPT_TUNING" else 2 * s.num_hidden_layers * s.kv_width
+            length = raw["num_virtual_tokens"]
+            width = embedding_width(model) if kind == "PROMPT_TUNING" else prefix_width(prefix_shape(model))
             expected = {PROMPT: Expected((length, width), torch.float32)}
         check_tensors(expected, tensors, path, left_over)
         check_saved(raw, tensors, path, provenance)
