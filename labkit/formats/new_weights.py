@@ -34,9 +34,9 @@ def new_in(model: nn.Module, base: str) -> list[str]:
         for name, child in inner.named_children()
         if backbone in inner._modules
         and name != backbone
+        and not outputs  # what stands beside an output layer, such as an encoder of images, was pretrained with it
         and has_weights(child)
         and not any(is_a(child, added) for added in ADDED)
-        and not any(id(unwrap(module)) in outputs for module in child.modules())
     ]
     rows = vocabulary_of(base)
     tables = [(name, m) for name, _, m in places(inner) if isinstance(m, nn.Embedding) or id(m) in outputs]
