@@ -1,9 +1,9 @@
 """Which run is this? All that decides its numbers, in values that JSON can hold, to be compared part by part.
 
-A saved state holds what training changes. Everything else must be the same when a run goes on: the settings, the
-data, and of the model whatever the state does not hold. The base goes in by its *values* (tied or untied, compiled
-or not, it is the same base), in its precision; an adapter by its settings; the rest of the model by its config and
-by the plain numbers in its modules, such as the scaling of a correction or the rate of a dropout.
+A saved state holds what training changes. Everything else must be the same when a run goes on: settings, data, and of
+the model what the state does not hold. The base goes in by its *values* (tied or untied, compiled or not, it is the
+same base) in its precision, an adapter by its settings, and the rest of the model by its config and by the plain
+numbers in its modules, such as the scaling of a correction or the rate of a dropout.
 
 What may differ: where checkpoints are kept and how often, the bar, how much of the optimizer's state is in memory,
 the device, threads and versions of packages. None of them changes more than the last bits. The random start of what
