@@ -8,9 +8,8 @@ work alike for all of them.
 A model carries one method at a time: each freezes everything it finds, so a second one would silently freeze
 the first.
 
-*A method that does nothing* trains nothing and costs nothing, and its loss looks like a slow start. A model may
-pass a layer by, or read its weight and compute by itself. So every part of a method notes that it was used, and
-the first whole forward pass is an error if a kind of part was not.
+*A method that does nothing* looks like a slow start: a model may pass a layer by. So every part of a method notes
+that it was used, and the first whole forward pass is an error if a kind of part was not.
 """
 
 from collections.abc import Iterator

@@ -6,9 +6,8 @@ prompt are cut off before the output layer, so logits line up with the tokens th
 no shift. (PEFT keeps them, so if the first token of the text is supervised, its loss counts that one too,
 predicted by the last vector of the prompt.)
 
-Positions count up over prompt and text: the text begins at n. Padding on the left takes no position, and a soft
-prompt stands behind it, right before the text: else a sliding window, ALiBi or a recurrent state would see text
-that is further from its prompt in a longer batch. (In PEFT the prompt stands before the padding.)
+Positions count up over prompt and text: the text begins at n. Padding on the left takes none, and a soft prompt
+stands behind it: else a sliding window, ALiBi or a recurrent state would count it. (In PEFT it does.)
 """
 
 import inspect

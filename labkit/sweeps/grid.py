@@ -15,9 +15,8 @@ of its lists.
 
     python -m labkit.sweep experiments/rank.toml [--jobs 2]     # makes or completes data/results/rank.jsonl
 
-A grid's setting comes before a fixed one. Everything is checked before anything runs. A killed sweep loses the runs
-under way and nothing else: start it again, and it does what is missing. A run that diverges or cannot run is a
-result too, and is recorded as such.
+A grid's setting comes before a fixed one, and all are checked before anything runs. A killed sweep loses the runs
+under way: start it again, and it does what is missing. A run that diverges or cannot run is a result too.
 """
 
 import itertools

@@ -70,7 +70,9 @@ def test_logits_loss_gradients_and_counts_equal_pefts(make, name, padded):
     torch.testing.assert_close(loss, reference.loss, rtol=1e-5, atol=1e-5)
     in_full = supervised_loss(ours, batch, logits="all") / batch.n_supervised
     torch.testing.assert_close(in_full, reference.loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours(ids, attention_mask=mask, labels=targets).loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours(ids, attention_mask=mask, labels=targets).loss, loss, rtol=1e-5, atol=1e-5
+    )
     loss.backward()
     reference.loss.backward()
     for own, other in pairs(ours, theirs):
