@@ -1,6 +1,6 @@
 """Grids of runs times seeds, each recorded as one line of JSON, and never computed twice.
 
-A single run says little: another seed may change the order of two configurations. So every point of a sweep
+Another seed may change the order of two configurations. So every point of a sweep
 is run with several seeds, and is shown with all of them and with the 95 % interval of their mean.
 
 An experiment is a TOML file: settings that are `fixed`, and one or more grids, each of which is the product
