@@ -9,13 +9,13 @@ EOS token, or the mark of the chat template. The config is asked for one thing: 
 text, such as `<|endoftext|>` of a chat model. An ordinary token never ends one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from labkit.data.chats import end_mark
 from labkit.data.tokens import end_ids, ids_of, special_ids
@@ -49,13 +49,13 @@ def stops_of(model: nn.Module, tokenizer) -> Stops:
     return Stops(frozenset(ids), mark)
 
 
-class StopAtText(StoppingCriteria):
+class StopAtText:
     """Ends an answer when its text holds the mark, which may be several tokens, and merged with others."""
 
     def __init__(self, tokenizer, text: str, width: int):
         self.tokenizer, self.text, self.width = tokenizer, text, width
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.width :])
         return torch.tensor([self.text in text for text in texts], device=input_ids.device)
 
@@ -77,20 +77,30 @@ def greedy(
         (batch, at most `limit`).
     """
     width = ids.shape[1]
-    settings = GenerationConfig(
-        max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stops.ids) or None, pad_token_id=pad_id
+    stopping = [StopAtText(tokenizer, stops.text, width)] if stops.text else []
+    out = generate_only(
+        model,
+        ids,
+        mask,
+        stopping,
+        max_new_tokens=limit,
+        eos_token_id=sorted(stops.ids) or None,
+        pad_token_id=pad_id,
     )
-    criteria = StoppingCriteriaList([StopAtText(tokenizer, stops.text, width)] if stops.text else [])
-    out = quietly_generate(model, ids, mask, settings, criteria)
     return out[:, width:]
 
 
-def quietly_generate(model: nn.Module, ids: Tensor, mask: Tensor, settings: GenerationConfig, criteria=None):
-    """transformers' `generate` with these settings and no others."""
+def generate_only(model: nn.Module, ids: Tensor, mask: Tensor, stopping: Sequence[Callable] = (), **settings):
+    """transformers' `generate`, greedy, with these settings and no others."""
+    from transformers import GenerationConfig, StoppingCriteriaList  # late: it takes seconds
+
     able = model if hasattr(model, "generate") else unwrap(model)  # data parallelism has no `generate`
     with generation_config_aside(model):
         return able.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=criteria
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=GenerationConfig(do_sample=False, **settings),
+            stopping_criteria=StoppingCriteriaList(stopping),
         )
 
 
@@ -103,18 +113,14 @@ def needs_solitude(model: nn.Module, ids: list[int], pad_id: int) -> bool:
         ValueError: they differ even if `ids` are alone, or are not finite.
     """
     name, device = type(unwrap(model)).__name__, next(model.parameters()).device
-    settings = GenerationConfig(
-        max_new_tokens=2,
-        do_sample=False,
-        pad_token_id=pad_id,
-        output_logits=True,
-        return_dict_in_generate=True,
+    settings: dict[str, Any] = dict(
+        max_new_tokens=2, pad_token_id=pad_id, output_logits=True, return_dict_in_generate=True
     )
 
     def differs(rows: list[list[int]], padding: int) -> bool:
         mask = torch.ones(len(rows), len(rows[0]), dtype=torch.long, device=device)
         mask[0, :padding] = 0
-        out = quietly_generate(model, torch.tensor(rows, device=device), mask, settings)
+        out = generate_only(model, torch.tensor(rows, device=device), mask, **settings)
         said = torch.stack([step[0] for step in out.logits]).float()  # (2, vocab)
         own = out.sequences[:1, padding:-1]
         trained = model(input_ids=own, use_cache=False).logits[0, -2:].float()
@@ -136,12 +142,14 @@ def needs_solitude(model: nn.Module, ids: list[int], pad_id: int) -> bool:
 
 def with_generation_config(model: nn.Module) -> list[nn.Module]:
     """The modules that hold a generation config: the model, or several where wrappers hold one too."""
-    return [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
+    return [m for m in model.modules() if vars(m).get("generation_config") is not None]
 
 
 @contextmanager
 def generation_config_aside(model: nn.Module) -> Iterator[None]:
     """Within the block the model's generation config says nothing; afterwards it is the one that it was."""
+    from transformers import GenerationConfig
+
     before = [(module, module.generation_config) for module in with_generation_config(model)]
     for module, _ in before:
         module.generation_config = GenerationConfig()
