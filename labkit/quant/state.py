@@ -59,7 +59,8 @@ def read_weight(state: dict[str, Tensor], prefix: str, shape: torch.Size) -> Qua
         by labkit 0.1.0, or is on the meta device.
 
     Raises:
-        ValueError: the description is damaged, of another shape, or does not fit the tensors; the message says which.
+        ValueError: the description is damaged, of another shape, or does not fit the tensors, or a scale is not finite;
+            the message says which.
     """
     description = state.get(prefix + DESCRIPTION)
     if not isinstance(description, Tensor) or type(description) is not Tensor or description.is_meta:
@@ -81,6 +82,12 @@ def read_weight(state: dict[str, Tensor], prefix: str, shape: torch.Size) -> Qua
     if missing:
         raise ValueError(f"{', '.join(missing)} are missing, without which this weight cannot be read")
     first, *rest = (state[prefix + name] for name in names)
+    if any(
+        isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in (first, *rest)
+    ):
+        raise ValueError(
+            f"the scales of {prefix}packed hold NaN or infinity; the file is damaged, or a run diverged"
+        )
     scales = NestedScales(first, *rest) if double_quant else first
     try:
         return QuantizedTensor(state[prefix + "packed"], scales, shape, dtype, codebook, blocksize)

@@ -118,6 +118,7 @@ class QuantizedTensor(StandsIn):
                 or out.dtype != dtype
                 or out.device != self.packed.device
                 or not out.is_contiguous()
+                or out.is_neg()  # its numbers would be read with the other sign
             ):
                 raise ValueError(
                     f"out is {tuple(out.shape)} {out.dtype} on {out.device}, contiguous={out.is_contiguous()}; this "
@@ -126,7 +127,7 @@ class QuantizedTensor(StandsIn):
                 )
         dtype, n = dtype or self.dtype, self.shape.numel()
         check_dtype("dtype", dtype)
-        if not fast_for(self.packed) or (out is not None and not fast_for(out)):
+        if not fast_for(self.packed):
             levels = levels_of(self.codebook)
             flat = dequantize_blocks(unpack(self.packed, n), self.absmax, levels, self.blocksize).to(dtype)
             return flat.view(self.shape) if out is None else out.copy_(flat.view(self.shape))

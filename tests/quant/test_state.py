@@ -129,6 +129,14 @@ def described(layer, **changes):
             "torch.int32; 24576 weights",
         ),
         (lambda layer: {k: v for k, v in layer.state_dict().items() if k != "packed"}, "packed are missing"),
+        (
+            lambda layer: layer.state_dict() | {"absmax_offset": torch.tensor(torch.nan)},
+            "hold NaN or infinity",
+        ),
+        (
+            lambda layer: layer.state_dict() | {"absmax_absmax": layer.absmax_absmax / 0},
+            "hold NaN or infinity",
+        ),
     ],
 )
 @pytest.mark.parametrize("assign", [False, True])

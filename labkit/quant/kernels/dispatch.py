@@ -70,7 +70,8 @@ def is_transformed() -> bool:
 def has_numbers(tensor: Tensor) -> bool:
     """Do the numbers of `tensor` lie in memory as they read? Not those of a sparse, wrapped or negated one."""
     keys = torch._C._dispatch_keys(tensor).raw_repr()
-    return type(tensor) in (Tensor, nn.Parameter) and keys in plain_keys(tensor.device.type)
+    is_plain = keys in plain_keys("cpu") or keys in plain_keys(tensor.device.type)
+    return is_plain and type(tensor) in (Tensor, nn.Parameter)
 
 
 @cache
