@@ -1,9 +1,10 @@
 """The state of a run on disk: enough that a killed run goes on to the very numbers it would have reached.
 
 That takes the trained parameters, the optimizer's moments and step counts, the state of the random generators
-(for dropout), and the number of steps done, from which the order of the data follows. One safetensors file holds
-all of it, the small things as JSON in the tensor `state`, so one rename makes the whole checkpoint visible at once.
-Its header has a hash of all that it holds, and which run it belongs to is in it too (`labkit.training.identity`).
+(for dropout), and the number of steps done, from which the order of the data follows. One safetensors file
+holds all of it, the small things as JSON in the tensor `state`, so one rename makes the whole checkpoint
+visible at once. Its header has a hash of all that it holds, and which run it belongs to is in it too
+(`labkit.training.identity`).
 
 Nothing of a file is taken before all of it was checked, and one run at a time uses a folder.
 """
@@ -134,7 +135,8 @@ def load(
         (steps done, history, best).
 
     Raises:
-        ValueError: a damaged file, or the checkpoint of another run; says what differs. Nothing is changed then.
+        ValueError: a damaged file, or the checkpoint of another run; says what differs. Nothing is changed
+        then.
     """
     path = folder / FILE
     try:

@@ -37,8 +37,8 @@ class TrainConfig:
         logits: "supervised" positions only, or "all" (as most trainers do; the same loss, more work).
         eval_every: steps between measurements of the held-out loss.
         patience: stop after so many measurements without a new best, and go back to the weights of the best.
-        checkpoint_folder: where to keep the state of the run; a killed or interrupted run, started again, goes
-            on from there. One run at a time uses it.
+        checkpoint_folder: where to keep the state of the run; a killed or interrupted run, started again,
+            goes on from there. One run at a time uses it.
         checkpoint_every: steps between checkpoints.
         progress: show a bar with loss and tokens per second.
 

@@ -1,13 +1,13 @@
-"""Which run is this? All that decides its numbers, in values that JSON can hold, to be compared part by part.
+"""Which run is this? All that decides its numbers, in values that JSON can hold, compared part by part.
 
-A saved state holds what training changes. Everything else must be the same when a run goes on: settings, data, and of
-the model what the state does not hold. The base goes in by its *values* (tied or untied, compiled or not, it is the
-same base) in its precision, an adapter by its settings, and the rest of the model by its config and by the plain
-numbers in its modules, such as the scaling of a correction or the rate of a dropout.
+A saved state holds what training changes. Everything else must be the same when a run goes on: settings,
+data, and of the model what the state does not hold. The base goes in by its *values* (tied or untied,
+compiled or not) in its precision, an adapter by its settings, and the rest of the model by its config and by
+the plain numbers in its modules, such as the scaling of a correction or the rate of a dropout.
 
-What may differ: where checkpoints are kept and how often, the bar, how much of the optimizer's state is in memory,
-the device, threads and versions of packages. None of them changes more than the last bits. The random start of what
-trains may differ too, for a saved state replaces it.
+What may differ: where checkpoints are kept and how often, the bar, the optimizer's budget of memory, device,
+threads and versions of packages. None changes more than the last bits. The random start of what trains may
+differ too: a saved state replaces it.
 """
 
 import hashlib
@@ -48,10 +48,11 @@ PASSING = (
     "max_seq_len_cached",
     "name_or_path",
 )
-# keys of a config that change no loss: where it came from, how text is generated, how the base is stored or tied
+# keys of a config that change no loss: its origin, how text is generated, how the base is stored or tied
 BESIDE = re.compile(
-    r"_name_or_path|name_or_path|transformers_version|architectures|(torch_)?dtype|use_cache|tie_word_embeddings|"
-    r"\w+_token_ids?|id2label|label2id|return_dict|output_\w+|quantization_config|gradient_checkpointing|pruned_heads"
+    r"_?name_or_path|transformers_version|architectures|(torch_)?dtype|use_cache|tie_word_embeddings|"
+    r"\w+_token_ids?|id2label|label2id|return_dict|output_\w+|quantization_config|gradient_checkpointing|"
+    r"pruned_heads"
 )
 
 
@@ -92,7 +93,9 @@ def identity_of_model(model: nn.Module) -> dict:
 
 
 def hash_frozen(model: nn.Module) -> dict[str, str]:
-    """The dtypes of what does not train, buffers included, and a short hash of names, dtypes, shapes and values."""
+    """The dtypes of what does not train, buffers included, and a short hash of names, dtypes, shapes and
+    values.
+    """
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     held = model.state_dict() | dict(model.named_buffers(remove_duplicate=False))
     frozen = sorted((own_name(model, name), name) for name in held.keys() - trained)
@@ -161,7 +164,9 @@ def is_plain(value: object) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON gives it back: lists for tuples, dicts for dataclasses, text for what JSON has no word for."""
+    """`value` as JSON gives it back: lists for tuples, dicts for dataclasses, text for what JSON has no word
+    for.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return {key: plain(one) for key, one in asdict(value).items()}
     if isinstance(value, dict):
@@ -174,7 +179,8 @@ def plain(value: Any) -> Any:
 
 
 def differences(recorded: dict, here: dict) -> list[str]:
-    """What differs between an identity that was recorded and that of the run at hand, in words; [] if nothing does.
+    """What differs between an identity that was recorded and that of the run at hand, in words; [] if nothing
+    does.
 
     Of the config and the modules only what both know is compared: another version of a library may know more.
 

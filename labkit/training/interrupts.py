@@ -1,8 +1,8 @@
 """Ctrl-C at the right moment: not between two halves of a step.
 
-A step of an optimizer changes one parameter after the other, and a checkpoint says how many steps were taken. An
-interrupt between the two would leave weights that no whole number of steps leads to. So it is held back until the
-block is done. Everywhere else it comes at once, for a forward pass may take minutes.
+A step of an optimizer changes one parameter after the other, and a checkpoint says how many steps were taken.
+An interrupt between the two would leave weights that no whole number of steps leads to. So it is held back
+until the block is done. Everywhere else it comes at once, for a forward pass may take minutes.
 """
 
 import signal

@@ -26,14 +26,14 @@ def train(
 ) -> History:
     """Train the parameters of `model` that require a gradient, in place.
 
-    An interrupt (Ctrl-C, the stop button) ends the run after the step it is in or before, and returns what there is;
-    with a `checkpoint_folder` the next call goes on there. A checkpoint that cannot be written in mid-run, on a full
-    disk, is a warning: the run goes on, and the model is trained all the same.
+    An interrupt (Ctrl-C, the stop button) ends the run before or after a step, never within one, and returns
+    what there is; with a `checkpoint_folder` the next call goes on there. A checkpoint that cannot be written
+    in mid-run, on a full disk, is a warning: the run goes on, and the model is trained all the same.
 
     Args:
         model: a causal language model of transformers, with or without adapters.
         tokenizer: its tokenizer.
-        data: records; see `labkit.data.encoding`. What is longer than `max_length` is left out, with a warning.
+        data: records; see `labkit.data.encoding`. Longer ones than `max_length` are left out, with a warning.
         config: see `TrainConfig`.
         held_out: records for the held-out loss; needed for `eval_every`.
 
@@ -41,10 +41,12 @@ def train(
         A `History`.
 
     Raises:
-        ValueError: nothing to train on or nothing that trains, parameters that have no part in the loss, a model that
-            is not causal or too small for the data, or a checkpoint of another run. The model is unchanged then.
-        TrainingDiverged: the loss is NaN or infinite; says at which step and examples.
-        labkit.files.InUse, labkit.files.CannotWrite: the checkpoint folder is another run's, or cannot be written to.
+        ValueError: nothing to train on or nothing that trains, parameters that have no part in the loss, a
+            model that is not causal or too small for the data, or a checkpoint of another run. The model is
+            unchanged then.
+        TrainingDiverged: the loss is NaN or infinite; says at which step and records.
+        labkit.files.InUse, labkit.files.CannotWrite: the checkpoint folder is another run's, or cannot be
+            written to.
     """
     config = config or TrainConfig()
     check_arguments(model, tokenizer, config)

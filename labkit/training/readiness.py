@@ -1,12 +1,13 @@
 """Is everything there that a run needs? Asked once, before its first step and in it.
 
-A run whose parameters are not part of the computation does not fail: the loss comes out, a number is shown at each
-step, and nothing is learned. So before the first step every state is looked for in which that is so: an adapter that
-is merged or switched off, gradients that are switched off. After the first backward pass the gradients themselves are
-looked at. A gradient of zero is fine (LoRA's A has one at first, because B = 0); none at all is not.
+A run whose parameters are not part of the computation does not fail: the loss comes out, a number is shown at
+each step, and nothing is learned. So before the first step every state is looked for in which that is so: an
+adapter that is merged or switched off, gradients that are switched off. After the first backward pass the
+gradients themselves are looked at. A gradient of zero is fine (LoRA's A has one at first, because B = 0);
+none at all is not.
 
-A model that is not causal sees the token that it is to predict, and learns to copy it. Whether it is causal cannot be
-read off its class, so it is asked: does an earlier logit have a derivative by a later embedding?
+A model that is not causal sees the token that it is to predict, and learns to copy it. Whether it is causal
+cannot be read off its class, so it is asked: does an earlier logit have a derivative by a later embedding?
 """
 
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ def check_mounted(model: nn.Module) -> None:
 
 
 def check_not_merged(model: nn.Module) -> None:
-    """Raise a `ValueError` if an adapter, ours or PEFT's, is merged: its parameters have no part in the output then."""
+    """Raise a `ValueError` if an adapter, ours or PEFT's, is merged: its parameters do nothing then."""
     for path, module in model.named_modules():
         if getattr(module, "is_merged", False) is True:
             undo = "unmerge_ia3(model)" if is_a(module, "IA3Linear") else "unmerge(model)"

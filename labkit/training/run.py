@@ -1,6 +1,7 @@
 """The steps of a run, and what comes between them: evaluations, checkpoints, an interrupt, an early stop.
 
-A step: forward, mean loss over the supervised tokens, backward, clip, AdamW. Three things in it are easy to get wrong.
+A step: forward, mean loss over the supervised tokens, backward, clip, AdamW. Three things are easy to get
+wrong.
 
 - *Logits only where they count*: `labkit.training.loss`.
 - *Accumulation.* The loss of a step is the sum over all its supervised tokens divided by their number in the
@@ -214,7 +215,7 @@ class TrainingRun:
             self.keep()
 
     def keep(self) -> None:
-        """Write a checkpoint of the steps done, unless it is there; if it cannot be written, say so and go on."""
+        """Write a checkpoint of the steps done, unless there is one; if it cannot be written, say so."""
         if self.folder is None or self.done == self.kept:
             return
         before, self.kept = self.kept, self.done

@@ -1,8 +1,8 @@
-"""What the saved state of a run must be before any of it is taken: whole, of the right shapes, finite, consistent.
+"""What the saved state of a run must be before any of it is taken: whole, finite, of the right shapes.
 
-A file may have been cut, edited or written by another version. One tensor that is missing, or of one row where there
-should be many, would be taken for a zero, or repeated, without a word. So every part is compared with what this run
-would have made itself.
+A file may have been cut, edited or written by another version. One tensor that is missing, or of one row
+where there should be many, would be taken for a zero, or repeated, without a word. So every part is compared
+with what this run would have made itself.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Kills, Ctrl-C, a second run and a full disk, for a training run with a checkpoint after each step.
 
-Whatever happens, the run that goes on ends with the bits of one that nothing happened to: weights, losses, held-out
-losses. With dropout, so that the random numbers must come back too, and with both optimizers, in memory and paged.
+Whatever happens, the run that goes on ends with the bits of one that nothing happened to: weights, losses,
+held-out losses. With dropout, so that the random numbers must come back too, and with both optimizers, in
+memory and paged.
 """
 
 import hashlib
@@ -87,7 +88,9 @@ def work(folder: Path, optimizer: dict) -> None:
 
 @dataclass
 class Undisturbed:
-    """What a run comes to, and the seconds in a process of its own before its first step is kept, and after it."""
+    """What a run comes to, and the seconds in a process of its own before its first step is kept, and after
+    it.
+    """
 
     outcome: dict
     before: float

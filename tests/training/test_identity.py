@@ -1,4 +1,6 @@
-"""Which run is this: every part that decides its numbers counts and is named with both values; nothing else does."""
+"""Which run is this: every part that decides its numbers counts and is named with both values; nothing else
+does.
+"""
 
 import json
 import re

@@ -211,7 +211,9 @@ def test_every_module_is_left_in_its_own_mode(tiny, checkpointing):
 
 
 def test_experts_that_no_token_chose_are_named_and_do_not_stop_the_run(tiny):
-    """A layer that only some steps call, as an expert: its LoRA has no gradient in the first, and has one later."""
+    """A layer that only some steps call, as an expert: its LoRA has no gradient in the first, and has one
+    later.
+    """
     model, calls = tiny_adapted(targets=["up_proj"]), []
     expert, plain = model.model.layers[1].mlp.up_proj, torch.nn.Linear(32, 48, bias=False)
 

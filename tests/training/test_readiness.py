@@ -1,4 +1,6 @@
-"""Before and in the first step: every state in which nothing would be learned is refused, and the model unchanged."""
+"""Before and in the first step: every state in which nothing would be learned is refused, and the model
+unchanged.
+"""
 
 import pytest
 import torch
