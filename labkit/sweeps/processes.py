@@ -37,7 +37,7 @@ VERSIONS = ("labkit", "torch", "transformers", "numpy")
 START_METHOD = "spawn"  # a forked process would inherit the locks of torch's threads
 ATTEMPTS = 2  # at a run whose process ends before it does
 STARTS = 3  # of a process, one after the other, none of which came up
-PATIENCE = 5  # seconds for a process that has closed its connection to be gone
+PATIENCE = 5  # seconds for a process that has nothing to do any more to be gone
 READY = "ready"
 MEMORY_PER_RUN = 4 * 2**30  # what a run on SmolLM2-135M may take, with room to spare
 
@@ -115,7 +115,10 @@ def carry_out(
                 workers[workers.index(worker)] = start_worker()
     finally:
         for worker in workers:
-            end(worker)
+            if worker.is_up and worker.config is None:
+                give(worker, None)
+        for worker in workers:
+            end(worker, patience=PATIENCE if worker.is_up and worker.config is None else 0)
 
 
 def check_starts(failed_starts: int, how: str) -> None:
@@ -137,8 +140,10 @@ def start_worker() -> Worker:
     return Worker(process, ours, time.monotonic())
 
 
-def give(worker: Worker, config: RunConfig) -> None:
-    """Give a run to a process that has none. If it has just ended, that is seen as its end in the run."""
+def give(worker: Worker, config: RunConfig | None) -> None:
+    """Give a run to a process that has none, or None: no more. If it has just ended, that is seen as its end in the
+    run.
+    """
     worker.config, worker.since = config, time.monotonic()
     with suppress(OSError):
         worker.connection.send(config)
@@ -193,6 +198,8 @@ def work(connection: Connection) -> None:
         try:
             config = connection.recv()
         except (EOFError, OSError):
+            return
+        if config is None:
             return
         connection.send(record_run(config))
 
