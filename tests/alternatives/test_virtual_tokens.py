@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import BloomConfig, BloomForCausalLM
 
+from labkit.alternatives.virtual_tokens import text_ids
 from tests.alternatives.cases import ALL, VOCAB, llama, text, with_method
+from tests.data.tokenizers import llama2_with_end, word_piece
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
@@ -35,3 +38,19 @@ def test_a_model_that_sets_no_limit_has_no_context_to_fill(name):
     add, method = ALL[name]
     model = add(BloomForCausalLM(config).eval(), type(method)(64))
     assert model(text(1, 9)).logits.shape == (1, 9, VOCAB)
+
+
+def test_a_text_to_start_from_is_tokenized_as_a_prompt_is():
+    """With the tokenizer's BOS token, and without the end that it puts after a text."""
+    tokenizer = llama2_with_end()
+    begin = tokenizer("Answer: yes")["input_ids"]
+    assert begin[0] == tokenizer.bos_token_id and begin[-1] == tokenizer.eos_token_id
+    assert text_ids("Answer: yes", 2 * len(begin) - 2, tokenizer).tolist() == 2 * begin[:-1]
+    with pytest.raises(ValueError, match=r"text='\\u200b' has no tokens; give a text with words in it"):
+        text_ids("\u200b", 4, word_piece_alone())
+
+
+def word_piece_alone():
+    tokenizer = word_piece()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    return tokenizer
