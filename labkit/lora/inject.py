@@ -65,12 +65,8 @@ def make_adapter(model: nn.Module, config: LoRAConfig, names: list[str] | None =
         tell_fused(model, config.targets, config.modules_to_save)
     names, saved = places_for(model, config, names)
     base = {name: standing(model, name) for name in (*names, *saved)}
-    modules = {
-        name: make_layer(unwrap(base[name]), config.for_layer(name))
-        if name in names
-        else copy.deepcopy(base[name]).requires_grad_(True)
-        for name in base
-    }
+    modules = {name: make_layer(unwrap(base[name]), config.for_layer(name)) for name in names}
+    modules |= {name: copy.deepcopy(base[name]).requires_grad_(True) for name in saved}
     for name, module in modules.items():
         module.train(base[name].training)
     changed = {

@@ -74,13 +74,14 @@ class Adapter:
         """The layers with a correction, by full name: `modules` without those that train in full."""
         return {name: module for name, module in self.modules.items() if isinstance(module, LoRALinear)}
 
-    def witness(self, name: str) -> str:
-        """The own name of the layer whose moves and casts tell of those of the model, for the module `name`.
+    def witnesses(self) -> dict[str, str]:
+        """By own name, for each module, the layer whose moves and casts tell of those of the model.
 
         A layer of the base moves with the model. A copy that trains in full may be cast by itself: it is no
         witness.
         """
-        return name if name in self.layers else next(iter(self.layers), name)
+        layers = self.layers
+        return {name: name if name in layers else next(iter(layers), name) for name in self.modules}
 
     @property
     def is_merged(self) -> bool:
@@ -155,7 +156,8 @@ def mount(model: nn.Module, name: str) -> None:
     """
     adapters = adapters_of(model)
     adapter = adapters.by_name[name]
-    now = {path: Place.of(standing(model, adapter.witness(path))) for path in adapter.modules}
+    witnesses = adapter.witnesses()
+    now = {path: Place.of(standing(model, witness)) for path, witness in witnesses.items()}
     for path, module in adapter.modules.items():
         there = standing(model, path)
         adapter.places.get(path, now[path]).follow(now[path], module)
@@ -165,7 +167,7 @@ def mount(model: nn.Module, name: str) -> None:
             module.base = unwrap(there)
         module.train(there.training)
     swap_modules(model, adapter.modules)
-    adapter.places = {path: Place.of(adapter.modules[adapter.witness(path)]) for path in adapter.modules}
+    adapter.places = {path: Place.of(adapter.modules[witness]) for path, witness in witnesses.items()}
     adapters.active = name
 
 
@@ -180,13 +182,13 @@ def unmount(model: nn.Module) -> None:
         raise ValueError(f"the adapter {adapters.active!r} is merged into the base; unmerge it first")
     check_base_kept(model)
     check_standing(model)
-    base = adapter.base_modules()
+    base, witnesses = adapter.base_modules(), adapter.witnesses()
     for path, module in adapter.modules.items():
         if path in adapter.originals:
-            adapter.places[path].follow(Place.of(adapter.modules[adapter.witness(path)]), base[path])
+            adapter.places[path].follow(Place.of(adapter.modules[witnesses[path]]), base[path])
         base[path].train(module.training)
     swap_modules(model, base)
-    adapter.places = {path: Place.of(base[adapter.witness(path)]) for path in adapter.modules}
+    adapter.places = {path: Place.of(base[witness]) for path, witness in witnesses.items()}
     adapters.active = None
 
 
