@@ -102,7 +102,7 @@ BORDERS = {  # a prompt for each question, and the answers
 CASES = [(name, border) for name in ALL for border in BORDERS]
 
 
-@pytest.mark.parametrize(("name", "border"), CASES[3 :: rounds(9, 1)])
+@pytest.mark.parametrize(("name", "border"), CASES[:: rounds(9, 1)])
 def test_a_model_that_knows_its_answers_by_heart_says_them_and_stops(name, border):
     tokenizer, (form, answers) = ALL[name](), BORDERS[border]
     if name == "llama2_without_bytes":  # its 40 tokens are of these letters
