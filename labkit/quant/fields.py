@@ -4,7 +4,7 @@ The kernels read memory by address: a block size of -64, a shape that is too lar
 they seem would have them read, or write, what belongs to others.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,34 +13,47 @@ from labkit.checks import check_choice, is_whole
 from labkit.quant.blockwise import NESTED_BLOCKSIZE
 from labkit.quant.config import BLOCKSIZES, check_codebook
 
-if TYPE_CHECKING:
-    from labkit.quant.tensor import QuantizedTensor
 
+def check_fields(
+    packed: Tensor, scales: Mapping[str, Tensor], shape: object, dtype: object, codebook: str, blocksize: int
+) -> torch.Size:
+    """Check the fields of a 4-bit weight.
 
-def check_fields(weight: "QuantizedTensor", nested: bool) -> None:
-    """Check a 4-bit weight; its `shape` becomes a `torch.Size`, if it is another sequence.
+    Args:
+        packed: its bytes.
+        scales: its scales by name: "scales", or "scales.codes", "scales.absmax" and "scales.offset".
+        shape, dtype, codebook, blocksize: see `labkit.QuantizedTensor`.
+
+    Returns:
+        The shape.
 
     Raises:
         ValueError: a value is not allowed, or a tensor does not hold what the shape and the block size ask for.
         TypeError: what should be a tensor or a dtype is none.
     """
-    shape = weight.shape
-    if not isinstance(shape, (tuple, list)) or not shape or not all(is_whole(size) for size in shape):
+    if not isinstance(shape, (tuple, list)) or not shape or not all(map(is_whole, shape)):
         raise ValueError(f"shape={shape!r} must be the sizes of a weight, whole numbers of at least 1")
-    object.__setattr__(weight, "shape", torch.Size(map(int, shape)))
-    check_dtype("dtype", weight.dtype)
-    check_codebook(weight.codebook)
-    check_choice("blocksize", weight.blocksize, BLOCKSIZES)
-    n = weight.shape.numel()
-    n_blocks = -(-n // weight.blocksize)
-    check_tensor("packed", weight.packed, torch.uint8, (-(-n // 2), 1), weight)
-    if not nested:
-        check_tensor("scales", weight.scales, torch.float32, (n_blocks,), weight)
-        return
-    scales = weight.scales
-    check_tensor("scales.codes", scales.codes, torch.uint8, (n_blocks,), weight)
-    check_tensor("scales.absmax", scales.absmax, torch.float32, (-(-n_blocks // NESTED_BLOCKSIZE),), weight)
-    check_tensor("scales.offset", scales.offset, torch.float32, (), weight)
+    size = torch.Size(map(int, shape))
+    check_dtype("dtype", dtype)
+    check_codebook(codebook)
+    check_choice("blocksize", blocksize, BLOCKSIZES)
+    n = size.numel()
+    n_blocks = -(-n // blocksize)
+    need = f"{n} weights in blocks of {blocksize} need"
+    check_tensor("packed", packed, torch.uint8, (-(-n // 2), 1), need)
+    wanted = {
+        "scales": (torch.float32, (n_blocks,)),
+        "scales.codes": (torch.uint8, (n_blocks,)),
+        "scales.absmax": (torch.float32, (-(-n_blocks // NESTED_BLOCKSIZE),)),
+        "scales.offset": (torch.float32, ()),
+    }
+    for name, tensor in scales.items():
+        check_tensor(name, tensor, *wanted[name], need)
+        if tensor.device != packed.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, and the packed weight on {packed.device}; move both with .to(device)"
+            )
+    return size
 
 
 def check_dtype(name: str, dtype: object) -> None:
@@ -52,10 +65,8 @@ def check_dtype(name: str, dtype: object) -> None:
         )
 
 
-def check_tensor(
-    name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], weight: "QuantizedTensor"
-) -> None:
-    """Raise unless `tensor` is a contiguous tensor of that dtype and shape, on the device of the packed weight."""
+def check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], need: str) -> None:
+    """Raise unless `tensor` is a contiguous, dense tensor of that dtype and shape; `need` begins to say why."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if (
@@ -66,11 +77,6 @@ def check_tensor(
         or not tensor.is_contiguous()
     ):
         raise ValueError(
-            f"{name} is {tuple(tensor.shape)} {tensor.dtype}; {weight.shape.numel()} weights in blocks of "
-            f"{weight.blocksize} need a contiguous, dense {tuple(shape)} {dtype}. Were they cut short?"
-        )
-    if tensor.device != weight.packed.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, and the packed weight on {weight.packed.device}; move both with "
-            ".to(device)"
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype}; {need} a contiguous, dense {tuple(shape)} {dtype}. Were "
+            "they cut short?"
         )

@@ -80,7 +80,11 @@ class QuantizedTensor(StandsIn):
     blocksize: int
 
     def __post_init__(self):
-        check_fields(self, nested=isinstance(self.scales, NestedScales))
+        scales: dict[str, Tensor] = {"scales": self.scales}
+        if isinstance(self.scales, NestedScales):
+            scales = {f"scales.{name}": tensor for name, tensor in vars(self.scales).items()}
+        shape = check_fields(self.packed, scales, self.shape, self.dtype, self.codebook, self.blocksize)
+        object.__setattr__(self, "shape", shape)
 
     @property
     def absmax(self) -> Tensor:
