@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
@@ -135,3 +136,14 @@ def test_a_language_model_as_it_was_pretrained_has_nothing_new(tmp_path, make):
         folder = save_adapter(add_lora(model, LoRAConfig(r=4, targets=["q_proj"])), tmp_path / "a")
     record = json.loads((folder / PROVENANCE).read_text())
     assert record["replaces"] == record["depends_on"] == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_that_peft_saves_beside_an_adapter_must_be_those_of_the_base(tmp_path, tied):
+    config = PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = get_peft_model(resized(1, tie_word_embeddings=tied), config)
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    ours = load_adapter(resized(1, tie_word_embeddings=tied), tmp_path / "a")
+    assert torch.equal(logits(ours, IDS + 108), logits(theirs, IDS + 108))
+    with pytest.raises(AdapterMismatch, match="is not the weight of this base: was its vocabulary changed"):
+        load_adapter(resized(2, tie_word_embeddings=tied), tmp_path / "a")
