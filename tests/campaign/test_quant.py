@@ -332,7 +332,7 @@ def compile_again_and_again(folder: Path) -> None:
 
 
 def test_a_compiler_that_is_killed_leaves_whole_kernels_or_none(tmp_path: Path):
-    for moment in moments(rounds(1, 40), 3.0, seed=0):
+    for moment in moments(rounds(1, 20), 4.0, seed=0):
         beside = start(compile_again_and_again, tmp_path / "kept")  # two at once
         assert kill_after(moment, compile_again_and_again, tmp_path / "kept")
         assert beside.is_alive(), f"the other one failed: {beside.exitcode}"
