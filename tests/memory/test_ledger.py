@@ -37,3 +37,9 @@ def test_a_ledger_refuses_what_is_no_row():
         plan(SMALL, "lora")["weigths"]
     with pytest.raises(KeyError, match="activations has the kinds"):
         plan(SMALL, "lora")["activations/mpl"]
+
+
+@pytest.mark.parametrize("gigabytes", ["8", -1, math.nan, None])
+def test_a_card_of_no_size_is_refused(gigabytes):
+    with pytest.raises(ValueError, match="gigabytes=.* must be a number of at least 0"):
+        Ledger([LedgerRow("weights", "fp32", 1, 1)]).fits(gigabytes)

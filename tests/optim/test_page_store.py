@@ -115,6 +115,8 @@ def test_the_space_of_a_store_is_given_back_when_it_closes(store):
 
 
 def test_a_store_that_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="store=3 must be the path of a folder"):
+        attach_paging(make("ours")[1], 10**6, 3)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match="the page store cannot use the folder"):
