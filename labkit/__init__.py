@@ -71,6 +71,7 @@ FOLDERS = (
     "alternatives",
     "analysis",
     "data",
+    "files",
     "formats",
     "lora",
     "memory",

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from labkit.files import write_text
+from labkit.files.writing import write_text
 
 
 def write(path: Path, rows: list[dict]) -> None:

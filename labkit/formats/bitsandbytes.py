@@ -21,8 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from labkit import files
 from labkit.checks import is_number, is_same, is_whole
+from labkit.files import reading
 from labkit.quant.blockwise import NESTED_BLOCKSIZE
 from labkit.quant.codebooks import codebook as levels_of
 from labkit.quant.config import BLOCKSIZES
@@ -138,7 +138,7 @@ def read_description(letters: Tensor, prefix: str) -> dict:
     """
     if letters.dtype != torch.uint8 or letters.dim() != 1:
         raise ValueError(f"the description of {prefix} is {letters.dtype}, not the letters of JSON")
-    rest = files.parse_json(f"the description of {prefix}", bytes(letters.tolist()))
+    rest = reading.parse_json(f"the description of {prefix}", bytes(letters.tolist()))
     if not isinstance(rest, dict):
         raise ValueError(f"the description of {prefix} is no JSON object")
     name, blocksize = rest.get("quant_type"), rest.get("blocksize")

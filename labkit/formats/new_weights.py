@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from labkit import files
+from labkit.files import reading
 from labkit.lora.fingerprint import is_within
 from labkit.lora.mounting import Adapter
 from labkit.models.surgery import tied_partner
@@ -56,7 +56,7 @@ def has_weights(module: nn.Module) -> bool:
 def vocabulary_of(folder: str) -> int | None:
     """The vocab_size of the model in a folder; None if it does not say, or is not there."""
     try:
-        config = files.read_json(Path(folder) / "config.json") if folder else None
+        config = reading.read_json(Path(folder) / "config.json") if folder else None
     except (OSError, ValueError):
         return None
     size = config.get("vocab_size") if isinstance(config, dict) else None

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from labkit import files
+from labkit.files import reading, writing
 from labkit.formats.peft_settings import MAX_CONFIG
 from labkit.formats.provenance import PROVENANCE
 from labkit.lora.fingerprint import AdapterMismatch
@@ -54,7 +54,7 @@ def write_folder(path: Path, tensors: dict[str, Tensor], config: dict, provenanc
             f"{broken[0]} and {len(broken) - 1} more tensors hold NaN or infinity; nothing was saved"
         )
     check_place(path)
-    with files.new_folder(path, take_along=link_others) as made:
+    with writing.new_folder(path, take_along=link_others) as made:
         save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
         (made / CONFIG).write_text(json.dumps(config, indent=2))
         (made / PROVENANCE).write_text(json.dumps(provenance, indent=2))
@@ -79,7 +79,7 @@ def check_place(path: Path) -> None:
         if (path / name).is_dir():
             raise ValueError(f"{path / name} is a folder, which is not of an adapter; give another name")
     try:
-        recorded = files.read_json(path / PROVENANCE, MAX_CONFIG)
+        recorded = reading.read_json(path / PROVENANCE, MAX_CONFIG)
     except (OSError, ValueError):
         return  # none, or a damaged one
     if not isinstance(recorded, dict) or "base" not in recorded:
@@ -115,7 +115,7 @@ def read_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """
     try:
         if not path.exists():  # a writer that was killed may have moved it out of the way
-            files.clear_leftovers(Path(os.path.realpath(path)))
+            writing.clear_leftovers(Path(os.path.realpath(path)))
         names = set(os.listdir(path))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
@@ -130,10 +130,10 @@ def read_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
             )
         raise FileNotFoundError(f"there is no {WEIGHTS} in {path}; give the folder that labkit or PEFT wrote")
     try:
-        raw = files.read_json(path / CONFIG, MAX_CONFIG)
+        raw = reading.read_json(path / CONFIG, MAX_CONFIG)
         if not isinstance(raw, dict) or not isinstance(raw.get("peft_type"), str):
             raise ValueError(f"{CONFIG} does not say the peft_type")
-        tensors = files.read_tensors(path / WEIGHTS)
+        tensors = reading.read_tensors(path / WEIGHTS)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the adapter in {path} is damaged or incomplete ({error}); save or copy it again"

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from labkit import files
+from labkit.files import reading
 from labkit.formats.peft_settings import MAX_CONFIG, are_names, canonical, hash_settings
 from labkit.lora.fingerprint import (
     AdapterMismatch,
@@ -104,7 +104,7 @@ def read_provenance(path: Path) -> dict | None:
         ValueError: it is damaged, or was edited.
     """
     try:
-        return checked_record(files.read_json(path / PROVENANCE, MAX_CONFIG))
+        return checked_record(reading.read_json(path / PROVENANCE, MAX_CONFIG))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -24,7 +24,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from labkit.checks import nearest
-from labkit.files import (
+from labkit.files.reading import read_bytes, read_json, sha256
+from labkit.files.writing import (
     IN_THE_WAY,
     CannotWrite,
     InUse,
@@ -32,9 +33,6 @@ from labkit.files import (
     explained,
     new_folder,
     only_one,
-    read_bytes,
-    read_json,
-    sha256,
     write_json,
     write_text,
 )

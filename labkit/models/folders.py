@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from labkit.files import check_regular, read_header, read_json
+from labkit.files.reading import check_regular, read_header, read_json
 from labkit.models.fetching import ModelUnavailable
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from labkit.checks import check_choice, check_whole
-from labkit.files import new_folder
+from labkit.files.writing import new_folder
 from labkit.models.gguf_metadata import Metadata
 from labkit.models.gguf_tokenizer import end_ids, read_tokenizer
 from labkit.models.shapes import meta_model

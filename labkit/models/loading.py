@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from labkit.checks import check_choice, nearest
-from labkit.files import read_json
+from labkit.files.reading import read_json
 from labkit.hardware import best_device, compute_dtype
 from labkit.models.fetching import SOURCES, ModelUnavailable, differing, fetch
 from labkit.models.folders import check_files, check_loaded

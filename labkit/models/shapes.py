@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from labkit.checks import check_choice, nearest
-from labkit.files import read_json
+from labkit.files.reading import read_json
 from labkit.paths import data_folder
 
 ATTENTION = ("sdpa", "eager")

@@ -31,7 +31,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from labkit.checks import check_positive, check_whole, nearest
-from labkit.files import only_one, read_bytes
+from labkit.files.reading import read_bytes
+from labkit.files.writing import only_one
 from labkit.models.fetching import ModelUnavailable
 from labkit.models.loading import local_folder
 from labkit.paths import data_folder

@@ -22,7 +22,8 @@ import pandas as pd
 from scipy import stats
 
 from labkit.checks import check_choice
-from labkit.files import explained, new_file, parse_json, read_bytes
+from labkit.files.reading import parse_json, read_bytes
+from labkit.files.writing import explained, new_file
 from labkit.paths import data_folder
 from labkit.sweeps import runs
 from labkit.sweeps.config import RunConfig

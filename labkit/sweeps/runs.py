@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from labkit import models
-from labkit.files import sha256
+from labkit.files.reading import sha256
 from labkit.lora.count import trainable
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.fitting import fit

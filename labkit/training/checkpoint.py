@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from labkit import files
+from labkit.files import reading, writing
 from labkit.training.history import BestWeights, History
 from labkit.training.identity import differences, in_words
 from labkit.training.saved_state import (
@@ -52,15 +52,17 @@ def in_use(folder: Path) -> Iterator[None]:
         labkit.files.CannotWrite: it cannot be made or written to.
     """
     if folder.exists() and not folder.is_dir():
-        raise files.CannotWrite(f"checkpoint_folder={str(folder)!r} is a file; give a folder, or a new name")
+        raise writing.CannotWrite(
+            f"checkpoint_folder={str(folder)!r} is a file; give a folder, or a new name"
+        )
     taken = (
         f"another run keeps its checkpoints in {folder}, and each would overwrite the other's; wait for it, stop it, or "
         "give this run a checkpoint_folder of its own"
     )
-    with files.explained(folder):
+    with writing.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with files.only_one(folder / LOCK, taken):
-        with files.explained(folder), files.scratch_beside(folder / FILE):
+    with writing.only_one(folder / LOCK, taken):
+        with writing.explained(folder), writing.scratch_beside(folder / FILE):
             pass
         yield
 
@@ -99,12 +101,12 @@ def save(
     tensors[STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
-        with files.new_file(folder / FILE) as part:
+        with writing.new_file(folder / FILE) as part:
             save_file(tensors, part, metadata={HASH: hash_of(tensors)})
     except (OSError, SafetensorError) as error:
-        if isinstance(error, files.CannotWrite):
+        if isinstance(error, writing.CannotWrite):
             raise
-        raise files.CannotWrite(
+        raise writing.CannotWrite(
             f"cannot write a checkpoint to {folder} ({error}); the one before, if any, is intact"
         ) from error
 
@@ -188,8 +190,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     Raises:
         ValueError: it is damaged. Files of version 0.1.0 have no hash, and their state is in the header.
     """
-    metadata = files.read_header(path).get("__metadata__")
-    tensors = files.read_tensors(path)
+    metadata = reading.read_header(path).get("__metadata__")
+    tensors = reading.read_tensors(path)
     metadata = metadata if isinstance(metadata, dict) else {}
     if STATE in tensors:
         if metadata.get(HASH) != hash_of(tensors):
@@ -199,7 +201,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         raw = metadata[STATE].encode()
     else:
         raise ValueError("it has no state of a run in it")
-    state = files.parse_json(path, raw)
+    state = reading.parse_json(path, raw)
     if not isinstance(state, dict):
         raise ValueError("its state is no object")
     return tensors, state

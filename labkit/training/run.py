@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from labkit.data.batches import collate, endless_batches
 from labkit.data.encoding import Encoded
-from labkit.files import CannotWrite
+from labkit.files.writing import CannotWrite
 from labkit.optim.paging import detach_paging
 from labkit.training import checkpoint
 from labkit.training.config import TrainConfig, learning_rate

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from labkit.files import write_text
+from labkit.files.writing import write_text
 from labkit.paths import data_folder
 from recipes.jsonl import write
 from recipes.sql_questions.generate import check_names, generate

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from labkit.files import new_folder
+from labkit.files.writing import new_folder
 
 
 def save_checkpoint(folder: Path, model, optimizer, state: dict) -> None:

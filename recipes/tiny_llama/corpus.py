@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from labkit.files import write_json
+from labkit.files.writing import write_json
 from recipes.debian import unpack
 from recipes.jsonl import write
 from recipes.tiny_llama.sources import Document, devil, docstrings, jargon, kjv, pydocs, sqlite

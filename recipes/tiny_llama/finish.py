@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
-from labkit.files import new_file, write_json, write_text
+from labkit.files.writing import new_file, write_json, write_text
 from recipes.jsonl import write
 from recipes.tiny_llama import corpus, tokens
 from recipes.tiny_llama.card import card

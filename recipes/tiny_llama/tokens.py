@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from labkit.files import new_file, new_folder
+from labkit.files.writing import new_file, new_folder
 from recipes.tiny_llama.corpus import DOMAINS
 from recipes.tiny_llama.sources import Document
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import files
+from labkit.files import writing
 from tests.campaign.harness import kill_after, moments, rounds, small_disk
 
 
@@ -14,15 +14,15 @@ def rewrite(folder: Path, letter: str) -> None:
     n = 0
     while True:
         n += 1
-        files.write_text(folder / "file", f"{letter}{n} " * 1000)
-        with files.new_folder(folder / "folder") as made:
+        writing.write_text(folder / "file", f"{letter}{n} " * 1000)
+        with writing.new_folder(folder / "folder") as made:
             for name in ("one", "two", "three"):
                 (made / name).write_text(f"{letter}{n}")
 
 
 def test_a_kill_leaves_the_old_or_the_new_and_the_next_writer_clears_the_rest(tmp_path: Path):
-    files.write_text(tmp_path / "file", "begin " * 1000)
-    with files.new_folder(tmp_path / "folder") as made:
+    writing.write_text(tmp_path / "file", "begin " * 1000)
+    with writing.new_folder(tmp_path / "folder") as made:
         for name in ("one", "two", "three"):
             (made / name).write_text("begin")
     leftovers = 0
@@ -32,8 +32,8 @@ def test_a_kill_leaves_the_old_or_the_new_and_the_next_writer_clears_the_rest(tm
         assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["one", "three", "two"]
         assert len({(tmp_path / "folder" / name).read_text() for name in ("one", "two", "three")}) == 1
         leftovers += len(list(tmp_path.glob(".*.part")))
-    files.write_text(tmp_path / "file", "end")
-    with files.new_folder(tmp_path / "folder"):
+    writing.write_text(tmp_path / "file", "end")
+    with writing.new_folder(tmp_path / "folder"):
         pass
     assert leftovers > 0, "no kill fell into a write"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
@@ -43,12 +43,12 @@ def test_a_full_disk_leaves_the_old_file_and_gives_one_sentence(tmp_path: Path):
     with small_disk(tmp_path / "disk", kilobytes=256) as disk:
         if disk is None:
             pytest.skip("no permission to mount a small disk")
-        files.write_text(disk / "file", "old")
-        with files.new_folder(disk / "folder") as made:
+        writing.write_text(disk / "file", "old")
+        with writing.new_folder(disk / "folder") as made:
             (made / "one").write_text("old")
         with pytest.raises(OSError, match=r"cannot write .*file: the disk is full; what was .* is intact"):
-            files.write_text(disk / "file", "x" * 500_000)
-        with pytest.raises(OSError, match="the disk is full"), files.new_folder(disk / "folder") as made:
+            writing.write_text(disk / "file", "x" * 500_000)
+        with pytest.raises(OSError, match="the disk is full"), writing.new_folder(disk / "folder") as made:
             (made / "one").write_text("x" * 500_000)
         assert (disk / "file").read_text() == (disk / "folder" / "one").read_text() == "old"
         assert sorted(os.listdir(disk)) == ["file", "folder"]

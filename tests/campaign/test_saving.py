@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from labkit import files
 from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers
+from labkit.files import writing
 from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.formats.alternatives import load_alternative, save_alternative
 from labkit.formats.peft_folder import OURS
@@ -137,14 +137,14 @@ def test_a_full_disk_leaves_the_old_adapter_and_gives_one_sentence(tmp_path: Pat
             while True:
                 filler.write(bytes(4096))
         with pytest.raises(
-            files.CannotWrite, match=r"^cannot write .*/a: the disk is full; what was .* is intact$"
+            writing.CannotWrite, match=r"^cannot write .*/a: the disk is full; what was .* is intact$"
         ):
             save(made(2), folder, data="new")
         assert torch.equal(load(make(), folder)(ids).logits, expected)
         assert (
             set(os.listdir(folder)) == {*OURS, "notes.txt"} and (folder / "notes.txt").read_text() == "mine"
         )
-        with pytest.raises(files.CannotWrite, match="the disk is full"):
+        with pytest.raises(writing.CannotWrite, match="the disk is full"):
             save(made(2), disk / "b")
         assert sorted(os.listdir(disk)) == ["a", "filler"]
         (disk / "filler").unlink()

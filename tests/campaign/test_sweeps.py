@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from labkit.files import CannotWrite
+from labkit.files.writing import CannotWrite
 from labkit.sweeps import grid, processes, records
 from tests.campaign.harness import duration, kill_after, moments, rounds, small_disk, start
 from tests.sweeps.cases import configs, table

@@ -20,8 +20,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from labkit import files
-from labkit.files import InUse
+from labkit.files import reading, writing
+from labkit.files.writing import InUse
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.models.loading import shipped
@@ -83,7 +83,7 @@ def work(folder: Path, optimizer: dict) -> None:
     except KeyboardInterrupt:
         return  # before the first step, or after the last
     if history.stopped == "finished":
-        files.write_json(folder.with_suffix(".json"), outcome(model, history))
+        writing.write_json(folder.with_suffix(".json"), outcome(model, history))
 
 
 @dataclass
@@ -107,7 +107,7 @@ def undisturbed(tmp_path_factory) -> list[Undisturbed]:
         has_begun(process, folder)
         first = time.monotonic()
         process.join()
-        outcome = files.read_json(folder.with_suffix(".json"))
+        outcome = reading.read_json(folder.with_suffix(".json"))
         found.append(Undisturbed(outcome, first - begin, time.monotonic() - first))
     assert found[1].outcome == found[2].outcome != found[0].outcome, "paging changes no bit"
     return found
@@ -142,7 +142,7 @@ def goes_on_to(expected: dict, folder: Path, optimizer: dict) -> bool:
     """Does the run, started again, come to what is expected, and leave nothing but its checkpoint?"""
     work(folder, optimizer)
     assert sorted(os.listdir(folder)) == KEPT
-    return files.read_json(folder.with_suffix(".json")) == expected
+    return reading.read_json(folder.with_suffix(".json")) == expected
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, undisturbed):
@@ -197,7 +197,7 @@ def test_a_second_run_in_the_folder_refuses_and_the_first_is_undisturbed(tmp_pat
             process.join(1)
             assert process.exitcode is not None, "both ran"
     process.join()
-    assert refused > 0 and files.read_json(folder.with_suffix(".json")) == undisturbed[1].outcome
+    assert refused > 0 and reading.read_json(folder.with_suffix(".json")) == undisturbed[1].outcome
     assert sorted(os.listdir(folder)) == KEPT
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from labkit import files
 from labkit.alternatives.bottleneck import BottleneckConfig, add_bottleneck
 from labkit.alternatives.cost import cost
 from labkit.alternatives.ia3 import IA3Config, add_ia3, ia3_layers, merge_ia3
 from labkit.alternatives.prefixes import PrefixConfig, add_prefix, fold_prefix
+from labkit.files import writing
 from labkit.formats import peft_folder, provenance
 from labkit.formats.adapters import save_adapter
 from labkit.formats.alternatives import load_alternative, save_alternative
@@ -184,7 +184,9 @@ def test_saving_replaces_a_folder_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(peft_folder, "save_file", full)
-    with pytest.raises(files.CannotWrite, match=r"cannot write .*a: the disk is full; what was .* is intact"):
+    with pytest.raises(
+        writing.CannotWrite, match=r"cannot write .*a: the disk is full; what was .* is intact"
+    ):
         save_alternative(with_method(llama, "prompt"), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(tmp_path) == ["a"], "temporary files are gone"

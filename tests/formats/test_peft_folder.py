@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from labkit import files
+from labkit.files import writing
 from labkit.formats import peft_folder
 from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.lora.inject import lora_layers
@@ -43,7 +43,9 @@ def test_saving_replaces_an_adapter_whole_or_not_at_all(tmp_path, monkeypatch):
         "save_file",
         lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
-    with pytest.raises(files.CannotWrite, match=r"cannot write .*a: the disk is full; what was .* is intact"):
+    with pytest.raises(
+        writing.CannotWrite, match=r"cannot write .*a: the disk is full; what was .* is intact"
+    ):
         save_adapter(adapted(seed=2), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(tmp_path) == ["a"], "temporary files are gone"
@@ -142,7 +144,7 @@ def test_a_folder_that_a_killed_writer_had_moved_out_of_the_way_is_put_back_and_
         tmp_path / ".a.0123abcd.part"
     )  # as it is between two renames, where folders cannot change places
     scratch.mkdir()
-    (tmp_path / "a").rename(scratch / files.OLD)
+    (tmp_path / "a").rename(scratch / writing.OLD)
     assert lora_layers(load_adapter(make_small_llama(), tmp_path / "a"))
     assert os.listdir(tmp_path) == ["a"]
 
@@ -151,7 +153,7 @@ def test_the_root_of_a_disk_is_refused_in_one_sentence(tmp_path):
     with small_disk(tmp_path / "disk", kilobytes=4000) as disk:
         if disk is None:
             pytest.skip("no permission to mount a small disk")
-        with pytest.raises(files.CannotWrite, match="it is the root of .*disk.*; name a folder inside it"):
+        with pytest.raises(writing.CannotWrite, match="it is the root of .*disk.*; name a folder inside it"):
             save_adapter(adapted(r=2), disk)
         assert os.listdir(disk) == [] and os.listdir(tmp_path) == ["disk"]
 
@@ -165,13 +167,13 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_file_that_comes_while_an_adapter_is_saved_stays(tmp_path, monkeypatch):
     save_adapter(adapted(r=2), tmp_path / "a")
-    for exchanges in (files.exchange, lambda one, other: False):  # with and without a way to change places
+    for exchanges in (writing.exchange, lambda one, other: False):  # with and without a way to change places
 
         def late(one, other, exchanges=exchanges):
             (tmp_path / "a" / "late.txt").write_text("written just now")
             return exchanges(one, other)
 
-        monkeypatch.setattr(files, "exchange", late)
+        monkeypatch.setattr(writing, "exchange", late)
         save_adapter(adapted(seed=2, r=2), tmp_path / "a")
         assert (tmp_path / "a" / "late.txt").read_text() == "written just now"
         (tmp_path / "a" / "late.txt").unlink()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.files import sha256
+from labkit.files.reading import sha256
 from labkit.models.fetching import SOURCES, Source
 from tests.models.small_gguf import write_gguf
 

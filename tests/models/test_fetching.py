@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from labkit import files, models
+from labkit import models
+from labkit.files import reading, writing
 from labkit.models import __main__ as command
 from labkit.models import fetching
 from tests.models.small_gguf import make_llama
@@ -86,7 +87,7 @@ def test_the_sums_are_those_of_the_files_in_the_format_of_sha256sum(small):
     lines = (folder / "SHA256SUMS").read_text().splitlines()
     assert [line[64:66] for line in lines] == ["  "] * len(lines)
     sums = {line[66:]: line[:64] for line in lines}
-    assert sums == {name: files.sha256(folder / name) for name in sums}
+    assert sums == {name: reading.sha256(folder / name) for name in sums}
     assert set(names(folder)) - set(sums) == {"SHA256SUMS", "labkit.json", "source.gguf"}
 
 
@@ -168,7 +169,7 @@ def test_what_cannot_be_written_is_one_sentence_with_the_setting_and_no_temporar
     with pytest.raises(models.ModelUnavailable) as error:
         models.fetch(NAME)
     message = str(error.value)
-    assert f"cannot write to the cache folder {cached}: {files.IN_THE_WAY[number]}" in message
+    assert f"cannot write to the cache folder {cached}: {writing.IN_THE_WAY[number]}" in message
     assert "what was there is intact" in message and "LABKIT_CACHE" in message
     assert ".part" not in message and "\n" not in message
     assert {path.name: path.read_bytes() for path in (cached / NAME).iterdir()} == before
@@ -287,7 +288,7 @@ def test_a_model_kept_without_checksums_gets_them(small, cached):
 def test_files_are_hashed_once_for_as_long_as_they_do_not_change(cached, monkeypatch):
     fetching.known_digest.cache_clear()
     hashed = []
-    monkeypatch.setattr(fetching, "sha256", lambda path: hashed.append(path.name) or files.sha256(path))
+    monkeypatch.setattr(fetching, "sha256", lambda path: hashed.append(path.name) or reading.sha256(path))
     for _ in range(3):
         models.fetch(NAME)
     assert hashed.count("model.safetensors") == 1

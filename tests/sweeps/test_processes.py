@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from labkit.files import CannotWrite
+from labkit.files.writing import CannotWrite
 from labkit.models.fetching import ModelUnavailable
 from labkit.sweeps import grid, processes, records, runs
 from labkit.sweeps.config import RunConfig

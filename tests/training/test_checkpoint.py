@@ -17,9 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from labkit import files, models
+from labkit import models
 from labkit.data.passages import load_austen
-from labkit.files import CannotWrite, InUse
+from labkit.files import writing
+from labkit.files.writing import CannotWrite, InUse
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.optim.adamw import AdamW8bit
@@ -298,7 +299,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint_and_not_what_the_model_learns(t
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", full)
+        patch.setattr(writing.os, "replace", full)
         with pytest.warns(TrainingWarning) as told:
             history = train(model, tiny[1], SHORT, TrainConfig(**settings))
     (message,) = {str(warning.message) for warning in told}

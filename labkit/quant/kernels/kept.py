@@ -28,7 +28,7 @@ from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
 from platformdirs import user_cache_dir
 
-from labkit import files
+from labkit.files import writing
 
 SOURCES = Path(__file__).parent
 DIGEST = 32  # bytes of a sha256
@@ -72,7 +72,7 @@ class Kept:
         reasons = []
         for folder in folders():
             try:
-                with files.new_file(folder / name) as part:
+                with writing.new_file(folder / name) as part:
                     part.write_bytes(hashlib.sha256(payload).digest() + payload)
                 forget_older(folder, name)
                 return

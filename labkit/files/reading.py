@@ -1,0 +1,107 @@
+"""The one way in which labkit reads files that others wrote: nothing about them is believed.
+
+A file must be a regular file of a bounded size (to read a pipe or an endless device would never end), JSON without
+duplicate keys, and safetensors, which unlike pickle cannot run code.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+MAX_JSON = 16 * 2**20  # bytes; the largest configuration or header that is read
+MAX_INSIDE = 10**6  # lists and objects in it, which take much more memory than they have letters
+
+
+def read_bytes(path: str | Path, at_most: int = MAX_JSON) -> bytes:
+    """The contents of a regular file of at most `at_most` bytes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a pipe, a device, a folder, or a file that is too large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        check_regular(path, os.fstat(descriptor), at_most)
+        return file.read(at_most + 1)
+
+
+def check_regular(path: str | Path, info: os.stat_result, at_most: int | None = None) -> None:
+    """Raise a `ValueError` unless it is a regular file, of at most `at_most` bytes."""
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    if at_most is not None and info.st_size > at_most:
+        raise ValueError(f"{path} has {info.st_size:,} bytes; at most {at_most:,} are read")
+
+
+def read_json(path: str | Path, at_most: int = MAX_JSON) -> object:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: see `read_bytes`; or not JSON, with a key twice, or nested too deeply.
+    """
+    return parse_json(path, read_bytes(path, at_most))
+
+
+def parse_json(path: str | Path, raw: bytes) -> object:
+    """The value of JSON in `raw`; `path` is for the message."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return made
+
+    if raw.count(b"[") + raw.count(b"{") > MAX_INSIDE:
+        raise ValueError(f"{path} holds more than {MAX_INSIDE:,} lists and objects, the most that are read")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is not valid JSON ({reason})") from None
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: not a regular file, cut off, damaged, a header too large or with a name twice.
+    """
+    read_header(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def read_header(path: str | Path) -> dict:
+    """The header of a safetensors file: name → dtype, shape, offsets; and `__metadata__`, if there is any.
+
+    Raises:
+        as `read_tensors`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        info = os.fstat(descriptor)
+        check_regular(path, info)
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_JSON, info.st_size - 8):
+            raise ValueError(f"{path} is cut off, or not a safetensors file (a header of {length:,} bytes)")
+        header = parse_json(path, file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file (its header is no object)")
+    return header
+
+
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
