@@ -90,7 +90,11 @@ class FileStore:
     def __init__(self, folder: str | Path | None = None):
         if folder is None:
             folder = cache_folder() / "paging"
-        self.folder = Path(folder)
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(
+                f"store={folder!r} must be the path of a folder, or None for labkit's cache folder"
+            )
+        self.folder = Path(folder).expanduser()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # until `close`
