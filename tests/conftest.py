@@ -1,6 +1,7 @@
 """How tests are spread over workers, and the models that they share, loaded once per worker."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,12 @@ LONGEST_FIRST = ("08", "06", "02", "03", "10", "05", "04", "09", "11", "07", "00
 
 
 def pytest_configure():
-    """Share the cores between the workers; kernels and child processes inherit the environment."""
+    """Share the cores between the workers; kernels and child processes inherit the environment.
+
+    What a shell starts in the background ignores Ctrl-C, and so would the tests that send it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)
