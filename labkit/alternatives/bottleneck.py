@@ -84,6 +84,7 @@ class Bottleneck(StandIn):
                 f"size={config.size} is not a bottleneck in a model of width {width}; choose a smaller size"
             )
         self.config, self.is_used = config, False
+        self.takes = next(iter(inspect.signature(base.forward).parameters))  # the name of its input
         self.down = nn.Linear(width, config.size, device=device, dtype=dtype)
         self.up = nn.Linear(config.size, width, device=device, dtype=dtype)
         nn.init.zeros_(self.down.bias)
@@ -108,8 +109,7 @@ class Bottleneck(StandIn):
         if self.config.form == "serial":
             y = y + self.correction(y)
         else:
-            first = next(iter(inspect.signature(self.base.forward).parameters))
-            y = y + self.correction(args[0] if args else kwargs[first])
+            y = y + self.correction(args[0] if args else kwargs[self.takes])
         return type(output)([y, *output[1:]]) if isinstance(output, (tuple, list)) else y
 
     def put_over(self, base: nn.Module) -> None:
