@@ -9,6 +9,7 @@ lock while its writer lives; the next writer to the same place takes away those 
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
@@ -171,7 +172,7 @@ def scratch_beside(place: Path) -> Iterator[Path]:
 
 def clear_leftovers(place: Path) -> None:
     """Take away what killed writers to `place` left beside it; put back what one had just moved out of the way."""
-    for left in place.parent.glob(f".{glob_escape(place.name)}.????????.part"):
+    for left in place.parent.glob(f".{glob.escape(place.name)}.????????.part"):
         lock = FileLock(left / LOCK)
         try:
             lock.acquire(timeout=0)
@@ -181,11 +182,6 @@ def clear_leftovers(place: Path) -> None:
             os.replace(left / OLD, place)
         lock.release()
         shutil.rmtree(left, ignore_errors=True)
-
-
-def glob_escape(name: str) -> str:
-    """`name` as a pattern that matches nothing else."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,8 +281,8 @@ class Calls(RuleBasedStateMachine):
             self.compare(other, "the adapter, loaded again")
 
     @precondition(lambda self: bool(self.adapted))
-    @rule(mounted=st.booleans())
-    def block(self, mounted):
+    @rule()
+    def block(self):
         """Within `disabled` the model is its base alone."""
         active = self.oracle.active
 
@@ -345,24 +346,21 @@ class Calls(RuleBasedStateMachine):
             self.compare(self.model, "after this sequence")
 
 
-class stopping_at:
+@contextmanager
+def stopping_at(number: int) -> Iterator[None]:
     """Within the block, a training run is interrupted (Ctrl-C) in this step."""
+    step = TrainingRun.step
 
-    def __init__(self, number: int):
-        self.number = number
+    def stop(run, at, *rest):
+        if at == number:
+            raise KeyboardInterrupt
+        return step(run, at, *rest)
 
-    def __enter__(self):
-        self.step = step = TrainingRun.step
-
-        def stop(run, number, *rest):
-            if number == self.number:
-                raise KeyboardInterrupt
-            return step(run, number, *rest)
-
-        TrainingRun.step = stop
-
-    def __exit__(self, *_):
-        TrainingRun.step = self.step
+    TrainingRun.step = stop
+    try:
+        yield
+    finally:
+        TrainingRun.step = step
 
 
 TOKENIZER = models.load("tiny-llama")[1]
