@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab test test-fast campaign run bench lint docs classroom lock clean
+.PHONY: help named setup model lab test test-fast campaign run bench gpu lint docs classroom lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ run: named model ## run one notebook without a browser: make run NB=notebooks/08
 bench: model     ## measure speed and memory against the peers, in one run, and print ratios
 	@$(PIP) --no-deps --require-hashes --requirement requirements/bench.lock
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+gpu:             ## measure what only a GPU can show, in 8 minutes, without a network; without a GPU, rehearse it
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) scripts/gpu_day.py $(ARGS)
 
 lint: setup      ## check style, the direction of imports, and types
 	@$(PY) -m ruff check .

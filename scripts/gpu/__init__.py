@@ -1,0 +1,1 @@
+"""What a GPU must show, section by section: see `scripts/gpu_day.py`."""
