@@ -29,9 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     if problem := what_is_missing():
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    from gpu import day
+    try:
+        from gpu import day
 
-    return day.run_section(options) if options.section else day.run(options, __file__)
+        return day.run_section(options) if options.section else day.run(options, __file__)
+    except KeyboardInterrupt:
+        if not options.section:
+            print("\nstopped; the same command goes on with what is left", file=sys.stderr)
+        return 130
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -61,10 +61,13 @@ def describe(stage: Stage) -> list[str]:
 
 
 def run(options: argparse.Namespace, script: str) -> int:
-    """All sections that were asked for; 0 if nothing failed, 1 if something did, 2 if nothing can be written, 130 if stopped."""
+    """All sections that were asked for; 0 if nothing failed, 1 if something did, 2 if nothing can be written."""
     stage = stage_of(options, Path(tempfile.gettempdir()))
     folder = folder_of(stage, options.results)
     print("\n".join(describe(stage)), flush=True)
+    if problem := why_not_writable(folder):
+        print(f"error: {problem}; --results FOLDER writes elsewhere", file=sys.stderr)
+        return 2
     until = time.time() + 60 * options.minutes
     status = 0
     for name in options.only:
@@ -75,11 +78,21 @@ def run(options: argparse.Namespace, script: str) -> int:
         code = run_apart(options, script, name, until)
         if path.exists():
             show(path)
-        if code in (2, 130):
+        if code == 2:
             return code
         status |= code != 0
     print(f"\nrecords: {folder}")
     return int(status)
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why no record can be written there, in one sentence; empty if one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder} cannot be written to: {error.strerror}"
 
 
 def run_apart(options: argparse.Namespace, script: str, name: str, until: float) -> int:
@@ -91,7 +104,7 @@ def run_apart(options: argparse.Namespace, script: str, name: str, until: float)
     for tries in range(TRIES):
         apart = command + ["--after-death"] * (tries > 0)
         code = wait_for(subprocess.Popen(apart, start_new_session=True), until + GRACE)
-        if code in (0, 1, 2, 130):
+        if code in (0, 1, 2):
             break
         print(
             f"  the process of this section ended with {code}; it goes on with the next measurement",
@@ -112,8 +125,7 @@ def wait_for(process: subprocess.Popen, until: float) -> int:
     except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
         process.wait()
-        print("\nstopped; the same command goes on with what is left", file=sys.stderr)
-        return 130
+        raise
 
 
 def run_section(options: argparse.Namespace) -> int:
@@ -128,7 +140,5 @@ def run_section(options: argparse.Namespace) -> int:
     except CannotWrite as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
