@@ -184,6 +184,12 @@ def test_a_process_that_dies_costs_the_measurement_that_killed_it_and_nothing_el
     assert "goes on with the next measurement" in capfd.readouterr().out
 
 
+def test_a_section_that_does_not_end_is_stopped(capfd):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert day.wait_for(process, time.time()) == 1 and process.poll() == -signal.SIGKILL
+    assert "does not end" in capfd.readouterr().out
+
+
 def day_arguments(*given: str):
     import gpu_day
 
