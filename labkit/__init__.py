@@ -1,9 +1,9 @@
 """A laboratory for LoRA and QLoRA: every part from scratch, measured, and checked against the libraries."""
 
 import importlib
-import importlib.metadata
 from types import ModuleType
 
+from labkit.checks import version_of
 from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.lora.adapters import active_adapter, adapter_configs, add_adapter, remove_adapter, use_adapter
 from labkit.lora.adapters import base_only as disabled
@@ -26,7 +26,7 @@ from labkit.training.config import TrainConfig
 from labkit.training.history import History, TrainingDiverged
 from labkit.training.loop import train
 
-__version__ = importlib.metadata.version("labkit")
+__version__ = version_of("labkit")
 
 __all__ = [
     "AdamW",

@@ -1,13 +1,17 @@
-"""The checks that every part of labkit makes of its settings: known names, whole numbers, numbers in a range.
+"""The checks that every part of labkit makes of its settings: known names, whole numbers, numbers in a range; and of the
+packages that it can do without.
 
 Each raises a `ValueError` that says what was given and what is allowed. A bool is never a number here,
 although Python counts it as an `int`.
 """
 
 import difflib
+import importlib
+import importlib.metadata
 import math
 from collections.abc import Iterable
 from dataclasses import fields
+from types import ModuleType
 from typing import TypeGuard
 
 import numpy as np
@@ -23,6 +27,39 @@ def nearest(given: object, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(given), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def needed(package: str, user: str) -> ModuleType:
+    """A package that labkit can do without, for what cannot do without it.
+
+    Args:
+        package: its name, as it is imported and installed.
+        user: what needs it, as the error calls it.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; says what needs it, and how to get it.
+
+    >>> needed("numpee", "reading a table")
+    Traceback (most recent call last):
+    ModuleNotFoundError: numpee is not installed, and reading a table needs it; pip install numpee
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        top = package.partition(".")[0]
+        if error.name not in (top, package):  # it is installed, and something that it needs is not
+            raise
+        raise ModuleNotFoundError(
+            f"{top} is not installed, and {user} needs it; pip install {top}", name=top
+        ) from None
+
+
+def version_of(package: str) -> str:
+    """The version of a package, or "unknown" if nothing is installed under this name, as labkit in a bare checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:

@@ -8,9 +8,16 @@ command mean the same folder wherever they were started.
 import os
 from pathlib import Path
 
-from platformdirs import user_cache_dir
-
 CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def user_cache_dir(name: str) -> str:
+    """The user's cache folder for `name`, where the system has it; without platformdirs, where Linux has it."""
+    try:
+        import platformdirs
+    except ImportError:
+        return os.path.join(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), name)
+    return platformdirs.user_cache_dir(name)
 
 
 def cache_folder() -> Path:

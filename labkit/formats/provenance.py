@@ -13,7 +13,6 @@ compared.
 """
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from labkit.checks import version_of
 from labkit.files import reading
 from labkit.formats.peft_settings import MAX_CONFIG, are_names, canonical, hash_settings
 from labkit.lora.fingerprint import (
@@ -94,7 +94,7 @@ def hash_record(provenance: dict) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that an adapter was made with."""
-    return {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {name: version_of(name) for name in VERSIONS}
 
 
 def read_provenance(path: Path) -> dict | None:

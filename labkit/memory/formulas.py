@@ -20,6 +20,7 @@ for the 16 bytes per parameter of mixed-precision AdamW.
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from labkit.checks import needed
 from labkit.memory import peaks
 from labkit.memory.activations import (
     ATTENTION_LAYERS,
@@ -182,8 +183,7 @@ def crossover(model, a: dict, b: dict, max_lengths: Iterable[int] | None = None,
         where a takes more. `.attrs["crossover"]`: the shortest length, to the token, from which a takes more
         up to the longest given; None if there is no such length.
     """
-    import pandas as pd
-
+    pd = needed("pandas", "crossover")
     config = config_of(model)
     if max_lengths is None:
         longest = getattr(config, "max_position_embeddings", 4096)

@@ -14,7 +14,7 @@ from a real step (`measure`), and `predicted.compare(measured)` puts them side b
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from labkit.checks import check_choice, check_number
+from labkit.checks import check_choice, check_number, needed
 
 COMPONENTS = {
     "weights": "the model's own parameters and buffers",
@@ -139,8 +139,7 @@ class Ledger:
 
     def to_frame(self):
         """The rows as a pandas DataFrame."""
-        import pandas as pd
-
+        pd = needed("pandas", "Ledger.to_frame")
         return pd.DataFrame([vars(row) for row in self.rows])
 
     def compare(self, other: "Ledger", kinds: bool = True):
@@ -153,8 +152,7 @@ class Ledger:
         Returns:
             A DataFrame with columns `component`, `kind`, `self`, `other`, and `ratio` (self / other).
         """
-        import pandas as pd
-
+        pd = needed("pandas", "Ledger.compare")
         lines = []
 
         def line(component, kind, mine, theirs):

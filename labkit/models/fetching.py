@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from labkit.checks import nearest
+from labkit.checks import nearest, needed
 from labkit.files.reading import read_bytes, read_json, sha256
 from labkit.files.writing import (
     IN_THE_WAY,
@@ -204,6 +204,10 @@ def make(name: str, source: Source, folder: Path) -> None:
     Raises:
         ModelUnavailable, CannotWrite: see `fetch`.
     """
+    try:
+        needed("gguf", f"making {name} from its file")
+    except ModuleNotFoundError as error:
+        raise ModelUnavailable(str(error)) from None
     free = shutil.disk_usage(folder.parent).free
     if free < source.needs_bytes:
         raise ModelUnavailable(

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from labkit.checks import check_choice, check_whole
+from labkit.checks import check_choice, check_whole, needed
 from labkit.files.writing import new_folder
 from labkit.models.gguf_metadata import Metadata
 from labkit.models.gguf_tokenizer import end_ids, read_tokenizer
@@ -81,10 +81,9 @@ def read_gguf(path: Path) -> Checkpoint:
         ValueError: truncated or corrupt; or of another architecture, tokenizer, kind of position scaling or
             quantization, or with a key or tensor that is not understood. The message names it.
     """
-    from gguf import GGUFReader  # here, because it is slow to import and only a conversion needs it
-
+    gguf = needed("gguf", "reading a GGUF file")  # here: it is slow to import, and only a conversion needs it
     try:
-        reader = GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         values = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:
         raise ValueError(f"{path.name} is not a readable GGUF file ({error}); get it again") from None
@@ -211,8 +210,7 @@ def huggingface_name(name: str, meta: Metadata) -> str:
 
 def read_tensor(tensor, heads: dict[str, int], meta: Metadata) -> Tensor:
     """Dequantize one tensor to fp32, and put the rows of q and k back into Hugging Face's order."""
-    from gguf import dequantize
-
+    dequantize = needed("gguf", "reading a GGUF file").dequantize
     try:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
     except (NotImplementedError, KeyError, ValueError):

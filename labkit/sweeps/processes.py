@@ -8,7 +8,6 @@ knows which run that was. It gives the run to a new process, and records it as f
 The other runs go on.
 """
 
-import importlib.metadata
 import multiprocessing
 import os
 import platform
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from labkit.checks import version_of
 from labkit.hardware import best_device, limits, memory_bytes, product_dtype
 from labkit.models.fetching import ModelUnavailable
 from labkit.sweeps import runs
@@ -250,7 +250,7 @@ def line_of(config: RunConfig, outcome: dict[str, object], seconds: float) -> di
         record["base_settings"] = settings
     return record | {
         "seconds": round(seconds, 1),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": {name: version_of(name) for name in VERSIONS},
         "hardware": hardware(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -16,17 +16,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from scipy import stats
-
-from labkit.checks import check_choice
+from labkit.checks import check_choice, needed
 from labkit.files.reading import parse_json, read_bytes
 from labkit.files.writing import explained, new_file
 from labkit.paths import data_folder
 from labkit.sweeps import runs
 from labkit.sweeps.config import RunConfig
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 STATUSES = ("done", "diverged", "failed")
 MAX_BYTES = 2**30  # of a file of results
@@ -47,7 +47,7 @@ class Results:
         """The records by what was run."""
         return {RunConfig.from_dict(record["config"]): record for record in self.records}
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> "DataFrame":
         """One row per run: its settings, `status`, its metrics (missing if it diverged or failed), `seconds`,
         and `diverged_at`.
         """
@@ -56,7 +56,7 @@ class Results:
             | {"seconds": r["seconds"], "diverged_at": r.get("step")}
             for r in self.records
         ]
-        return pd.DataFrame(rows)
+        return needed("pandas", "Results.to_frame").DataFrame(rows)
 
 
 def load(path: str | Path) -> Results:
@@ -185,10 +185,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     if n < 2:
         return mean, math.nan
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    stats = needed("scipy.stats", "mean_interval")
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
-def summarize(frame: pd.DataFrame, by: str | list[str], metric: str) -> pd.DataFrame:
+def summarize(frame: "DataFrame", by: str | list[str], metric: str) -> "DataFrame":
     """One row per value of `by`, over the runs that finished: the `mean` of `metric`, the `half`-width of its
     95 % interval, and `n`; `missing` counts the runs without the metric, which diverged or failed.
     """

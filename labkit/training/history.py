@@ -7,6 +7,8 @@ from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
+from labkit.checks import needed
+
 
 class StepRecord(TypedDict):
     """One optimizer step."""
@@ -90,7 +92,6 @@ class History:
 
     def to_frame(self):
         """The steps as a pandas DataFrame, with the held-out loss in `held_out` where it was measured."""
-        import pandas as pd
-
+        pd = needed("pandas", "History.to_frame")
         held_out = {record["step"]: record["loss"] for record in self.evals}
         return pd.DataFrame([{**record, "held_out": held_out.get(record["step"])} for record in self.steps])

@@ -7,7 +7,7 @@ is kept apart. So what is ordinary is listed here, and not what is not: whatever
 PyTorch's own operations.
 
 numba takes a second to import, and Triton needs a GPU, so a module with kernels is imported when it is first
-used.
+used. Neither has to be installed: without it, the readable code runs on its device.
 """
 
 import importlib.util
@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from labkit.hardware import fast_paths
 
 _has_triton = importlib.util.find_spec("triton") is not None
+_has_numba = importlib.util.find_spec("numba") is not None
 _proxy_mode = torch._C._TorchDispatchModeKey.PROXY
 
 
@@ -29,19 +30,20 @@ def fast_for(tensor: Tensor) -> bool:
     """Is there a fast kernel for the device of `tensor`, may it read it, and are the fast paths on?"""
     return (
         fast_paths()
-        and (tensor.is_cpu or (tensor.is_cuda and _has_triton))
+        and ((tensor.is_cpu and _has_numba) or (tensor.is_cuda and _has_triton))
         and (is_traced(tensor) or (has_numbers(tensor) and not is_transformed()))
     )
 
 
 def quantizes_scales(flat: Tensor) -> bool:
     """Is there a kernel that quantizes these scales?"""
-    return fast_paths() and flat.is_cpu and is_ordinary(flat)
+    return fast_paths() and _has_numba and flat.is_cpu and is_ordinary(flat)
 
 
 def multiplies(x: Tensor, width: int) -> bool:
     """Is there a kernel that multiplies rows of `width` numbers, of an ordinary x, by a 4-bit weight?"""
-    return fast_paths() and x.is_cpu and x.dtype == torch.float32 and kernels_on(x.is_cuda).multiplies(width)
+    readable = _has_numba and x.is_cpu and x.dtype == torch.float32
+    return fast_paths() and readable and kernels_on(x.is_cuda).multiplies(width)
 
 
 def is_ordinary(tensor: Tensor) -> bool:

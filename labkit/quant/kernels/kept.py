@@ -26,9 +26,9 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
-from platformdirs import user_cache_dir
 
 from labkit.files import writing
+from labkit.paths import user_cache_dir
 
 SOURCES = Path(__file__).parent
 DIGEST = 32  # bytes of a sha256
