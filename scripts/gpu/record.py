@@ -90,8 +90,8 @@ class Record:
             "outcome": outcome,
             "seconds": round(seconds, 2),
             "code": self.code,
-            **({"reason": reason} if reason else {}),
-            "numbers": without_infinities(numbers or {}),
+            **({"reason": without_paths(reason)} if reason else {}),
+            "numbers": publishable(numbers or {}),
         }
         self.write()
 
@@ -103,16 +103,30 @@ class Record:
             conclusions = self.section.conclude(measured) if measured else []
         except Exception as error:  # what was measured is written in any case
             conclusions = [f"no conclusion: {type(error).__name__}: {error}"]
-        rest = {"complete": complete, "conclusions": conclusions, "rows": list(self.rows.values())}
+        rest = {
+            "complete": complete,
+            "conclusions": publishable(conclusions),
+            "rows": list(self.rows.values()),
+        }
         write_json(self.path, self.head | rest)
 
 
-def without_infinities(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
+def publishable(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have, and without paths of this machine."""
     if isinstance(value, dict):
-        return {str(key): without_infinities(part) for key, part in value.items()}
+        return {str(key): publishable(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_infinities(part) for part in value]
+        return [publishable(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return without_paths(value) if isinstance(value, str) else value
+
+
+def without_paths(text: str) -> str:
+    """The same with the name of a file instead of its absolute path, and "…" instead of that of a folder."""
+
+    def name_of(path: re.Match) -> str:
+        name = path[0].rpartition("/")[2].rstrip(".")
+        return name if "." in name.lstrip(".") else "…"
+
+    return re.sub(r"(?<![\w.~/])(/[\w.@+-]+){2,}/?|(?<![\w.~/])/(home|root|tmp)\b", name_of, text)
