@@ -65,6 +65,11 @@ class PageTable:
         return sum(page.nbytes for page in self.pages.values())
 
     @property
+    def largest(self) -> Page:
+        """The page of the most bytes: no budget may be less."""
+        return max(self.pages.values(), key=lambda page: page.nbytes)
+
+    @property
     def exempt_bytes(self) -> int:
         """Of tensors that are never paged: below `min_elements`, or on another device."""
         return sum(page.exempt for page in self.pages.values())
@@ -136,12 +141,14 @@ class PageTable:
         if page.coming is None:
             return
         self.check_owner()
-        started, coming, page.coming = time.perf_counter(), page.coming, None
+        started = time.perf_counter()
         try:
-            coming.result()
+            page.coming.result()
         except BaseException:
+            page.coming = None
             self.forget(page)  # the store still has it
             raise
+        page.coming = None  # only now: an interrupt before this line waits again
         self.bytes_in += page.nbytes
         self.seconds_waiting += time.perf_counter() - started
 
@@ -166,6 +173,18 @@ class PageTable:
             self.bytes_out += page.nbytes
         self.forget(page)
         self.note(page, "evict")
+
+    def set_budget(self, budget: int) -> None:
+        """Another budget from now on; what it does not hold goes out at once.
+
+        Raises:
+            ValueError: it is less than one of the pages. Nothing was changed.
+        """
+        self.check_owner()
+        if self.pages:
+            self.check_size(self.largest, budget)
+        self.budget = budget
+        self.make_room(0)
 
     def tidy(self, page: Page) -> None:
         """Called after a page was used: return freed memory to the system, once per quarter of the budget."""
@@ -195,6 +214,8 @@ class PageTable:
         for page in list(self.hot):
             page.coming = None
             self.forget(page)
+        for page in self.pages.values():
+            page.slot = None  # in host memory, it is the memory
 
     # --- sizes and slots
 
@@ -210,7 +231,7 @@ class PageTable:
         for page, state in pages.items():
             _, page.nbytes, page.exempt = self.lay_out(page, state)
         if pages:
-            self.check_size(max(pages, key=lambda page: page.nbytes))
+            self.check_size(max(pages, key=lambda page: page.nbytes), self.budget)
         try:
             for page in pages:
                 page.slot = self.store.reserve(page.nbytes)
@@ -238,11 +259,11 @@ class PageTable:
         """See `labkit.optim.page.lay_out`."""
         return lay_out(state, page.name, self.store.device_type, self.min_elements)
 
-    def check_size(self, page: Page) -> None:
+    def check_size(self, page: Page, budget: int) -> None:
         """Raise a `ValueError` if the page alone is more than the budget."""
-        if page.nbytes > self.budget:
+        if page.nbytes > budget:
             raise ValueError(
-                f"budget_bytes={self.budget} is less than the state of parameter {page.name}, {page.nbytes} "
+                f"budget_bytes={budget} is less than the state of parameter {page.name}, {page.nbytes} "
                 f"bytes; the state of one parameter has to fit: give at least {page.nbytes}"
             )
 
@@ -254,7 +275,7 @@ class PageTable:
         page = self.page(key)
         new = Page(key, page.name, state=dict(state))
         self.settle(new)
-        self.check_size(new)
+        self.check_size(new, self.budget)
         self.store.write(new.slot, new.placed())
         new.state = None
         self.drop(page)

@@ -14,7 +14,7 @@ is then an error while nothing has changed.
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -25,6 +25,7 @@ from labkit.optim.page import Page
 from labkit.optim.page_table import PageTable
 from labkit.optim.paged_state import PagedState
 from labkit.optim.saved_state import check_state_dict, new_state, plain_step
+from labkit.optim.valve import Result, check_budget, run_with_room
 
 
 class Pager:
@@ -129,6 +130,41 @@ class Pager:
         self.stepped.add(p)
         self.step_one(p)
         p.grad = None
+
+    # --- the budget
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Another budget from now on, up or down: what it does not hold is paged out at once. No bit changes.
+
+        Raises:
+            ValueError: less than the state of the largest parameter, no number of bytes, or paging is detached.
+        """
+        self.check_attached()
+        check_budget(budget_bytes)
+        self.table.set_budget(budget_bytes)
+
+    def make_room_for(self, passes: Callable[[], Result]) -> Result:
+        """The valve: call `passes`; as often as it runs out of memory, halve the state in memory, and call it again.
+
+            loss = pager.make_room_for(forward_and_backward)
+            optimizer.step(); optimizer.zero_grad()
+
+        Args, Returns, Raises: see `labkit.optim.valve.run_with_room`; a `ValueError` also where parameters are
+        stepped in backward, or paging is detached.
+        """
+        self.check_attached()
+        if self.fused:
+            raise ValueError(
+                "with fused_into_backward a failed backward pass has stepped some parameters already, and cannot "
+                "be repeated; attach without it, or set_budget before a pass that needs room"
+            )
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return run_with_room(passes, self.table, parameters)
+
+    def check_attached(self) -> None:
+        """Raise a `ValueError` after `close`."""
+        if self.closed:
+            raise ValueError("paging is detached from this optimizer; attach_paging makes another pager")
 
     # --- before a step
 

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from labkit.checks import check_choice, check_whole, is_whole
+from labkit.checks import check_choice, check_whole
 from labkit.optim.adamw import AdamW
 from labkit.optim.page_store import FileStore
 from labkit.optim.page_table import POLICIES, PageTable
 from labkit.optim.paged_state import PagedState
 from labkit.optim.pager import Pager
 from labkit.optim.pinned_store import PinnedStore
+from labkit.optim.valve import check_budget
 
 
 def attach_paging(
@@ -41,6 +42,9 @@ def attach_paging(
     need memory for all of the state while they run; the dictionary is a copy, not a view.) So do learning rate
     schedulers, closures, hooks and new parameter groups. A copy of the optimizer (deepcopy, pickle, a spawned
     process) has all of its state in memory and no pager; a *forked* process may not use the pager.
+
+    A budget may be all of the state, and paging a safety valve: the pager's `make_room_for` pages state out where a
+    pass runs out of memory, and `set_budget` whenever you like.
 
     With `fused_into_backward` each parameter is stepped the moment its gradient is complete, and the gradient
     freed. **Clipping then has nothing to clip:** the norm of all gradients is known only when all are there,
@@ -66,6 +70,7 @@ def attach_paging(
         ValueError: a budget that is too small or not a number of bytes, an unknown policy, a second pager, or
             parameters that are neither on a CPU nor on one GPU.
         OSError: a store that cannot be written to, or is too small. Nothing was changed.
+        MemoryError: for a GPU, the host has no memory left to pin. Nothing was changed.
 
     >>> weight = torch.nn.Parameter(torch.ones(1000))
     >>> optimizer = torch.optim.AdamW([weight], lr=0.1)
@@ -91,10 +96,7 @@ def check_settings(
     budget_bytes: object, policy: object, min_elements: object, prefetch: object, fused_into_backward: object
 ) -> None:
     """Raise a `ValueError` unless all of them can be."""
-    if not is_whole(budget_bytes):
-        raise ValueError(
-            f"budget_bytes={budget_bytes!r} must be a positive whole number of bytes, such as 64 * 2**20"
-        )
+    check_budget(budget_bytes)
     check_choice("policy", policy, POLICIES)
     check_whole("min_elements", min_elements, at_least=0)
     check_choice("prefetch", prefetch, (True, False))
