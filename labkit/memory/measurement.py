@@ -35,6 +35,7 @@ from labkit.memory.tracker import Tracker
 from labkit.quant.linear import QuantLinear
 from labkit.quant.scratch import use_scratch
 from labkit.training.loss import LOGITS, supervised_loss
+from labkit.training.recompute import checkpoint_blocks, keep_blocks
 
 MARK = "labkit:"  # before the name of a phase, among the profiler's events
 
@@ -94,7 +95,7 @@ def measure(
         step()
         gc.collect()
         static = static_tensors(model, state_of(optimizer), batch)
-        tracker = Tracker(model, static, count_generator=device.type == "cpu")
+        tracker = Tracker(model, static, device=device.type)
         with tracker.watch():
             step(tracker.start)
         ledger = ledger_of(
@@ -150,10 +151,10 @@ class TrainingStep:
         with left_as_found(self.model, self.optimizer), use_scratch():
             self.model.train()
             if getattr(self.model, "is_gradient_checkpointing", False):
-                self.model.activation_checkpointing_disable()
+                keep_blocks(self.model)
                 self.model.disable_input_require_grads()  # enabling it has put a hook on the embedding
             if self.checkpointing:
-                self.model.activation_checkpointing_enable({"use_reentrant": False})
+                checkpoint_blocks(self.model)
             for group in self.optimizer.param_groups:
                 group.update({name: 0.0 for name in ("lr", "weight_decay") if name in group})
             yield

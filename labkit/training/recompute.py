@@ -1,4 +1,4 @@
-"""Make the output of an activation function again in the backward pass, instead of keeping it.
+"""Make the output of an activation function, or of a whole block, again in the backward pass, instead of keeping it.
 
 A Llama's MLP computes  h = act(g) * u.  Autograd keeps g for the derivative of act, and act(g) and u for that
 of the product. But act(g) follows from g: so it is dropped, and made again when it is needed. For T tokens
@@ -7,7 +7,7 @@ a step's time.
 
 How: autograd passes each tensor that it keeps to a *pack hook*, and hands what that returned to an *unpack
 hook*. A forward hook marks the output of an activation function with the function and its input; the mark is
-kept in its place.
+kept in its place. Whole blocks are transformers' own affair, and only switched here.
 
 Source: "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et al. 2022), section 5,
 on attention.
@@ -43,6 +43,26 @@ def recompute_activations(model: nn.Module) -> Iterator[None]:
             stack.callback(function.register_forward_hook(mark).remove)
         stack.enter_context(saved_tensors_hooks(*hooks_within(*callers_hooks())))
         yield
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """From now on keep only the input of each block, and run the block again in the backward pass.
+
+    Not in the re-entrant way, which trains nothing over a frozen embedding.
+    """
+    wanted = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(wanted)
+    else:  # its name in transformers before 5.23
+        model.gradient_checkpointing_enable(wanted)
+
+
+def keep_blocks(model: nn.Module) -> None:
+    """From now on keep the activations of each block for the backward pass, as usual."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
 
 
 def is_remade(module: nn.Module) -> bool:

@@ -36,6 +36,7 @@ from labkit.training.interrupts import held_back
 from labkit.training.loss import supervised_loss
 from labkit.training.optimizer import make_optimizer, parameter_groups
 from labkit.training.readiness import check_causal, not_in_graph, own_modes, shown, trained_parameters
+from labkit.training.recompute import checkpoint_blocks, keep_blocks
 
 
 class TrainingRun:
@@ -289,11 +290,11 @@ def training_mode(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     with own_modes(model):
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(model)
         try:
             yield
         finally:
             if checkpointing:
-                model.activation_checkpointing_disable()
+                keep_blocks(model)
                 for module, was in before:
                     module.gradient_checkpointing = was
