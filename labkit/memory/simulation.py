@@ -41,6 +41,7 @@ from labkit.quant.scratch import SCRATCH_BYTES, Scratch, current_scratch, use_sc
 from labkit.quant.tensor import NestedScales, QuantizedTensor
 from labkit.training.chunked_loss import assume_unchanged
 from labkit.training.loss import supervised_loss
+from labkit.training.recompute import checkpoint_blocks
 
 
 def simulate(model, method: str = "qlora", **settings) -> Ledger:
@@ -51,8 +52,15 @@ def simulate(model, method: str = "qlora", **settings) -> Ledger:
     return simulate_step(config_of(model), setup_of(method, settings))
 
 
-def simulate_step(config, setup: Setup) -> Ledger:
-    """Run a step of `setup` on fake tensors; see `labkit.memory.simulate`."""
+def simulate_step(config, setup: Setup, on: str = "cpu") -> Ledger:
+    """Run a step of `setup` on fake tensors; see `labkit.memory.simulate`.
+
+    Args:
+        config: of a transformers model.
+        setup: the step.
+        on: the device that the fake tensors claim to be on, whose operations decide what autograd keeps. "cuda"
+            needs a PyTorch that was built for it, and no GPU; the bytes are the same.
+    """
     of_this_course = {"master": False, "state_dtype": None, "gradient_dtype": None, "recompute_act": True}
     for name, value in of_this_course.items():
         if getattr(setup, name) != value:
@@ -61,12 +69,12 @@ def simulate_step(config, setup: Setup) -> Ledger:
     tensors = tensors_of(config, setup)
     model = shaped_model(config, setup)
     with FakeTensorMode(allow_non_fake_inputs=True), scratch_as_on(setup.device, model):
-        model.to_empty(device="cpu")
+        model.to_empty(device=on)
         model.tie_weights()  # to_empty has made two tensors of a tied one
         model.train()
         if setup.checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        batch = fake_batch(setup)
+            checkpoint_blocks(model)
+        batch = fake_batch(setup).to(on)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer, state = optimizer_of(parameters, setup)
         static = static_tensors(model, state, batch)
@@ -155,7 +163,7 @@ def optimizer_of(parameters: list[nn.Parameter], setup: Setup):
     """
     if setup.optimizer == "adamw8bit":
         sizes = [n for p in parameters for n in state_tensors(p.numel(), dtype_name(p.dtype), setup)]
-        return None, [torch.empty(n, dtype=torch.uint8) for n in sizes]
+        return None, [torch.empty(n, dtype=torch.uint8, device=parameters[0].device) for n in sizes]
     kinds = {"adamw": (AdamW, {"fused": True}), "sgd": (SGD, {"fused": True})}
     kind, options = kinds[setup.optimizer]
     optimizer = kind(parameters, lr=1e-3, **options)

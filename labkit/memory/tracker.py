@@ -60,13 +60,19 @@ class Tracker(TorchDispatchMode):
         model: its modules give activations their kind.
         static: tensors that exist already, by label: {"weights/others, bf16": [...], …}.
         count_generator: count the states of the random generator that checkpointing keeps, in host memory.
+        device: the kind of device whose memory is counted, "cpu" or "cuda"; None for all of them. What is on the
+            meta device has no memory.
     """
 
     def __init__(
-        self, model: nn.Module, static: Mapping[str, Iterable[Tensor]], count_generator: bool = True
+        self,
+        model: nn.Module,
+        static: Mapping[str, Iterable[Tensor]],
+        count_generator: bool = True,
+        device: str | None = None,
     ):
         super().__init__()
-        self.count_generator = count_generator
+        self.count_generator, self.device = count_generator, device
         self.model, self.phase = model, "forward"
         self.tensors: list[TrackedTensor] = []
         self.alive: dict[int, TrackedTensor] = {}  # by the address of the storage object
@@ -80,6 +86,9 @@ class Tracker(TorchDispatchMode):
 
     def see(self, tensor: Tensor, label: str | None = None) -> None:
         """Count the storage of `tensor`, once."""
+        kind = tensor.device.type
+        if kind == "meta" or self.device not in (None, kind):
+            return
         storage = tensor.untyped_storage()
         key, n = storage._cdata, storage.nbytes()
         if n == 0 or key in self.alive:
@@ -131,7 +140,7 @@ class Tracker(TorchDispatchMode):
 
         def get_rng_state():  # makes a tensor without an operation that could be watched
             state = original()
-            if self.count_generator:
+            if self.count_generator and self.device in (None, "cpu"):
                 self.see(state)
                 self.alive[state.untyped_storage()._cdata].is_input = True
             return state
