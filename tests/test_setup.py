@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,9 +47,9 @@ def constraints():
 
 def test_every_direct_dependency_is_pinned(project, constraints):
     extras = project["optional-dependencies"]
-    assert set(extras) == {"lab", "test", "bench", "classroom", "docs"}
-    direct = project["dependencies"] + [name for names in extras.values() for name in names]
-    assert [name for name in direct if name.lower() not in constraints] == []
+    assert set(extras) == {"notebook", "lab", "test", "bench", "classroom", "docs"}
+    direct = [Requirement(line) for lines in [project["dependencies"], *extras.values()] for line in lines]
+    assert [one.name for one in direct if constraints.get(one.name.lower()) not in one.specifier] == []
     assert constraints["torch"] == "2.13.0"
 
 
@@ -71,7 +72,8 @@ def test_the_build_of_the_course_itself_is_pinned(constraints):
 def test_conda_environment_has_the_same_pins(project, constraints):
     conda = pins((ROOT / "environment.yml").read_text())
     extras = project["optional-dependencies"]
-    assert set(conda) == {name.lower() for name in project["dependencies"] + extras["lab"] + extras["test"]}
+    lines = [*project["dependencies"], *extras["notebook"], *extras["lab"], *extras["test"]]
+    assert set(conda) == {Requirement(line).name.lower() for line in lines}
     assert conda == {name: constraints[name] for name in conda}
 
 

@@ -17,7 +17,17 @@ from labkit.models.fetching import SOURCES, ModelUnavailable, is_complete
 from labkit.paths import cache_folder
 
 OK, WARNING, PROBLEM = "OK", "warning", "problem"
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "numba", "ipywidgets", "matplotlib", "jupyterlab")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numba",
+    "ipywidgets",
+    "matplotlib",
+    "bitsandbytes",
+)
+ON_A_SERVICE = "on a notebook service the cell that README.md gives"
 VARIABLES = tuple(
     f"LABKIT_{name}" for name in ("CACHE", "DATA", "MODEL", "PROFILE", "STATIC", "FAST", "CAMPAIGN")
 )
@@ -103,7 +113,9 @@ def packages_line() -> PreflightLine:
             missing.append(name)
     if missing:
         found = f"missing: {', '.join(missing)}"
-        return PreflightLine("packages", PROBLEM, found, "run `make lab`, which installs them")
+        return PreflightLine(
+            "packages", PROBLEM, found, f"run `make lab`, or {ON_A_SERVICE}, which installs them"
+        )
     return PreflightLine("packages", OK, ", ".join(versions))
 
 
