@@ -20,6 +20,7 @@ from labkit.quant.model import quantize_model
 from labkit.training.config import TrainConfig
 from labkit.training.loop import train
 from labkit.training.loss import supervised_loss
+from labkit.training.recompute import checkpoint_blocks
 from tests.alternatives.cases import ALL, MAKERS, METHODS, N, llama, randomize, text, with_method
 
 
@@ -201,7 +202,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     for checkpointing in (False, True):
         model = with_method(llama, name).train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_blocks(model)
         supervised_loss(model, Batch(text(), text())).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for a, b in zip(*gradients):

@@ -7,6 +7,7 @@ from labkit.alternatives.cost import cost
 from labkit.alternatives.prefixes import PrefixConfig, add_prefix, fold_prefix
 from labkit.data.batches import Batch
 from labkit.training.loss import supervised_loss
+from labkit.training.recompute import checkpoint_blocks
 from tests.alternatives.cases import MAKERS, llama, text, with_method
 
 
@@ -24,7 +25,7 @@ def test_a_folded_prefix_needs_no_mlp(make):
 
 def test_a_prefix_under_gradient_checkpointing_is_an_error_and_not_silently_nothing():
     model = with_method(llama, "prefix").train()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_blocks(model)
     with pytest.raises(ValueError, match="does not train with gradient checkpointing"):
         supervised_loss(model, Batch(text(), text()))
 

@@ -21,6 +21,7 @@ from labkit.memory.subjects import make_batch
 from labkit.optim.adamw import AdamW, AdamW8bit
 from labkit.optim.paging import attach_paging
 from labkit.training.loss import supervised_loss
+from labkit.training.recompute import checkpoint_blocks
 from tests.conftest import make_small_llama
 from tests.memory.conftest import SMALL
 
@@ -148,7 +149,7 @@ def test_a_measured_step_leaves_model_optimizer_and_process_as_they_were(kind, t
 def test_checkpointing_is_as_it_was_whichever_way_a_step_is_measured(was, measured):
     model, optimizer = subject()
     if was:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(model)
     before = snapshot(model, optimizer)
     ledger = measure(model, batch_for(model), "sgd", checkpointing=measured)
     assert changes(before, model, optimizer) == [] and model.is_gradient_checkpointing is was

@@ -14,6 +14,7 @@ from labkit.models.surgery import is_output_layer, replace_module
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import quantize_model
 from labkit.training.loss import supervised_loss
+from labkit.training.recompute import checkpoint_blocks
 from tests.conftest import make_small_llama
 from tests.quant.cases import (
     IDS,
@@ -42,7 +43,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(small_llama):
     results = []
     for on in (False, True):
         if on:
-            small_llama.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(small_llama)
         small_llama(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         results.append([p.grad.clone() for p in small_llama.parameters() if p.requires_grad])
         small_llama.zero_grad()

@@ -17,6 +17,7 @@ from labkit.training.config import TrainConfig
 from labkit.training.history import TrainingDiverged, TrainingWarning
 from labkit.training.loop import train
 from labkit.training.loss import supervised_loss
+from labkit.training.recompute import checkpoint_blocks
 from tests.training.small_runs import QUIET, SHORT, adapted, batch_of, tiny_adapted, tiny_llama, weights
 
 
@@ -33,7 +34,7 @@ def test_gradient_checkpointing_over_a_frozen_base_gives_the_same_gradients(reco
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.02)
     without = gradients(model, batch)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(model)
     with_ = gradients(model, batch)
     assert with_.keys() == without.keys() and len(with_) == 42
     assert all(torch.equal(with_[n], without[n]) for n in with_)
@@ -198,7 +199,7 @@ def test_held_out_records_that_nothing_measures_are_told(tiny):
 def test_every_module_is_left_in_its_own_mode(tiny, checkpointing):
     model = tiny_adapted().train()
     model.model.layers[0].eval()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(model)
     model.model.layers[0].gradient_checkpointing = False
     before = [
         (module.training, getattr(module, "gradient_checkpointing", None)) for module in model.modules()
