@@ -7,7 +7,8 @@ The step is taken three times, with a learning rate of zero, and afterwards ever
 2. under `labkit.memory.tracker`, which says what each tensor is (a weight, a gradient, an activation …);
 3. under the allocator's own eyes: on a CPU PyTorch's profiler records every allocation and release with its
    size, on CUDA the caching allocator keeps the maximum. That is the peak. It includes what operations take
-   for themselves inside, which no formula here knows: the row "inside operations".
+   for themselves inside, which no formula here knows: the row "inside operations". On CUDA it includes cuBLAS's
+   workspaces, and what the blocks of tensors have too much, in rows of their own (`labkit.memory.card`).
 
 A third witness, besides the tensors and the allocator, is the operating system: `labkit.memory.resident`.
 
@@ -28,6 +29,7 @@ from labkit.checks import check_choice, check_positive, not_known
 from labkit.data.batches import Batch
 from labkit.lora.count import trainable
 from labkit.lora.inject import lora_layers
+from labkit.memory import card
 from labkit.memory.ledger import Ledger, LedgerRow, Timeline
 from labkit.memory.observing import left_as_found
 from labkit.memory.simulation import ledger_of, state_of, static_tensors
@@ -110,20 +112,28 @@ def measure(
     tracked = ledger.peak
     ledger.tensors, ledger.timeline = ledger.timeline, timeline
     formula = f"allocator's peak {peak:,} B, less {tracked:,} B of tensors"
-    ledger.rows.append(
-        LedgerRow("temporary", "inside operations", peak - tracked, peak - tracked, formula, step.source)
-    )
+    overhead = sum(step.overhead.values())
+    if overhead:
+        formula += f" and {overhead:,} B of overhead"
+    inside = peak - tracked - overhead
+    ledger.rows.append(LedgerRow("temporary", "inside operations", inside, inside, formula, step.source))
+    ledger.rows += [LedgerRow("overhead", kind, n, n, "", step.source) for kind, n in step.overhead.items()]
     ledger.moment = phase
     return ledger
 
 
 class TrainingStep:
-    """One training step of a model that can be taken again and again without changing it."""
+    """One training step of a model that can be taken again and again without changing it.
+
+    Attributes:
+        overhead: of the last step that was taken under a card's allocator: bytes that are of no tensor, by kind.
+    """
 
     def __init__(self, model, batch, optimizer, parameters, checkpointing, logits, clip):
         self.model, self.batch, self.optimizer, self.parameters = model, batch, optimizer, parameters
         self.checkpointing, self.logits, self.clip = checkpointing, logits, clip
         self.device = batch.ids.device
+        self.overhead: dict[str, int] = {}
         self.source = "torch.profiler" if self.device.type == "cpu" else "torch.cuda.max_memory_allocated"
 
     def __call__(self, phase: Callable[[str], None] = lambda name: None) -> None:
@@ -161,9 +171,9 @@ class TrainingStep:
 
     def by_allocator(self) -> tuple[Timeline, int, str]:
         """The time line of the allocator, its peak, and the phase of the peak."""
-        static = sum(storages([*static_all(self.model, self.optimizer, self.batch)]))
         if self.device.type == "cuda":
-            return self.by_cuda(static)
+            return self.by_cuda()
+        static = sum(storages([*static_all(self.model, self.optimizer, self.batch)]))
         changes, marks = allocations(self)
         live = list(itertools.accumulate(changes, initial=static))
         peak = max(live)
@@ -171,23 +181,26 @@ class TrainingStep:
         phase = next((name for name, first in reversed(marks) if at > first), "before the step")
         return Timeline({"all": live}, marks), peak, phase
 
-    def by_cuda(self, static: int) -> tuple[Timeline, int, str]:
+    def by_cuda(self) -> tuple[Timeline, int, str]:
         """The same from CUDA's caching allocator, which knows the peak of each phase only."""
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device) - static  # of others on this card
+        here = [t for t in static_all(self.model, self.optimizer, self.batch) if t.device == self.device]
+        workspaces = card.free_workspaces(self.device)  # the step takes them again
+        blocks = card.bytes_of_blocks(here, self.device)
+        others = card.usage(self.device).allocated - blocks  # of others on this card
+        self.overhead = {"workspaces of cuBLAS": workspaces, "static blocks": blocks - sum(storages(here))}
         peaks: dict[str, int] = {}
         names: list[str] = []
 
         def phase(name: str) -> None:
             torch.cuda.synchronize(self.device)
             if names:
-                peaks[names[-1]] = torch.cuda.max_memory_allocated(self.device) - before
+                peaks[names[-1]] = card.usage(self.device, peak=True).allocated - others
             names.append(name)
             torch.cuda.reset_peak_memory_stats(self.device)
 
         self(phase)
         best = max(peaks, key=peaks.get)
-        live = [static, *peaks.values()]
+        live = [blocks, *peaks.values()]
         return Timeline({"all": live}, [(name, i) for i, name in enumerate(peaks)]), peaks[best], best
 
     def title(self) -> str:

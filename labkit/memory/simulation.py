@@ -52,21 +52,35 @@ def simulate(model, method: str = "qlora", **settings) -> Ledger:
     return simulate_step(config_of(model), setup_of(method, settings))
 
 
-def simulate_step(config, setup: Setup, on: str = "cpu") -> Ledger:
-    """Run a step of `setup` on fake tensors; see `labkit.memory.simulate`.
+def simulate_step(config, setup: Setup) -> Ledger:
+    """Run a step of `setup` on fake tensors; see `labkit.memory.simulate`."""
+    tensors = tensors_of(config, setup)
+    return ledger_of(
+        record_step(config, setup),
+        title=f"{tensors.name}: {setup.describe()} (simulated)",
+        settings=setup.as_dict() | {"model": tensors.name},
+        counts=tensors.counts(setup),
+        source="labkit.memory.simulation",
+    )
+
+
+def record_step(config, setup: Setup, on: str = "cpu") -> TensorRecord:
+    """Every tensor of a step of `setup`, run on fake tensors.
 
     Args:
         config: of a transformers model.
         setup: the step.
         on: the device that the fake tensors claim to be on, whose operations decide what autograd keeps. "cuda"
-            needs a PyTorch that was built for it, and no GPU; the bytes are the same.
+            needs a PyTorch that was built for it, but no GPU; it differs by a few bytes for each attention.
+
+    Raises:
+        ValueError: the setup is not one of this course's own step.
     """
     of_this_course = {"master": False, "state_dtype": None, "gradient_dtype": None, "recompute_act": True}
     for name, value in of_this_course.items():
         if getattr(setup, name) != value:
             given = f"{name}={getattr(setup, name)!r}"
             raise ValueError(f"{given} is not part of this course's step, which simulate runs; use plan")
-    tensors = tensors_of(config, setup)
     model = shaped_model(config, setup)
     with FakeTensorMode(allow_non_fake_inputs=True), scratch_as_on(setup.device, model):
         model.to_empty(device=on)
@@ -88,14 +102,7 @@ def simulate_step(config, setup: Setup, on: str = "cpu") -> Ledger:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             if optimizer is not None:
                 optimizer.step()
-        record = tracker.finish()
-    return ledger_of(
-        record,
-        title=f"{tensors.name}: {setup.describe()} (simulated)",
-        settings=setup.as_dict() | {"model": tensors.name},
-        counts=tensors.counts(setup),
-        source="labkit.memory.simulation",
-    )
+        return tracker.finish()
 
 
 class _Simulation(Tracker):
