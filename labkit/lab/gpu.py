@@ -28,6 +28,7 @@ UNITS: dict[str, Callable[[float], str]] = {
     "GB/s": lambda value: f"{value:,.0f} GB/s",
     "×": lambda value: f"{value:.2f}×",
     "%": lambda value: f"{value:.0%}",
+    "tokens": lambda value: f"{value:,.0f} tokens",
 }
 Row = dict[str, Any]
 
@@ -82,6 +83,7 @@ class Pair:
 class Comparison:
     """Numbers from GPUs beside a formula's; as text, a table for each GPU."""
 
+    section: str
     records: tuple[Record, ...]
     pairs: tuple[Pair, ...]
     problems: tuple[str, ...]
@@ -93,7 +95,7 @@ class Comparison:
         lines = list(self.problems)
         for record in self.records:
             lines += [record.where, *self.table(record), *left_out(record)]
-        return "\n".join(lines if self.records else [*lines, NO_RECORD])
+        return "\n".join(lines if self.records else [*lines, f"{self.section}: {NO_RECORD}"])
 
     def table(self, record: Record) -> list[str]:
         """The lines of one GPU."""
@@ -124,13 +126,14 @@ class Comparison:
         found: dict[Any, float] = {}
         for pair in self.pairs:
             key = tuple(pair.row.get(name) for name in names)
-            found.setdefault(key if len(names) > 1 else key[0], pair.measured)
+            if not any(isinstance(part, (dict, list)) for part in key):
+                found.setdefault(key if len(names) > 1 else key[0], pair.measured)
         return found
 
-    def sentence(self) -> str:
-        """Evidence for a claim: what was measured, where, and what the formula says; or that nothing was."""
+    def sentence(self, otherwise: str = PLANNED) -> str:
+        """Evidence for a claim: what was measured, where, and what the formula says; `otherwise` if nothing was."""
         if not self.pairs:
-            return PLANNED
+            return otherwise
         show, sentences = UNITS[self.unit], []
         for record in self.records:
             mine = self.of(record)
@@ -148,6 +151,7 @@ class Comparison:
 class Recorded:
     """The records of a section, complete ones first, the newest of them first; and what could not be read."""
 
+    section: str
     records: tuple[Record, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -175,12 +179,14 @@ class Recorded:
                     continue
                 try:
                     predicted = formula(row)
-                except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+                except (
+                    Exception
+                ) as error:  # the record may be of other code: the lesson goes on without the row
                     problems.append(f"{key}: no formula for it ({type(error).__name__}: {error})")
                     continue
                 if is_finite(predicted):
                     pairs.append(Pair(record, key, row, float(predicted), float(row[measured])))
-        return Comparison(self.records, tuple(pairs), tuple(problems), unit, names, also)
+        return Comparison(self.section, self.records, tuple(pairs), tuple(problems), unit, names, also)
 
 
 def recorded(section: str, folder: str | Path | None = None) -> Recorded:
@@ -199,7 +205,7 @@ def recorded(section: str, folder: str | Path | None = None) -> Recorded:
             reason = str(error).replace(f"{path} ", "").replace(str(path), "it")
             problems.append(f"{path.parent.name}/{path.name} is not read: {reason}")
     records.sort(key=lambda record: (record.complete, record.date, len(record.rows)), reverse=True)
-    return Recorded(tuple(records), tuple(problems))
+    return Recorded(section, tuple(records), tuple(problems))
 
 
 def read_record(path: Path, section: str) -> Record:
@@ -242,6 +248,15 @@ def flat(numbers: Mapping[str, Any]) -> Row:
     return {**numbers.get("settings", {}), **numbers}
 
 
+def valve_opened(paging: Recorded) -> bool | None:
+    """Did a paged run get past the length at which the plain run died, with the same losses? None: not measured."""
+    row = next((record.rows["the valve"] for record in paging.records if "the valve" in record.rows), {})
+    died, reached = row.get("plain_died_at_length"), row.get("paged_reached_length")
+    if not is_finite(died) or not is_finite(reached):
+        return None
+    return reached >= died and row.get("losses_equal") is True
+
+
 def left_out(record: Record) -> list[str]:
     """What a record lacks, and why, line by line."""
     lines = [f"  not measured there: {key} ({why})" for key, why in list(record.missing.items())[:SHOWN]]
@@ -276,7 +291,7 @@ def settle(
         measured: numbers from a GPU; those of the same key replace a prediction.
 
     Returns:
-        "confirmed" if all hold, "refuted" if none does, else "depends".
+        "confirmed" if all hold, "refuted" if none does, "depends" if some do, or if there are no numbers.
     """
     answers = {bool(holds(key, value)) for key, value in {**predicted, **measured}.items()}
-    return "depends" if len(answers) > 1 else "confirmed" if answers == {True} else "refuted"
+    return {(True,): "confirmed", (False,): "refuted"}.get(tuple(answers), "depends")
