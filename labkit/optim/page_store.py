@@ -124,6 +124,9 @@ class FileStore:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(mmap.mmap(-1, nbytes, **POPULATED), dtype=torch.uint8)
 
+    def let_go(self, memory: Tensor) -> None:
+        """Nothing: what was computed with `memory` is done."""
+
     def give_back(self) -> None:
         """Ask the C library (glibc) to return freed memory to the system: an optimizer's temporaries."""
         if hasattr(LIBC, "malloc_trim"):

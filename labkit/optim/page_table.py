@@ -198,6 +198,8 @@ class PageTable:
         if page in self.hot:
             del self.hot[page]
             self.resident_bytes -= page.nbytes
+        if page.frame is not None:
+            self.store.let_go(page.frame)
         page.state, page.frame, page.changed = None, None, False
 
     def drop(self, page: Page) -> None:

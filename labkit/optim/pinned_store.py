@@ -52,6 +52,11 @@ class PinnedStore:
         """(nbytes,) uint8 on the GPU; PyTorch's allocator there reuses what was freed."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
+    def let_go(self, memory: Tensor) -> None:
+        """Called before memory is freed: it is not reused before what is queued now has used it, not even by the
+        stream that it was allocated on, if that is another."""
+        memory.record_stream(torch.cuda.current_stream(self.device))
+
     def give_back(self) -> None:
         """Nothing: PyTorch's allocator on the GPU finds what was freed."""
 
@@ -120,12 +125,11 @@ class Copy:
 
     def result(self) -> None:
         """What is computed from now on waits for the copy."""
-        computing = torch.cuda.current_stream(self.store.device)
-        computing.wait_event(self.event)
+        torch.cuda.current_stream(self.store.device).wait_event(self.event)
         under_way = self.store.under_way
         while self in under_way:  # what was started before has ended too: copies run one after the other
             for tensor in under_way[0].tensors:
-                tensor.record_stream(computing)  # says nothing new, unless it was allocated on another stream
+                self.store.let_go(tensor)
             under_way.popleft()
 
 
