@@ -8,6 +8,7 @@ import torch
 from gpu.machine import free_bytes, has
 from gpu.measurement import Measurement, Section, Skipped, Stage
 from gpu.record import Record
+from labkit.optim.valve import is_out_of_memory
 
 ROOM = 1.02  # of what a measurement says it needs: CUDA's own memory comes on top
 
@@ -79,12 +80,6 @@ def why_not(measurement: Measurement, stage: Stage) -> str:
     if needs > free:
         return f"it needs {needs / 1e9:.1f} GB of the device's memory, of which {free / 1e9:.1f} GB are free"
     return ""
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Did the device, or the CPU, have no memory left?"""
-    says = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in says
 
 
 def is_lost(error: Exception) -> bool:
