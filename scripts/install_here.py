@@ -62,8 +62,12 @@ def requirements():
     """What lessons need, by pyproject.toml: a list of `packaging.requirements.Requirement`."""
     import tomllib  # since Python 3.11
 
-    from packaging.requirements import Requirement  # comes with ipykernel
-
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # ipykernel brings it
+        raise CannotInstall(
+            f"{sys.executable} runs no notebooks; run this in one, by the cell of README.md"
+        ) from None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"][EXTRA]]
 
