@@ -87,5 +87,5 @@ def test_every_module_is_imported_without_running_anything():
     names = [m.name for m in pkgutil.walk_packages(labkit.__path__, "labkit.")]
     assert "labkit.models.__main__" in names and len(names) > 150
     for name in names:
-        if name != "labkit.quant.kernels.triton":  # needs Triton
+        if not name.startswith("labkit.quant.kernels.triton"):  # needs Triton
             importlib.import_module(name)

@@ -25,7 +25,7 @@ from labkit.quant.codebooks import codes_by_rank
 from labkit.quant.config import SCALE_ROUNDINGS, QuantConfig
 from labkit.quant.fields import check_dtype, check_fields
 from labkit.quant.kernels import operations
-from labkit.quant.kernels.dispatch import fast_for, is_ordinary, quantizes_scales
+from labkit.quant.kernels.dispatch import fast_for, is_ordinary, multiplied_dtypes, quantizes_scales
 from labkit.quant.kernels.packed import PackedWeight
 from labkit.quant.stand_in import StandsIn
 
@@ -139,7 +139,7 @@ class QuantizedTensor(StandsIn):
         return values.view(self.shape) if out is None else out
 
     def multiply(self, x: Tensor) -> Tensor:
-        """`x @ dequantize().T` for few rows x, (rows, in) fp32, without making the dequantized weight.
+        """`x @ dequantize(x.dtype).T` for few rows x, (rows, in), without making the dequantized weight.
 
         Only where `labkit.quant.kernels.multiplies` says that there is a kernel; `multiply_4bit` there says
         what differs.
@@ -147,11 +147,13 @@ class QuantizedTensor(StandsIn):
         Raises:
             ValueError: the kernel does not read x, because of its width, dtype or device.
         """
-        readable = x.dtype == torch.float32 and x.is_cpu and is_ordinary(x)
+        here, dtypes = self.packed.device, multiplied_dtypes(self.packed.is_cuda)
+        readable = x.device == here and x.dtype in dtypes and is_ordinary(x)
         if x.dim() != 2 or x.shape[1:] != self.shape[1:] or not readable:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(
                 f"x is {tuple(x.shape)} {x.dtype} on {x.device}; this weight needs (rows, {self.shape[-1]}) "
-                "float32 on a CPU"
+                f"{wanted} on {here if here.type == 'cuda' else 'a CPU'}"
             )
         return operations.multiply_4bit(x, self.for_kernels(), self.shape[0])
 
@@ -226,7 +228,10 @@ def quantize(
     levels, blocksize = levels_of(config.codebook), config.blocksize
     flat = weight.detach().reshape(-1)
     if fast_for(flat):
-        packed, absmax = operations.quantize_4bit(flat.float().contiguous(), levels, blocksize)
+        read = (
+            flat if flat.is_cuda else flat.float()
+        )  # without a copy in fp32, where the kernel can do without
+        packed, absmax = operations.quantize_4bit(read.contiguous(), levels, blocksize)
     else:
         codes, absmax = quantize_blocks(flat.float(), levels, blocksize)
         packed = pack(codes, pad=int(codes_by_rank(levels)[7]))

@@ -10,7 +10,7 @@ kernel, the readable PyTorch code runs.
     threads.py       the threads that they run on
     kept.py          what was compiled, for the next process
     vectors.py       what numba cannot say in Python; lookups.py and stores.py build on it
-    triton.py        kernels for CUDA
+    triton.py        kernels for CUDA; triton_programs.py is what the GPU runs
 """
 
 from labkit.quant.kernels.dispatch import fast_for, multiplies, quantizes_scales

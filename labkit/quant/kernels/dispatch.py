@@ -21,6 +21,8 @@ from torch.autograd import forward_ad
 
 from labkit.hardware import fast_paths
 
+OLDEST = 7, 5  # compute capability that Triton compiles for
+
 _has_triton = importlib.util.find_spec("triton") is not None
 _has_numba = importlib.util.find_spec("numba") is not None
 _proxy_mode = torch._C._TorchDispatchModeKey.PROXY
@@ -30,20 +32,36 @@ def fast_for(tensor: Tensor) -> bool:
     """Is there a fast kernel for the device of `tensor`, may it read it, and are the fast paths on?"""
     return (
         fast_paths()
-        and ((tensor.is_cpu and _has_numba) or (tensor.is_cuda and _has_triton))
+        and has_kernels(tensor)
         and (is_traced(tensor) or (has_numbers(tensor) and not is_transformed()))
     )
 
 
+def has_kernels(tensor: Tensor) -> bool:
+    """Are there kernels for the device of `tensor`?"""
+    return (tensor.is_cpu and _has_numba) or (tensor.is_cuda and _has_triton and runs_triton(tensor.device))
+
+
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Does Triton compile for this GPU? A fake one, on a machine without any, is taken for one that it does."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= OLDEST
+
+
 def quantizes_scales(flat: Tensor) -> bool:
     """Is there a kernel that quantizes these scales?"""
-    return fast_paths() and _has_numba and flat.is_cpu and is_ordinary(flat)
+    return fast_paths() and has_kernels(flat) and is_ordinary(flat)
 
 
 def multiplies(x: Tensor, width: int) -> bool:
     """Is there a kernel that multiplies rows of `width` numbers, of an ordinary x, by a 4-bit weight?"""
-    readable = _has_numba and x.is_cpu and x.dtype == torch.float32
+    readable = has_kernels(x) and x.dtype in multiplied_dtypes(x.is_cuda)
     return fast_paths() and readable and kernels_on(x.is_cuda).multiplies(width)
+
+
+def multiplied_dtypes(cuda: bool) -> tuple[torch.dtype, ...]:
+    """The dtypes of an x that the kernels multiply, on a GPU or on a CPU."""
+    return (torch.float32, torch.bfloat16, torch.float16) if cuda else (torch.float32,)
 
 
 def is_ordinary(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
     """The nearest level of every value after its block is scaled into [-1, 1], two codes per byte.
 
     Args:
-        flat: (n,) fp32, contiguous.
+        flat: (n,) fp32, contiguous; a GPU reads fp16 and bf16 as they are, with the codes of their fp32 values.
         levels: (16,) fp32 codebook.
         blocksize: values per block, even.
 
@@ -86,14 +86,14 @@ def multiply_4bit(x: Tensor, weight: PackedWeight, height: int) -> Tensor:
     of the result depends neither on the other rows nor on the number of threads.
 
     Args:
-        x: (tokens, width) fp32.
+        x: (tokens, width) fp32; on a GPU also bf16 or fp16, to which the weights are then rounded. Sums are in fp32.
         weight: of (height, width).
         height: number of rows of the weight.
 
     Returns:
-        (tokens, height) fp32.
+        (tokens, height) in the dtype of x.
     """
-    y = torch.empty(x.shape[0], height)
+    y = torch.empty(x.shape[0], height, dtype=x.dtype, device=x.device)
     kernels_on(x.is_cuda).multiply_4bit(x.contiguous(), weight, y)
     return y
 

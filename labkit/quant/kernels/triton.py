@@ -1,112 +1,155 @@
-"""Four-bit quantize and dequantize for CUDA, in Triton.
+"""The four-bit kernels for CUDA: checks, constants on the device, and how many programs run; `triton_programs.py` has these.
 
-To dequantize, each program takes a run of packed bytes, looks up the two levels of each, multiplies by the
-scales of their blocks (made from 8-bit codes first, if they are double-quantized) and writes twice as many
-values, interleaved. To quantize, each program takes one block: its largest magnitude, then fifteen
-comparisons per weight.
-
-Three things that a GPU does by default would change bits. Division is approximate: `div_rn` rounds like the
-reference. A product and a sum fuse into one instruction with one rounding: `enable_fp_fusion=False`. And a
-floating-point maximum drops NaN: the maximum here is of integers, as on the CPU.
-
-Without a GPU, TRITON_INTERPRET=1 runs the same code on a CPU, slowly; the tests do.
+Without a GPU, TRITON_INTERPRET=1 runs the same code on a CPU, slowly, and Triton compiles it for a card that is not
+there; the tests do both.
 
 Agrees, bit for bit, with: `labkit.quant.blockwise.quantize_blocks` and `dequantize_blocks`.
 """
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from labkit.quant.codebooks import dynamic8, search_tables
 from labkit.quant.kernels.packed import PackedWeight
+from labkit.quant.kernels.triton_programs import dequantize, multiply, quantize
 
-BYTES_PER_PROGRAM = 1024
-
-
-@triton.jit
-def _scaled(x, floor, is_whole):
-    # bitsandbytes multiplies by the reciprocal in a whole block and divides in the incomplete last one
-    return tl.where(is_whole, x * tl.div_rn(1.0, floor), tl.div_rn(x, floor))
-
-
-@triton.jit
-def _quantize(flat, mids, by_rank, packed, absmax, n, smallest, BLOCKSIZE: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64)
-    start = block * BLOCKSIZE
-    pair = tl.arange(0, BLOCKSIZE // 2)
-    left, right = start + 2 * pair, start + 2 * pair + 1  # (BLOCKSIZE / 2,) each: high and low half of a byte
-    x = tl.load(flat + left, mask=left < n, other=0.0)
-    y = tl.load(flat + right, mask=right < n, other=0.0)
-    x_bits, y_bits = x.to(tl.int32, bitcast=True), y.to(tl.int32, bitcast=True)
-    magnitudes = tl.maximum(x_bits & 0x7FFFFFFF, y_bits & 0x7FFFFFFF)
-    largest = tl.max(magnitudes, axis=0).to(tl.float32, bitcast=True)
-    floor = tl.where(largest < smallest, smallest, largest)
-    is_whole = start + BLOCKSIZE <= n
-    tl.store(absmax + block, tl.where(is_whole, largest, floor))
-    x, y = _scaled(x, floor, is_whole), _scaled(y, floor, is_whole)
-    high, low = tl.zeros_like(left).to(tl.int32), tl.zeros_like(left).to(tl.int32)
-    for k in tl.static_range(15):
-        mid = tl.load(mids + k)
-        high += (x > mid).to(tl.int32)
-        low += (y > mid).to(tl.int32)
-    high, low = tl.load(by_rank + high), tl.load(by_rank + low)
-    tl.store(packed + start // 2 + pair, (high << 4) | low, mask=left < n)
+WORDS, WARPS = 1024, 8  # of a program that dequantizes
+WEIGHTS = 2048  # that a program quantizes, or one larger block
+TOKENS = 8  # rows of x that share one look at the weight
+READ = torch.float32, torch.bfloat16, torch.float16  # dtypes that the programs read and write
+SMALLEST = 1e-38  # `labkit.quant.blockwise.SMALLEST_ABSMAX`
 
 
-@triton.jit
-def _dequantize(
-    packed,
-    scales,
-    levels,
-    out,
-    nested,
-    offset,
-    scale_levels,
-    n,
-    blocksize,
-    NESTED: tl.constexpr,
-    BYTES: tl.constexpr,
-):
-    first = tl.program_id(0).to(tl.int64) * BYTES
-    index = first + tl.arange(0, BYTES)  # (BYTES,)
-    inside = 2 * index < n
-    byte = tl.load(packed + index, mask=inside, other=0).to(tl.int32)
-    block = 2 * index // blocksize  # blocks are even, so both weights of a byte share one
-    if NESTED:
-        code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
-        factor = tl.load(nested + block // 256, mask=inside, other=0.0)
-        scale = tl.load(scale_levels + code) * factor + tl.load(offset)
-    else:
-        scale = tl.load(scales + block, mask=inside, other=0.0)
-    high, low = tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale
-    to = 2 * first + tl.arange(0, 2 * BYTES)
-    tl.store(out + to, tl.interleave(high, low), mask=to < n)
+@lru_cache(maxsize=256)
+def _kept_tables(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    # made once for each device, as ordinary tensors whatever mode the first call is made in
+    with torch.inference_mode(False), _disable_current_modes():
+        on_cpu = torch.tensor(levels)
+        mids, by_rank = search_tables(on_cpu)
+        rising = by_rank.tolist() == list(range(len(levels)))
+        return on_cpu.to(device), mids.to(device), None if rising else by_rank.to(device)
+
+
+def tables_on(device: torch.device, levels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """On a device: the levels, the thresholds between them, and their codes by rank (None if they rise)."""
+    return _kept_tables(tuple(levels.tolist()), device)
+
+
+@lru_cache(maxsize=64)
+def scale_levels_on(device: torch.device) -> Tensor:
+    """`dynamic8` on a device."""
+    return tables_on(device, dynamic8())[0]
+
+
+def launch(
+    kernel: triton.JITFunction, programs: int, *arguments: Any, num_warps: int, **constants: int
+) -> None:
+    """Run a kernel on the device of its first argument, which need not be the current one."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def multiplies(width: int) -> bool:
+    """Is there a kernel that multiplies rows of `width` numbers?"""
+    return width % 8 == 0
 
 
 def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """See `labkit.quant.kernels.operations.quantize_4bit`."""
-    n, device = flat.numel(), flat.device
-    n_blocks = triton.cdiv(n, blocksize)
-    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device)
-    absmax = torch.empty(n_blocks, device=device)
-    mids, by_rank = (table.to(device) for table in search_tables(levels))
-    _quantize[(n_blocks,)](
-        flat, mids, by_rank, packed, absmax, n, 1e-38, BLOCKSIZE=blocksize, enable_fp_fusion=False
-    )
-    return packed, absmax
+    """See `labkit.quant.kernels.operations.quantize_4bit`; `flat` may be in fp16 or bf16, too."""
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
+    return packed, quantize_to(packed, flat, levels, blocksize)
+
+
+def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `labkit.quant.kernels.operations.quantize_scales`."""
+    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+    return codes, quantize_to(codes, flat, dynamic8() if levels is None else levels, 256)
+
+
+def quantize_to(codes: Tensor, flat: Tensor, levels: Tensor, blocksize: int) -> Tensor:
+    """Write the codes of `flat` in 16 or 256 levels to `codes`; the absmax of its blocks."""
+    check_blocksize(blocksize)
+    n = flat.numel()
+    if flat.dtype not in READ or not flat.is_contiguous() or levels.numel() not in (16, 256):
+        raise ValueError(
+            f"a kernel needs contiguous float32, bfloat16 or float16 numbers and 16 or 256 levels, not {flat.dtype}, "
+            f"contiguous={flat.is_contiguous()}, and {levels.numel()} levels"
+        )
+    _, mids, by_rank = tables_on(flat.device, levels)
+    absmax = torch.empty(triton.cdiv(n, blocksize), device=flat.device)
+    blocks = max(1, WEIGHTS // blocksize)
+    constants = {"LEVELS": levels.numel(), "BLOCKSIZE": blocksize, "BLOCKS": blocks}
+    programs = triton.cdiv(n, blocks * blocksize)
+    launch(quantize, programs, flat, mids, by_rank, codes, absmax, n, SMALLEST, **constants, num_warps=4)
+    return absmax
 
 
 def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> None:
     """See `labkit.quant.kernels.operations.dequantize_4bit`; writes to `out`, contiguous, `new` or not."""
+    if out.dtype not in READ:
+        whole = torch.empty(out.shape, device=out.device)
+        dequantize_4bit(weight, whole)
+        out.copy_(whole)
+        return
+    n = out.numel()
+    packed, *rest = arguments_of(weight, n)
+    programs, constants = triton.cdiv(n, 8 * WORDS), {"BLOCKSIZE": weight.blocksize, "WORDS": WORDS}
+    scales, levels, *nested = rest
+    launch(dequantize, programs, packed, scales, levels, out, *nested, n, **constants, num_warps=WARPS)
+
+
+def multiply_4bit(x: Tensor, weight: PackedWeight, y: Tensor) -> None:
+    """See `labkit.quant.kernels.operations.multiply_4bit`; x and y, (tokens, height), are contiguous."""
+    (tokens, width), height = x.shape, y.shape[1]
+    if not multiplies(width) or x.dtype not in READ or y.dtype != x.dtype:
+        raise ValueError(
+            f"no kernel multiplies rows of {width} numbers in {x.dtype}; the width must be a multiple of 8, and the "
+            "dtype float32, bfloat16 or float16"
+        )
+    packed, scales, levels, *nested = arguments_of(weight, width * height)
+    for first in range(0, tokens, TOKENS):
+        some, to = x[first : first + TOKENS], y[first : first + TOKENS]
+        constants = {"BLOCKSIZE": weight.blocksize, "TOKENS": triton.next_power_of_2(len(some))}
+        sizes = width, height, len(some)
+        launch(multiply, height, some, packed, scales, levels, to, *nested, *sizes, **constants, num_warps=1)
+
+
+def arguments_of(weight: PackedWeight, n: int) -> tuple[Tensor | None, ...]:
+    """The packed bytes, scales, levels, nested scales, offset and levels of scales, for a kernel that reads n weights.
+
+    Raises:
+        ValueError: a kernel could not read a tensor without leaving its memory.
+    """
     packed, scales, levels, blocksize, nested, offset = weight
-    n, device = out.numel(), out.device
-    is_nested = nested is not None
-    extra = (nested, offset, dynamic8().to(device)) if is_nested else (scales, scales, scales)
-    grid = (triton.cdiv((n + 1) // 2, BYTES_PER_PROGRAM),)
-    arguments = packed, scales, levels.to(device), out, *extra, n, blocksize, is_nested, BYTES_PER_PROGRAM
-    _dequantize[grid](*arguments, enable_fp_fusion=False)
+    check_blocksize(blocksize)
+    n_blocks = triton.cdiv(n, blocksize)
+    wanted = [(packed, torch.uint8, (n + 1) // 2), (levels, torch.float32, 16)]
+    if nested is None:
+        wanted += [(scales, torch.float32, n_blocks)]
+    else:
+        wanted += [(scales, torch.uint8, n_blocks), (nested, torch.float32, triton.cdiv(n_blocks, 256))]
+        wanted += [(offset, torch.float32, 1)]
+    for tensor, dtype, count in wanted:
+        if tensor is None or tensor.dtype != dtype or tensor.numel() < count or not tensor.is_contiguous():
+            given = "None" if tensor is None else f"{tensor.numel()} {tensor.dtype}"
+            raise ValueError(f"a kernel that reads {n} weights needs {count} contiguous {dtype}, not {given}")
+    if packed.data_ptr() % 4:  # a view into other bytes: it is read in words
+        packed = packed.clone()
+    levels = tables_on(packed.device, levels)[0]
+    return packed, scales, levels, nested, offset, None if nested is None else scale_levels_on(packed.device)
+
+
+def check_blocksize(blocksize: int) -> None:
+    """Raise a `ValueError` unless blocks of that size are whole words, and fit into a program."""
+    if not (8 <= blocksize <= 8 * WORDS and blocksize & (blocksize - 1) == 0):
+        raise ValueError(
+            f"blocksize={blocksize}: a kernel needs a positive even number, a power of two from 8 to {8 * WORDS}"
+        )
 
 
 def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
