@@ -9,12 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def environment(folder: Path, packages: Iterable[str] = (), **variables: str) -> dict[str, str]:
+def environment(
+    folder: Path, packages: Iterable[str] = (), root: Path = ROOT, **variables: str
+) -> dict[str, str]:
     """The environment of a process from which `packages` are hidden, and labkit's own installation.
 
     Connections that it tries are noted in `folder / "attempts"`.
     """
-    paths = [str(Path(__file__).parent), str(ROOT)]
+    paths = [str(Path(__file__).parent), str(root)]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "HIDDEN_PACKAGES": " ".join(packages),
@@ -27,14 +29,18 @@ def environment(folder: Path, packages: Iterable[str] = (), **variables: str) ->
 
 
 def run(
-    arguments: Iterable[str], folder: Path, packages: Iterable[str] = (), user: int | None = None, **variables
-):
-    """Run Python in the checkout, in such an environment."""
+    arguments: Iterable[str],
+    folder: Path,
+    packages: Iterable[str] = (),
+    root: Path = ROOT,
+    before: Iterable[str] = (),
+    **variables: str,
+) -> subprocess.CompletedProcess:
+    """Run Python in the checkout at `root`, in such an environment; `before` is a command that starts it."""
     return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment(folder, packages, **variables),
+        [*before, sys.executable, *arguments],
+        cwd=root,
+        env=environment(folder, packages, root, **variables),
         capture_output=True,
         text=True,
-        user=user,
     )
