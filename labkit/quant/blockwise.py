@@ -95,3 +95,32 @@ def lookup_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     centres = torch.linspace(-1, 1, 65536, device=values.device)
     table = torch.bucketize(centres, midpoints(levels_of("dynamic8")).to(values.device)).to(torch.uint8)
     return table[bins].view(-1)[:n], nested
+
+
+def multiply_in_order(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` in fp32, in the order of additions that the GPU's kernel for few rows has.
+
+    A *word* is eight weights of a row. The products of a word are added as a tree, ((0 + 1) + (2 + 3)) + ((4 + 5) +
+    (6 + 7)). Each of 32 lanes adds up the sums of every 32nd word, from left to right, and the lanes are added as such
+    a tree. So no row of the result depends on the other rows, nor on how the work is shared out.
+
+    Args:
+        x: (tokens, width) fp32, bf16 or fp16.
+        weight: (height, width) in the dtype of x.
+
+    Returns:
+        (tokens, height) in the dtype of x.
+    """
+    products = x.float()[:, None, :] * weight.float()  # (tokens, height, width)
+    words = F.pad(products, (0, -x.shape[1] % 256)).unflatten(-1, (-1, 32, 8))
+    sums = torch.zeros_like(words[..., 0, :, 0])  # (tokens, height, 32)
+    for word in add_pairs(words).unbind(-3):
+        sums = sums + word[..., 0]
+    return add_pairs(sums)[..., 0].to(x.dtype)
+
+
+def add_pairs(values: Tensor) -> Tensor:
+    """Add neighbours in the last dimension, (..., n) to (..., n / 2), and so on until one is left, (..., 1)."""
+    while values.shape[-1] > 1:
+        values = values[..., ::2] + values[..., 1::2]
+    return values

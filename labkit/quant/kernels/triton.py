@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from labkit.quant.codebooks import dynamic8, search_tables
 from labkit.quant.kernels.packed import PackedWeight
@@ -27,8 +26,7 @@ SMALLEST = 1e-38  # `labkit.quant.blockwise.SMALLEST_ABSMAX`
 
 @lru_cache(maxsize=256)
 def _kept_tables(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    # made once for each device, as ordinary tensors whatever mode the first call is made in
-    with torch.inference_mode(False), _disable_current_modes():
+    with torch.inference_mode(False):  # a tensor made within it could never be used outside
         on_cpu = torch.tensor(levels)
         mids, by_rank = search_tables(on_cpu)
         rising = by_rank.tolist() == list(range(len(levels)))
