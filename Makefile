@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab test test-fast campaign run bench gpu lint docs classroom lock clean
+.PHONY: help named setup model lab interpreter test test-fast campaign run bench gpu lint docs classroom lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -22,10 +22,15 @@ model: setup     ## fetch and verify the base model
 lab: model       ## set everything up and open JupyterLab on the first notebook
 	@$(PY) scripts/open_lab.py $(FIRST)
 
-test: model      ## set everything up and run all tests, notebooks included, on WORKERS processes
+# Triton, which runs the kernels of a GPU in an interpreter, and compiles them; once, and tests go on without it
+interpreter: setup
+	@$(PY) -c "import triton" 2>/dev/null || $(PIP) --retries 1 --no-deps --require-hashes --requirement requirements/interpreter.lock; \
+	$(PY) -c "import triton" 2>/dev/null || echo "warning: Triton is not installed here: the kernels for a GPU are NOT tested"
+
+test: model interpreter ## set everything up and run all tests, notebooks included, on WORKERS processes
 	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=2400 $(ARGS)
 
-test-fast: model ## run everything but notebooks and slow tests, on WORKERS processes
+test-fast: model interpreter ## run everything but notebooks and slow tests, on WORKERS processes
 	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' tests labkit $(ARGS)
 
 campaign: model  ## kill, starve and mistreat everything, for up to half an hour; make test plays a slice of it

@@ -5,6 +5,7 @@ every file of each version.
 
     all.lock          what the lessons and the tests need, but for PyTorch
     bench.lock        what `make bench` needs besides; classroom.lock: what a classroom with nbgrader does
+    interpreter.lock  Triton, in whose interpreter `make test` runs the GPU's kernels; torch.lock has it on Linux
     torch.lock        PyTorch as PyPI has it, and on Linux the CUDA libraries that it needs there
     torch-cpu.lock    its CPU builds, which PyTorch's own index has under versions such as 2.13.0+cpu
 
@@ -48,6 +49,7 @@ def main() -> None:
     locks = {
         "all": [entry for entry in entries if entry not in torch],
         "torch": torch,
+        "interpreter": [entry for entry in torch if entry.startswith("triton==")],
         "torch-cpu": [f"{version}+cpu" + "".join(f" \\\n    --hash=sha256:{one}" for one in CPU_BUILDS)],
     }
     for extra in BESIDES:
