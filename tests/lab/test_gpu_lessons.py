@@ -118,8 +118,8 @@ def lesson_09(capsys, monkeypatch):
         r: {"state": 1e8, "pageable": pageable, "weights, 4.127 bits": 3e9}
         for r, pageable in ((8, 0), (16, 1))
     }
-    losses = {"paged_losses": [1.0], "plain_losses": [1.0]}
-    return run("09", capsys, monkeypatch, medians=medians, ledger=ledger, state_bytes=10**7, **losses)
+    valve = {"died": 128, "valve_died": None, "valve_losses": [1.0], "with_room": [1.0]}
+    return run("09", capsys, monkeypatch, medians=medians, ledger=ledger, state_bytes=10**7, **valve)
 
 
 def test_lesson_09_shows_what_paging_costs_and_whether_the_valve_opened(records, capsys, monkeypatch):
@@ -127,11 +127,17 @@ def test_lesson_09_shows_what_paging_costs_and_whether_the_valve_opened(records,
     assert NONE_YET in out and found["C10"][0] == "depends"
     assert found["C10"][1].endswith("The valve has not been measured on a GPU yet.")
     budget = {"bytes_moved": 10**10, "plain_s": 0.5, "copy_gb_per_s": 50.0, "ratio": 1.2, "bits_equal": True}
-    valve = {"plain_died_at_length": 2048, "paged_reached_length": 8192, "losses_equal": True}
+    valve = {"plain_died_at_length": 2048, "paged_reached_length": 8192, "losses_equal": True, "cap": "real"}
+    peer = {"plain_died_at_length": 512, "paged_reached_length": 8192, "ratio": 1.1}
     for equal, verdict in ((True, "depends"), (False, "refuted")):
-        write(records, "paging", {"budget 25 %": budget, "the valve": valve | {"losses_equal": equal}})
+        write(
+            records,
+            "paging",
+            {"budget 25 %": budget, "the valve": valve | {"losses_equal": equal}, "peer": peer},
+        )
         out, found = lesson_09(capsys, monkeypatch)
-        assert "1.40× 1.20× +16.7%" in out and "8,192 tokens" in out
+        assert "1.40× 1.20× +16.7%" in out and "8,192 tokens (the plain run died at 2,048" in out
+        assert "peer" not in out + found["C10"][1], "the cap does not count what bitsandbytes pages"
         assert found["C10"][0] == verdict and "budget 25 % 1.20×" in found["C10"][1]
 
 
