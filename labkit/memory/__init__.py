@@ -3,6 +3,7 @@
 from labkit.memory.formulas import crossover, plan
 from labkit.memory.ledger import Ledger, LedgerRow, Timeline, size
 from labkit.memory.measurement import measure
+from labkit.memory.random_weights import random_model
 from labkit.memory.resident import measure_resident
 from labkit.memory.setup import METHODS, PUBLISHED, Setup
 from labkit.memory.simulation import simulate
@@ -20,6 +21,7 @@ __all__ = [
     "measure",
     "measure_resident",
     "plan",
+    "random_model",
     "real_model",
     "simulate",
     "size",

@@ -135,6 +135,17 @@ class CachingAllocator:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
 
 
+def block_bytes(n: int) -> int:
+    """Bytes of the block of a tensor of n bytes, if it is cut from new memory.
+
+    >>> block_bytes(22_544_384) - 22_544_384  # 21.5 MiB of 22
+    524288
+    """
+    size = rounded(n, SMALLEST)
+    whole = rounded(size, SEGMENT_ROUNDING)
+    return whole if size >= OWN_SEGMENT and whole - size <= SMALL else size
+
+
 def rounded(n: int, multiple: int) -> int:
     """n, rounded up to a multiple.
 

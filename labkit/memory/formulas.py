@@ -31,12 +31,11 @@ from labkit.memory.activations import (
     kept_with_checkpointing,
     saved_tensors,
 )
+from labkit.memory.allocator import block_bytes
 from labkit.memory.counting import ModelTensors, tensors_of, training_rows, weight_rows
 from labkit.memory.ledger import Ledger, LedgerRow
 from labkit.memory.setup import Setup, setup_of
 from labkit.models.shapes import attention_of, changes_logits, config_of, decoder_shape
-
-CUDA_ROUNDING = 512  # bytes: the smallest block of CUDA's caching allocator
 
 
 def plan(model, method: str = "qlora", **settings) -> Ledger:
@@ -157,8 +156,11 @@ def extra_rows(tensors: ModelTensors, peak: peaks.Peak, setup: Setup) -> list[Le
             LedgerRow("temporary", "buffer for a dequantized layer", n, n, formula, "labkit.quant.scratch")
         )
     if setup.device == "cuda":
-        n = sum(-size % CUDA_ROUNDING for size in tensors.tensor_bytes(setup))
-        formula = f"every static tensor rounded up to {CUDA_ROUNDING} bytes; fragmentation is not predicted"
+        n = sum(block_bytes(size) - size for size in tensors.tensor_bytes(setup))
+        formula = (
+            "each static tensor in a block of its own: a multiple of 512 bytes, from 10 MiB on up to 1 MiB more; "
+            "fragmentation is not predicted, nor are cuBLAS's workspaces"
+        )
         rows.append(LedgerRow("overhead", "rounding", n, n, formula, "c10/cuda/CUDACachingAllocator"))
     return rows
 

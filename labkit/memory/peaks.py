@@ -144,26 +144,38 @@ def in_the_last_block(decoder: Decoder, setup: Setup, tensors: ModelTensors, kep
     work = w * T * d  # the gradient of the block's output
     if setup.checkpointing:  # the block has been run again; its input was there already
         work += bytes_without(again, Part.BLOCK_INPUT)
-    product = bytes_of(again, Part.PRODUCT)
-    weight = dequantized_bytes(setup, tensors, "down_proj")
     gradients = 0
-    if decoder.adapts(last, "down_proj"):
-        # in down_proj: through A, the base, and their sum, never more than at the product; or through A and
-        # the base, with the weight
-        through = max(at_the_product(decoder, setup), 2 * w * T * f + weight) - product
-        if itemsize(setup.adapter_dtype) != w:  # through A in the adapter's dtype, its input still there
-            through = max(through, itemsize(setup.adapter_dtype) * T * f)
-    else:
-        through = max(at_the_product(decoder, setup), w * T * f + weight) - product
     if decoder.embeddings_train:
         own = d * f if decoder.base_trains else 0
         gradients = gradient_bytes(setup) * (decoder.shape.vocab_size * d + own)
-    if setup.checkpointing:
-        through = max(through, running_again(decoder, setup, last))
+    through, weight = through_the_mlp(decoder, setup, tensors, last, again)
     formula = "gradients in the MLP of the last block"
     formula += ", and that block run again" if setup.checkpointing else ""
     formula += ", and its weight dequantized" if weight else ""
     return Peak("backward, last block", work + through, by_kind(of_the_blocks(kept)), gradients, formula)
+
+
+def through_the_mlp(
+    decoder: Decoder, setup: Setup, tensors: ModelTensors, layer: int, again: list[SavedTensor]
+) -> tuple[int, int]:
+    """What the MLP of a block takes in its backward pass beyond what it keeps, and how much of it is a weight.
+
+    `again`: what this block keeps, for itself or when it is run again.
+    """
+    Tf = setup.tokens * decoder.shape.intermediate_size
+    product = bytes_of(again, Part.PRODUCT)
+    weight = dequantized_bytes(setup, tensors, "down_proj")
+    if decoder.adapts(layer, "down_proj"):
+        # in down_proj: through A, the base, and their sum, never more than at the product; or through A and
+        # the base, with the weight
+        through = max(at_the_product(decoder, setup), 2 * setup.width * Tf + weight) - product
+        if itemsize(setup.adapter_dtype) != setup.width:  # through A in its dtype, its input still there
+            through = max(through, itemsize(setup.adapter_dtype) * Tf)
+    else:
+        through = max(at_the_product(decoder, setup), setup.width * Tf + weight) - product
+    if setup.checkpointing:
+        through = max(through, running_again(decoder, setup, layer))
+    return through, weight
 
 
 def at_the_product(decoder: Decoder, setup: Setup) -> int:
@@ -219,12 +231,13 @@ def in_the_first_block(
         gradients -= g * shape.vocab_size * d
     if decoder.base_trains:  # and those of the first block's other layers
         gradients -= g * (2 * d * f + 2 * d * shape.q_width + 2 * d * shape.kv_width)
-    through = at_the_product(decoder, setup) - bytes_of(again, Part.PRODUCT)
+    through, weight = through_the_mlp(decoder, setup, tensors, 0, again)
     if setup.checkpointing:
-        through = max(through, running_again(decoder, setup, 0)) + bytes_without(again, Part.BLOCK_INPUT)
+        through += bytes_without(again, Part.BLOCK_INPUT)
     at = [s for s in kept if s.layer == 0 or s.kind == "inputs"]
     work = setup.width * setup.tokens * d + through
     formula = "gradients in the MLP of the first block"
+    formula += ", and its weight dequantized" if weight else ""
     return Peak("backward, first block", work, by_kind(at), gradients, formula)
 
 

@@ -17,6 +17,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from labkit.lora.layer import LoRALinear
 from labkit.memory.setup import Setup
@@ -105,8 +106,6 @@ def check_filled(name: str, module: nn.Module) -> None:
 
 def is_nan(buffer: Tensor) -> bool:
     """Does it hold a NaN? A fake tensor holds nothing."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return not isinstance(buffer, FakeTensor) and bool(buffer.isnan().any())
 
 
@@ -114,12 +113,13 @@ def drawn_weight(like: QuantizedTensor, std: float, device: torch.device) -> Qua
     """A random 4-bit weight of the shape and the settings of `like`, whose values have this standard deviation."""
     packed = torch.empty(like.packed.shape, dtype=torch.uint8, device=device).random_(0, 256)
     n_blocks = math.ceil(like.shape.numel() / like.blocksize)
-    scales: Tensor | NestedScales = drawn_scales(n_blocks, like.blocksize, device)
+    absmax = drawn_scales(n_blocks, like.blocksize, device)
     levels = levels_of(like.codebook).to(device)  # all sixteen are equally likely
-    scales *= std / (levels.square().mean() * scales.square().mean()).sqrt()
+    absmax *= std / (levels.square().mean() * absmax.square().mean()).sqrt()
+    scales: Tensor | NestedScales = absmax
     if isinstance(like.scales, NestedScales):
-        offset = scales.mean()
-        codes, nested = quantize_blocks(scales.sub_(offset), levels_of("dynamic8"), NESTED_BLOCKSIZE)
+        offset = absmax.mean()
+        codes, nested = quantize_blocks(absmax.sub_(offset), levels_of("dynamic8"), NESTED_BLOCKSIZE)
         scales = NestedScales(codes, nested, offset)
     return QuantizedTensor(packed, scales, like.shape, like.dtype, like.codebook, like.blocksize)
 

@@ -50,7 +50,7 @@ class Setup:
             (`labkit.training.loss`), or of "all" positions, as in most trainers.
         supervised: share of the positions whose prediction counts in the loss, above 0, up to 1; rounded to
             whole positions, the last `per_example` of every example.
-        device: "cuda" rounds every tensor up to 512 bytes, as CUDA's caching allocator does; "cpu" does not,
+        device: "cuda" counts the blocks that CUDA's caching allocator gives to static tensors; "cpu" does not,
             and keeps one buffer for dequantized weights.
 
     Raises:

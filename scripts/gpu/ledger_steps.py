@@ -38,7 +38,7 @@ class Step:
     name: str
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 6.0
+    seconds: float = 4.0
     by_tensor: bool = False
     as_in: str = ""
     published: str = ""
@@ -81,7 +81,7 @@ STEPS = [
         "qlora",
         CHECKPOINTING,
         by_tensor=True,
-        seconds=10,
+        seconds=7,
         published="Unsloth's least for a 7B, 5 GB, of a step that it does not name",
         published_bytes=5_000_000_000,
     ),
@@ -89,24 +89,24 @@ STEPS = [
         "llama-3-70b",
         "qlora",
         CHECKPOINTING,
-        seconds=20,
+        seconds=14,
         published="a 70B QLoRA fine-tune fits in 40 to 50 GB",
         published_bytes=50_000_000_000,
     ),
-    Step("llama-2-7b", "lora", CHECKPOINTING, by_tensor=True, seconds=10),
-    Step("smollm2-1.7b", "full", by_tensor=True, seconds=10),
+    Step("llama-2-7b", "lora", CHECKPOINTING, by_tensor=True, seconds=7),
+    Step("smollm2-1.7b", "full", by_tensor=True, seconds=7),
     Step("llama-2-13b", "qlora", CHECKPOINTING),
     Step(
         "llama-33b",
         "qlora",
         CHECKPOINTING | {"r": 64},
-        seconds=10,
+        seconds=8,
         as_in="the QLoRA paper",
         published="a 33B does not quite fit 24 GB",
         published_bytes=24_000_000_000,
     ),
     Step("llama-2-13b", "lora", CHECKPOINTING),
-    Step("llama-2-7b", "full", CHECKPOINTING, seconds=8),
+    Step("llama-2-7b", "full", CHECKPOINTING, seconds=6),
     Step(
         "llama-2-7b",
         "qlora",
@@ -137,7 +137,7 @@ STEPS = [
         published="Llama-3-8B with LoRA of rank 32 takes 22 GB",
         published_bytes=22_000_000_000,
     ),
-    Step("llama-2-7b", "qlora", LONG, by_tensor=True, seconds=10),
+    Step("llama-2-7b", "qlora", LONG, by_tensor=True, seconds=7),
     Step("llama-2-7b", "qlora", LONG | CHECKPOINTING),
     Step("llama-2-7b", "qlora"),
     Step("llama-2-7b", "lora"),
@@ -145,12 +145,12 @@ STEPS = [
     Step("smollm2-1.7b", "full", CHECKPOINTING),
     Step("smollm2-1.7b", "full", LONG),
     Step("llama-2-13b", "qlora", LONG | CHECKPOINTING),
-    Step("llama-3-70b", "qlora", LONG | CHECKPOINTING, seconds=20),
+    Step("llama-3-70b", "qlora", LONG | CHECKPOINTING, seconds=14),
     Step(
         "llama-2-70b",
         "qlora",
         CHECKPOINTING,
-        seconds=20,
+        seconds=14,
         published="Unsloth's least for a 70B, 41 GB, of a step that it does not name",
         published_bytes=41_000_000_000,
     ),
@@ -158,7 +158,7 @@ STEPS = [
         "llama-3-70b",
         "qlora",
         LONG | {"r": 32},
-        seconds=20,
+        seconds=14,
         published="Llama-3-70B with QLoRA takes 53 GB",
         published_bytes=53_000_000_000,
     ),

@@ -41,6 +41,7 @@ OTHERS = {
     "Timeline",
     "size",
     "make_batch",
+    "random_model",
     "real_model",
 }
 
