@@ -125,7 +125,7 @@ def lesson_09(capsys, monkeypatch):
 def test_lesson_09_shows_what_paging_costs_and_whether_the_valve_opened(records, capsys, monkeypatch):
     out, found = lesson_09(capsys, monkeypatch)
     assert NONE_YET in out and found["C10"][0] == "depends"
-    assert found["C10"][1].endswith("The valve has not been measured on a GPU yet.")
+    assert found["C10"][1].endswith("The valve has not been opened on a GPU yet.")
     budget = {"bytes_moved": 10**10, "plain_s": 0.5, "copy_gb_per_s": 50.0, "ratio": 1.2, "bits_equal": True}
     valve = {"plain_died_at_length": 2048, "paged_reached_length": 8192, "losses_equal": True, "cap": "real"}
     peer = {"plain_died_at_length": 512, "paged_reached_length": 8192, "ratio": 1.1}
