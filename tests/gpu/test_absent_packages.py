@@ -23,6 +23,7 @@ OPTIONAL = (
 )
 WITH_THEM = ("IPython", "accelerate", "ipywidgets", "llvmlite", "psutil", "triton")
 ALL = OPTIONAL + WITH_THEM
+MARK = "mark" + ".gpu"
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,29 @@ def test_in_a_checkout_that_is_read_only_and_without_a_home_everything_needed_wo
         for path in (checkout, *checkout.rglob("*")):
             if path.is_dir():
                 path.chmod(0o755)
+
+
+def test_the_tests_for_a_gpu_can_be_read_with_nothing_but_pytest_beside_what_is_needed(tmp_path):
+    """One file that cannot be imported would be a failure on a machine that has no more."""
+    files = [
+        str(path) for path in sorted((hiding.ROOT / "tests").rglob("test_*.py")) if MARK in path.read_text()
+    ]
+    options = [
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "--collect-only",
+    ]
+    absent = (*ALL, "hypothesis", "nbclient", "nbval", "playwright", "xdist")
+    found = out_of([*options, *files], tmp_path, absent)
+    for folder in ("lora", "optim", "training"):
+        assert f"tests/{folder}/test_on_gpu.py::" in found
 
 
 def test_the_hidden_packages_are_real_ones():
