@@ -138,7 +138,7 @@ class Comparison:
         for record in self.records:
             mine = self.of(record)
             parts = [
-                f"{pair.key} {show(pair.measured)} ({self.names[0]} {show(pair.predicted)}, {pair.difference})"
+                f"{pair.key}: {self.names[1]} {show(pair.measured)} ({self.names[0]} {show(pair.predicted)}, {pair.difference})"
                 for pair in mine[:SHOWN]
             ]
             more = f"; and {len(mine) - SHOWN} more" if len(mine) > SHOWN else ""
@@ -272,7 +272,9 @@ def in_words(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if name.endswith("_bytes") and is_finite(value):
         return UNITS["GB"](value)
-    return f"{value:.3g}" if isinstance(value, float) else f"{value}"
+    if is_finite(value):
+        return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.3g}"
+    return str(value)
 
 
 def is_finite(value: Any) -> bool:

@@ -42,7 +42,7 @@ def test_a_measured_number_stands_beside_the_formula_with_the_error_of_the_formu
     assert e.strip() == "not measured there: e (skipped: it needs 80.1 GB)"
     assert comparison.sentence() == (
         "Measured on a GPU, NVIDIA Imaginary 1 (2027-01-02, make gpu): "
-        "a 4.00× (counted 3.60×, -10.0%); b 0.00× (counted 0.00×, –)."
+        "a: timed 4.00× (counted 3.60×, -10.0%); b: timed 0.00× (counted 0.00×, –)."
     )
 
 
