@@ -1,14 +1,14 @@
 """A model of any published shape with random weights, made where it will run, each layer as it will be stored.
 
 Memory and time of a step do not depend on what the weights are. So no file is needed to measure a 70B model, and
-no weight has to be quantized: a layer in four bits is *drawn* in four bits. A Gaussian weight w, divided by its
-block's largest magnitude, has codes that are almost equally likely (that is how NF4 was chosen), so random bytes
-are its codes. The scale of a block of b is the largest of b magnitudes, whose distribution function is
-(2 Φ(x) - 1)^b: one uniform number u per block gives x = Φ⁻¹((1 + u^(1/b)) / 2). All scales are then multiplied by
-one number, so that the weights have the standard deviation of the config, `initializer_range`.
+no weight has to be quantized: a layer in four bits is *drawn* in four bits. NF4 codes of Gaussian weights are nearly
+equally likely (3.88 of 4 bits of entropy), so random bytes stand for them. The scale of a block of b is the largest
+of b magnitudes, whose distribution function is (2 Φ(x) - 1)^b: one uniform number u per block gives
+x = Φ⁻¹((1 + u^(1/b)) / 2). All scales are then multiplied by one number, so that the weights have the standard
+deviation of the config, `initializer_range`.
 
-Layer follows layer. No weight is ever there in more bits than it is stored in, and while a layer is drawn, its
-scales take for a moment up to 28 times their number in bytes: under half of a byte per weight of that layer.
+Layer follows layer. No weight is ever there in more bits than it is stored in, and to draw its scales takes less
+for a moment than the layer itself.
 
 Everything else (embeddings, norms, rotary frequencies) is initialised by transformers, adapters as by `add_lora`.
 """

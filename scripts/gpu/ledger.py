@@ -191,6 +191,11 @@ def conclude(rows: dict[str, Numbers]) -> list[str]:
     )
     more = [row["reserved_over_allocated"] for row in rows.values()]
     sentences.append(f"reserved is {min(more):.1%} to {max(more):.1%} above allocated at its peak")
+    if unfused := [key for key, row in rows.items() if row["attention"] == "math"]:
+        sentences.append(
+            f"{len(unfused)} of {len(rows)} steps ran without a fused kernel for attention, such as {unfused[0]}: all "
+            "scores are kept there, which is not in the plan"
+        )
     for key, row in rows.items():
         if "published" in row:
             sentences.append(

@@ -157,7 +157,7 @@ STEPS = [
     Step(
         "llama-3-70b",
         "qlora",
-        LONG | {"r": 32},
+        {"r": 32},
         seconds=14,
         published="Llama-3-70B with QLoRA takes 53 GB",
         published_bytes=53_000_000_000,

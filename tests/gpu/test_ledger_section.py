@@ -104,7 +104,7 @@ def row(method, allocated, plan_error=0.01, **more):
     base |= dict(
         plan_error_without_workspaces=plan_error / 2, simulation_error=-0.003, workspace_bytes=70_000_000
     )
-    return base | dict(reserved_over_allocated=0.1) | more
+    return base | dict(reserved_over_allocated=0.1, attention="flash") | more
 
 
 def test_conclusions_say_whether_the_goal_is_met_what_reserved_adds_and_which_figure_agrees():
@@ -119,3 +119,15 @@ def test_conclusions_say_whether_the_goal_is_met_what_reserved_adds_and_which_fi
     assert "70 to 70 MB" in said and "reserved is 10.0% to 10.0% above allocated" in said
     assert "QLoRA m 1×512: 5.50 GB reserved, 5.00 GB allocated; published: a table, 5.5 GB (+0%)" in said
     assert "QLoRA m 1×512 takes 3.0 times less than LoRA and 12.0 times less than full" in said
+
+
+def test_conclusions_say_where_attention_keeps_all_scores():
+    rows = {
+        "QLoRA m 1×512": row("qlora", 5_000_000_000),
+        "LoRA m 1×512": row("lora", 10**10, attention="math"),
+    }
+    said = [sentence for sentence in ledger.conclude(rows) if "fused" in sentence]
+    assert (
+        len(said) == 1
+        and "1 of 2 steps ran without a fused kernel for attention, such as LoRA m 1×512" in said[0]
+    )

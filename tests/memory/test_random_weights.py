@@ -22,6 +22,7 @@ from labkit.quant.blockwise import quantize_blocks
 from labkit.quant.codebooks import codebook
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import quantize_model
+from labkit.quant.tensor import quantize
 from labkit.training.loss import supervised_loss
 
 LIKE_70B = dict(  # a 32nd of Llama-2-70B's widths
@@ -85,11 +86,18 @@ def test_every_weight_has_the_standard_deviation_of_the_config(initializer_range
     assert norms and all((p == 1).all() for p in norms)
 
 
-def test_codes_are_equally_likely_and_scales_are_those_of_gaussian_blocks():
+def entropy_of(packed) -> float:
+    """Bits per code."""
+    codes = torch.cat([packed >> 4, packed & 15]).flatten().long()
+    share = torch.bincount(codes, minlength=16) / codes.numel()
+    return -(share * share.log2()).sum().item()
+
+
+def test_codes_and_scales_are_nearly_those_of_gaussian_weights():
     layer = max(quantized(random_model(LIKE_70B, Setup(dtype="fp32"))), key=lambda one: one.packed.numel())
-    codes = torch.cat([layer.packed >> 4, layer.packed & 15]).flatten().long()
-    counts = torch.bincount(codes, minlength=16)
-    assert len(counts) == 16 and (counts / counts.sum() - 1 / 16).abs().max() < 0.005
+    real = quantize(torch.randn(1024, 1024))
+    assert entropy_of(layer.packed) == pytest.approx(4, abs=0.001)
+    assert entropy_of(real.packed) == pytest.approx(3.88, abs=0.01)
     largest = torch.randn(200_000, 64).abs().amax(1)  # of real Gaussian blocks
     mine = layer.weight.absmax
     spread = (mine.std() / mine.mean()).item()

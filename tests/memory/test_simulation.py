@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from labkit.memory.simulation import simulate
 from tests.memory.conftest import SMALL, close
@@ -34,3 +36,22 @@ def test_a_simulation_refuses_what_the_courses_step_does_not_have():
         simulate(SMALL, "full", master=True)
     with pytest.raises(ValueError, match="recompute_act=False is not part .* use plan"):
         simulate(SMALL, "full", recompute_act=False)
+
+
+@pytest.mark.parametrize("length", [32, 100, 2048])
+@torch.no_grad()
+def test_attention_keeps_on_a_card_what_it_keeps_on_a_cpu(length):
+    def kept(device, operation, *settings):
+        with FakeTensorMode():
+            q, k, v = (torch.empty(2, 8, length, 64, dtype=torch.bfloat16, device=device) for _ in range(3))
+            outputs = operation(q, k, v, *settings)
+        return sum(out.untyped_storage().nbytes() for out in outputs if isinstance(out, torch.Tensor))
+
+    aten = torch.ops.aten
+    on_cpu = kept("cpu", aten._scaled_dot_product_flash_attention_for_cpu, 0.0, True)
+    flash = kept("cuda", aten._scaled_dot_product_flash_attention, 0.0, True)
+    cudnn = kept("cuda", aten._scaled_dot_product_cudnn_attention, None, True, 0.0, True, False)
+    efficient = kept("cuda", aten._scaled_dot_product_efficient_attention, None, True, 0.0, True)
+    assert on_cpu <= flash <= on_cpu + 64 and on_cpu <= cudnn <= on_cpu + 64
+    rows_of_32 = 4 * 2 * 8 * (-length % 32)  # log-sum-exp, fp32
+    assert on_cpu <= efficient <= on_cpu + rows_of_32 + 64
