@@ -296,4 +296,4 @@ def settle(
         "confirmed" if all hold, "refuted" if none does, "depends" if some do, or if there are no numbers.
     """
     answers = {bool(holds(key, value)) for key, value in {**predicted, **measured}.items()}
-    return {(True,): "confirmed", (False,): "refuted"}.get(tuple(answers), "depends")
+    return "confirmed" if answers == {True} else "refuted" if answers == {False} else "depends"
