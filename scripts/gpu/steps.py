@@ -242,28 +242,24 @@ def conclude(rows: dict[str, Numbers]) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in rows.values()):
         taken = [row for row in rows.values() if row["model"] == model and not row["checkpointing"]]
         taken.sort(key=lambda row: row["tokens"])
-        least = first_from(taken, "qlora_over_lora", lambda ratio: ratio < CHEAP)
-        slower = in_words(taken, "qlora_over_lora")
-        cheap = f"below {CHEAP:g}× from {least:,} tokens on" if least else f"nowhere below {CHEAP:g}×"
-        if taken:
-            found.append(f"{model}: QLoRA's step takes LoRA's times {slower}: {cheap} (C61)")
-            found.append(
-                f"{model}: dequantizing alone is {in_words(taken, 'dequantize_share', '.0%')} of QLoRA's step"
-            )
         compared = [row for row in taken if row["lora_over_full"]]
-        if compared:
-            fast = [row["tokens"] for row in compared if row["lora_over_full"] > 1]
-            where = (
-                f"full is faster at {', '.join(f'{n:,}' for n in fast)} tokens"
-                if fast
-                else "full is nowhere faster"
-            )
+        against = [row for row in taken if row["qlora_over_peer"]]
+        if taken:
+            least = first_from(taken, "qlora_over_lora", lambda ratio: ratio < CHEAP)
+            cheap = f"below {CHEAP:g}× from {least:,} tokens on" if least else f"nowhere below {CHEAP:g}×"
             found.append(
-                f"{model}: LoRA's step takes full fine-tuning's times {in_words(compared, 'lora_over_full')}: {where} (C66)"
+                f"{model}, QLoRA's step over LoRA's: {in_words(taken, 'qlora_over_lora')}; {cheap} (C61)"
             )
-        if against := [row for row in taken if row["qlora_over_peer"]]:
+            shares = in_words(taken, "dequantize_share", ".0%")
+            found.append(f"{model}, dequantizing alone over QLoRA's step: {shares}")
+        if compared:
+            fast = ", ".join(f"{row['tokens']:,}" for row in compared if row["lora_over_full"] > 1)
+            where = f"full is the faster at {fast} tokens" if fast else "full is nowhere the faster"
+            ratios = in_words(compared, "lora_over_full")
+            found.append(f"{model}, LoRA's step over full fine-tuning's: {ratios}; {where} (C66)")
+        if against:
             ratios = in_words(against, "qlora_over_peer")
-            found.append(f"{model}: QLoRA's step takes that of PEFT + bitsandbytes times {ratios}")
+            found.append(f"{model}, QLoRA's step over that of PEFT + bitsandbytes: {ratios}")
     return found
 
 
@@ -278,8 +274,9 @@ def first_from(rows: list[Numbers], name: str, holds: Callable[[float], bool]) -
 
 
 def in_words(rows: list[Numbers], name: str, form: str = ".2f") -> str:
-    """`1.31 at 256 tokens, 1.04 at 4,096`."""
-    return ", ".join(f"{row[name]:{form}} at {row['tokens']:,}" for row in rows) + " tokens"
+    """`1.31× at 256 tokens, 1.04× at 4,096 tokens`."""
+    unit = "" if form.endswith("%") else "×"
+    return ", ".join(f"{row[name]:{form}}{unit} at {row['tokens']:,} tokens" for row in rows)
 
 
 SECTION = Section(

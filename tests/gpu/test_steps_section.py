@@ -141,15 +141,15 @@ def test_the_conclusions_name_the_tokens_from_which_qlora_is_cheap_and_where_ful
     taken = [row("m", 4096, 1.04, 0.75), row("m", 256, 1.3, 1.2), row("m", 1024, 1.08, 0.9)]
     taken.append(row("m", 16384, 1.5, checkpointing=True))
     assert conclude({str(i): one for i, one in enumerate(taken)}) == [
-        "m: QLoRA's step takes LoRA's times 1.30 at 256, 1.08 at 1,024, 1.04 at 4,096 tokens: below 1.1× from 1,024 tokens "
-        "on (C61)",
-        "m: dequantizing alone is 20% at 256, 20% at 1,024, 20% at 4,096 tokens of QLoRA's step",
-        "m: LoRA's step takes full fine-tuning's times 1.20 at 256, 0.90 at 1,024, 0.75 at 4,096 tokens: full is faster at "
-        "256 tokens (C66)",
+        "m, QLoRA's step over LoRA's: 1.30× at 256 tokens, 1.08× at 1,024 tokens, 1.04× at 4,096 tokens; below 1.1× from "
+        "1,024 tokens on (C61)",
+        "m, dequantizing alone over QLoRA's step: 20% at 256 tokens, 20% at 1,024 tokens, 20% at 4,096 tokens",
+        "m, LoRA's step over full fine-tuning's: 1.20× at 256 tokens, 0.90× at 1,024 tokens, 0.75× at 4,096 tokens; full is "
+        "the faster at 256 tokens (C66)",
     ]
     expensive = conclude({"a": row("m", 256, 1.3, qlora_over_peer=0.9)})
     assert "nowhere below 1.1×" in expensive[0]
-    assert expensive[-1] == "m: QLoRA's step takes that of PEFT + bitsandbytes times 0.90 at 256 tokens"
+    assert expensive[-1] == "m, QLoRA's step over that of PEFT + bitsandbytes: 0.90× at 256 tokens"
 
 
 def test_from_so_many_tokens_on_means_at_all_larger_ones_too():
