@@ -23,7 +23,7 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 QUANTIZED = [(1, 64), (7, 32), (65, 64), (560, 4096), (2049, 256), (4160, 64), (8200, 32)]  # n, blocksize
 MULTIPLIED = [(3, 8, 1, 32), (5, 72, 3, 64), (2, 256, 8, 256), (3, 264, 2, 32), (2, 1096, 9, 64)]
 
-_own_conversion = interpreter._convert_float
+_own_conversion, _own_tensors = interpreter._convert_float, interpreter._patch_lang_tensor
 
 
 def convert(values, source, target, rounding):
@@ -34,6 +34,12 @@ def convert(values, source, target, rounding):
     if (source.name, target.name) == ("bf16", "fp32"):
         return values.view(torch.bfloat16).float().numpy()
     return _own_conversion(values.numpy(), source, target, rounding)
+
+
+def patch_tensors(tensor, *rest):
+    """What Triton does; 3.6 also makes an int of an array with one number, which numpy no longer allows."""
+    _own_tensors(tensor, *rest)
+    tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
 
 def same(ours, theirs):
@@ -96,7 +102,7 @@ def check_multiplying(height, width, tokens, blocksize, dtype):
 
 
 if __name__ == "__main__":
-    interpreter._convert_float = convert
+    interpreter._convert_float, interpreter._patch_lang_tensor = convert, patch_tensors
     torch.manual_seed(0)
     few = sys.argv[1:] == ["--few"]
     others = itertools.cycle(itertools.product(("nf4", "fp4"), DTYPES, (1.0, 1e-39)))
