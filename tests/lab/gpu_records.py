@@ -14,6 +14,15 @@ CARD = {
 }
 
 
+VERSIONS = {
+    "python": "3.12.3",
+    "torch": "2.11.0+cu130",
+    "transformers": "5.17.0",
+    "numpy": "2.5.0",
+    "safetensors": "0.7.0",
+}
+
+
 def write(folder, section, rows, card="imaginary", skipped=(), /, **changes) -> Path:
     """A record, as `make gpu` writes it, of a GPU that is made up."""
     row = {"seconds": 1.0, "code": "0" * 12}
@@ -25,7 +34,7 @@ def write(folder, section, rows, card="imaginary", skipped=(), /, **changes) -> 
     record = {"schema": 1, "section": section, "title": "A section", "rehearsal": False, "date": "2027-01-02"}
     record |= {
         "hardware": CARD,
-        "versions": {"python": "3.12.3", "torch": "2.11.0+cu130"},
+        "versions": VERSIONS,
         "dtype": "bfloat16",
     }
     record |= {"seed": 0, "left_out": {}, "complete": True, "conclusions": [], "rows": found} | changes

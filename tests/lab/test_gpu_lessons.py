@@ -82,9 +82,9 @@ STEP = {"model": "llama-2-7b", "tokens": 1024, "qlora_s": 0.3, "peer_s": None, "
 STEP |= {"lora_operations": 67, "full_operations": 100}
 
 
-def lesson_08(capsys, monkeypatch):
+def lesson_08(capsys, monkeypatch, model="smollm2-135m"):
     batch = SimpleNamespace(ids=SimpleNamespace(numel=lambda: 178))
-    given = {"score": SimpleNamespace(exact_match=0.81), "profile": SimpleNamespace(model="smollm2-135m")}
+    given = {"score": SimpleNamespace(exact_match=0.81), "profile": SimpleNamespace(model=model)}
     return run("08", capsys, monkeypatch, slower={"QLoRA": 0.09}, batches=[batch], **given)
 
 
