@@ -40,6 +40,10 @@ from labkit.training.loss import LOGITS, supervised_loss
 from labkit.training.recompute import checkpoint_blocks, keep_blocks
 
 MARK = "labkit:"  # before the name of a phase, among the profiler's events
+CHECKPOINTED = (
+    "is_activation_checkpointing",
+    "is_gradient_checkpointing",
+)  # since transformers 5.23, and before
 
 
 def measure(
@@ -160,7 +164,8 @@ class TrainingStep:
         everything is as it was."""
         with left_as_found(self.model, self.optimizer), use_scratch():
             self.model.train()
-            if getattr(self.model, "is_gradient_checkpointing", False):
+            known = [getattr(self.model, name) for name in CHECKPOINTED if hasattr(self.model, name)]
+            if known and known[0]:
                 keep_blocks(self.model)
                 self.model.disable_input_require_grads()  # enabling it has put a hook on the embedding
             if self.checkpointing:

@@ -106,11 +106,17 @@ def taken(step: Step, setup: Setup, stage: Stage) -> Numbers:
     training = TrainingStep(model, batch, optimizer, trained, setup.checkpointing, setup.logits, 1.0)
     with use_scratch():  # what a CPU keeps for a dequantized weight is the step's own
         numbers |= on_card(training, others, stage) if stage.cuda else on_cpu(training)
-    if step.by_tensor:
-        ledger = measure(model, batch, optimizer, setup.checkpointing, setup.logits)
-        numbers["measure_bytes"] = ledger.peak
-        numbers["components"] = ledger.components(at_peak=True)
-    return numbers
+    return numbers | (by_tensor(training) if step.by_tensor else {})
+
+
+def by_tensor(training: TrainingStep) -> Numbers:
+    """The ledger of the step, tensor by tensor. It copies all that trains, for which a card may have no room."""
+    settings = training.optimizer, training.checkpointing, training.logits
+    try:
+        ledger = measure(training.model, training.batch, *settings)
+    except torch.OutOfMemoryError:
+        return {"measure": "out of memory"}
+    return {"measure_bytes": ledger.peak, "components": ledger.components(at_peak=True)}
 
 
 def usage_before(stage: Stage) -> card.Usage:
@@ -241,8 +247,8 @@ SECTION = Section(
         "allocated_bytes": "allocated",
         "reserved_bytes": "reserved",
         "workspace_bytes": "workspaces",
-        "plan_error": "plan",
-        "simulation_error": "simulated",
+        "plan_error": "plan off",
+        "simulation_error": "simulated off",
         "attention": "attention",
         "seconds_to_make": "s to make",
     },
