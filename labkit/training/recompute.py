@@ -96,10 +96,15 @@ def hooks_within(outer_pack: Callable, outer_unpack: Callable) -> tuple[Callable
     return pack, unpack
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """What is kept must not refer to the graph that keeps it: a backward pass that fails would never be freed."""
+    return tensor.detach()
+
+
 def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def callers_hooks() -> tuple[Callable, Callable]:
     """The hooks in force now: PyTorch calls only the innermost, and `save_on_cpu` may be another."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) or (unchanged, unchanged)
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) or (detached, unchanged)

@@ -150,3 +150,23 @@ def test_after_the_block_the_model_is_as_before_also_after_an_error():
     assert not any(m._forward_hooks for m in model.modules())
     x = torch.randn(3, requires_grad=True)
     assert (x * x).grad_fn._saved_self is x  # no hook packs it any more
+
+
+def test_what_a_failed_backward_pass_kept_is_freed():
+    model, gone = make_small_llama().requires_grad_(True), []
+
+    def watch(_, arguments):
+        weakref.finalize(arguments[0].untyped_storage(), gone.append, True)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room for a gradient")
+
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(watch)
+    model.lm_head.register_full_backward_pre_hook(fail)
+    with recompute_activations(model):
+        value = forward(model)
+    assert not gone
+    with pytest.raises(torch.OutOfMemoryError):
+        value.backward()
+    del value
+    assert gone, "nothing that the graph keeps keeps the graph"
