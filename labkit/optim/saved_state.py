@@ -151,7 +151,10 @@ def new_state(optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping) -> di
     if type(optimizer).__module__.split(".")[0] in ("torch", "labkit"):
         plain = {key: False for key in ("foreach", "fused") if key in group}  # these refuse meta tensors
         with contextlib.suppress(Exception):  # it looks at numbers: then it gets some
-            return state_after_a_step(optimizer, torch.empty_like(p, device="meta"), {**group, **plain})
+            state = state_after_a_step(optimizer, torch.empty_like(p, device="meta"), {**group, **plain})
+            if group.get("fused") and "step" in state:  # which counts where the parameter is
+                state["step"] = torch.empty_like(state["step"], device="meta")
+            return state
     return state_after_a_step(optimizer, p.detach().clone(), group)
 
 
