@@ -21,14 +21,7 @@ from labkit.memory import make_batch
 from labkit.optim.paging import attach_paging
 from labkit.optim.valve import is_out_of_memory
 
-LENGTHS = (256, 512, 768, 896, 960, 1024)  # with smollm2-135m the activations outgrow half of the state on the way
-    256,
-    512,
-    640,
-    704,
-    736,
-    768,
-)  # with smollm2-135m the activations outgrow the state between the first and last
+LENGTHS = (256, 512, 768, 896, 960, 1024)  # of smollm2-135m: on the way activations outgrow half of the state
 REHEARSED = (32, 64, 128, 160, 176, 192)
 STEPS_EACH = 2  # at every length
 CAP_BELOW = 0.5  # of the state
