@@ -51,7 +51,8 @@ def plan(model, method: str = "qlora", **settings) -> Ledger:
     Returns:
         A `Ledger`. `weights`, `constants`, `lora`, `gradients` and `optimizer` are exact. `activations` are a
         closed form, `temporary` and the peak an estimate; `.notes` says where the form does not fit the
-        model.
+        model. On a card come on top, and cannot be planned: cuBLAS's workspaces (`labkit.memory.card`), what
+        kernels take for themselves, and what the allocator reserves between tensors (`labkit.memory.allocator`).
 
     Raises:
         ValueError: an unknown model or setting, a max_length above the model's positions, an r above the

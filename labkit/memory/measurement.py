@@ -164,8 +164,7 @@ class TrainingStep:
         everything is as it was."""
         with left_as_found(self.model, self.optimizer), use_scratch():
             self.model.train()
-            known = [getattr(self.model, name) for name in CHECKPOINTED if hasattr(self.model, name)]
-            if known and known[0]:
+            if next((getattr(self.model, name) for name in CHECKPOINTED if hasattr(self.model, name)), False):
                 keep_blocks(self.model)
                 self.model.disable_input_require_grads()  # enabling it has put a hook on the embedding
             if self.checkpointing:

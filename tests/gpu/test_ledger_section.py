@@ -1,8 +1,10 @@
 """The section `ledger`: what it takes, in which order, and what it makes of it."""
 
+import json
+
 import pytest
 import torch
-from gpu import ledger
+from gpu import ledger, simulated_steps
 from gpu.ledger_steps import OF_A_REHEARSAL, STEPS, Step
 from gpu.measurement import Stage
 from gpu.simulated_steps import known, simulate_blocks
@@ -73,6 +75,19 @@ def test_a_plan_is_within_2_percent_of_the_blocks_of_the_recorded_simulation(key
 def test_the_recorded_simulation_is_what_the_code_simulates_now():
     step = next(step for step in STEPS if step.name == "smollm2-1.7b" and step.setup().checkpointing)
     assert simulate_blocks(step, step.setup()) == known()[step.key]
+
+
+def test_only_steps_that_are_not_in_the_file_are_simulated(tmp_path, monkeypatch):
+    file = tmp_path / "steps.json"
+    old, new = Step("small", "lora", {"max_length": 8}), Step("small", "qlora", {"max_length": 8})
+    file.write_text(json.dumps({old.key: {"bytes": 1}}))
+    monkeypatch.setattr(simulated_steps, "FILE", file)
+    monkeypatch.setattr(simulated_steps, "STEPS", [old, new])
+    simulated_steps.main()
+    found = known()
+    assert found[old.key] == {"bytes": 1}
+    mine = found[new.key]
+    assert 0 < mine["tensors_bytes"] <= mine["bytes"] <= mine["reserved_bytes"]
 
 
 def test_without_a_recorded_simulation_a_step_needs_what_is_planned():
