@@ -79,10 +79,10 @@ def quantize_to(codes: Tensor, flat: Tensor, levels: Tensor, blocksize: int) -> 
             f"contiguous={flat.is_contiguous()}, and {levels.numel()} levels"
         )
     _, mids, by_rank = tables_on(flat.device, levels)
-    absmax = torch.empty(triton.cdiv(n, blocksize), device=flat.device)
+    absmax = torch.empty(-(-n // blocksize), device=flat.device)
     blocks = max(1, WEIGHTS // blocksize)
     constants = {"LEVELS": levels.numel(), "BLOCKSIZE": blocksize, "BLOCKS": blocks}
-    programs = triton.cdiv(n, blocks * blocksize)
+    programs = -(-n // (blocks * blocksize))
     launch(quantize, programs, flat, mids, by_rank, codes, absmax, n, SMALLEST, **constants, num_warps=4)
     return absmax
 
@@ -95,9 +95,8 @@ def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> Non
         out.copy_(whole)
         return
     n = out.numel()
-    packed, *rest = arguments_of(weight, n)
-    programs, constants = triton.cdiv(n, 8 * WORDS), {"BLOCKSIZE": weight.blocksize, "WORDS": WORDS}
-    scales, levels, *nested = rest
+    packed, scales, levels, *nested = arguments_of(weight, n)
+    programs, constants = -(-n // (8 * WORDS)), {"BLOCKSIZE": weight.blocksize, "WORDS": WORDS}
     launch(dequantize, programs, packed, scales, levels, out, *nested, n, **constants, num_warps=WARPS)
 
 
@@ -109,12 +108,14 @@ def multiply_4bit(x: Tensor, weight: PackedWeight, y: Tensor) -> None:
             f"no kernel multiplies rows of {width} numbers in {x.dtype}; the width must be a multiple of 8, and the "
             "dtype float32, bfloat16 or float16"
         )
+    if tokens > TOKENS:
+        for some, to in zip(x.split(TOKENS), y.split(TOKENS)):
+            multiply_4bit(some, weight, to)
+        return
+    constants = {"BLOCKSIZE": weight.blocksize, "TOKENS": 1 << (tokens - 1).bit_length()}
     packed, scales, levels, *nested = arguments_of(weight, width * height)
-    for first in range(0, tokens, TOKENS):
-        some, to = x[first : first + TOKENS], y[first : first + TOKENS]
-        constants = {"BLOCKSIZE": weight.blocksize, "TOKENS": triton.next_power_of_2(len(some))}
-        sizes = width, height, len(some)
-        launch(multiply, height, some, packed, scales, levels, to, *nested, *sizes, **constants, num_warps=1)
+    sizes = width, height, tokens
+    launch(multiply, height, x, packed, scales, levels, y, *nested, *sizes, **constants, num_warps=1)
 
 
 def arguments_of(weight: PackedWeight, n: int) -> tuple[Tensor | None, ...]:
@@ -125,12 +126,12 @@ def arguments_of(weight: PackedWeight, n: int) -> tuple[Tensor | None, ...]:
     """
     packed, scales, levels, blocksize, nested, offset = weight
     check_blocksize(blocksize)
-    n_blocks = triton.cdiv(n, blocksize)
+    n_blocks = -(-n // blocksize)
     wanted = [(packed, torch.uint8, (n + 1) // 2), (levels, torch.float32, 16)]
     if nested is None:
         wanted += [(scales, torch.float32, n_blocks)]
     else:
-        wanted += [(scales, torch.uint8, n_blocks), (nested, torch.float32, triton.cdiv(n_blocks, 256))]
+        wanted += [(scales, torch.uint8, n_blocks), (nested, torch.float32, -(-n_blocks // 256))]
         wanted += [(offset, torch.float32, 1)]
     for tensor, dtype, count in wanted:
         if tensor is None or tensor.dtype != dtype or tensor.numel() < count or not tensor.is_contiguous():
