@@ -1,19 +1,17 @@
 """CUDA's caching allocator without a GPU: what a step's tensors take of a card, and what lies unused between them.
 
-PyTorch asks CUDA for memory in *segments*, keeps them, and cuts *blocks* from them, because asking is slow. So three
-numbers differ: what tensors *requested*; what their blocks have, *allocated*; and the segments, *reserved*, which is
-what `nvidia-smi` shows and what must fit. The rules are few:
+PyTorch asks CUDA for *segments*, keeps them, and cuts *blocks* from them. So three numbers differ: what tensors
+*requested*; their blocks, *allocated*; and the segments, *reserved*, which must fit. The rules:
 
 - Sizes are rounded up to 512 bytes. Up to 1 MiB a block is cut from a segment of 2 MiB, below 10 MiB from one of
-  20 MiB; from there on a tensor gets a segment of its own, rounded up to 2 MiB.
-- The smallest free block that is large enough is taken. What it has too much is cut off, but among large blocks
-  only if that is more than 1 MiB: a layer of 21.5 MiB has a block of 22.
-- A block that is freed is joined with free neighbours in its segment. A segment is not given back.
+  20 MiB; a larger one gets a segment of its own, rounded up to 2 MiB.
+- The smallest free block that is large enough is taken. What is too much is cut off; above 1 MiB only if that is
+  more than 1 MiB: a layer of 21.5 MiB has a block of 22.
+- A block that is freed is joined with free neighbours. A segment is kept.
 
-Not here: cuBLAS's workspaces (up to 32 MiB for each thread that multiplies), what kernels take for themselves, and
-what happens when the card is full.
+Not here: cuBLAS's workspaces, what kernels take for themselves, and a card that is full.
 
-Source: `c10/cuda/CUDACachingAllocator.cpp` (`get_allocation_size`, `should_split`).
+Source: `c10/cuda/CUDACachingAllocator.cpp`.
 """
 
 import bisect

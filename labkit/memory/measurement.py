@@ -7,8 +7,8 @@ The step is taken three times, with a learning rate of zero, and afterwards ever
 2. under `labkit.memory.tracker`, which says what each tensor is (a weight, a gradient, an activation …);
 3. under the allocator's own eyes: on a CPU PyTorch's profiler records every allocation and release with its
    size, on CUDA the caching allocator keeps the maximum. That is the peak. It includes what operations take
-   for themselves inside, which no formula here knows: the row "inside operations". On CUDA it includes cuBLAS's
-   workspaces, and what the blocks of tensors have too much, in rows of their own (`labkit.memory.card`).
+   inside, which no formula here knows: the row "inside operations"; on CUDA also cuBLAS's workspaces, and what
+   static blocks have too much (`labkit.memory.card`).
 
 A third witness, besides the tensors and the allocator, is the operating system: `labkit.memory.resident`.
 

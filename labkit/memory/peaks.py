@@ -187,9 +187,8 @@ def at_the_product(decoder: Decoder, setup: Setup) -> int:
 def running_again(decoder: Decoder, setup: Setup, layer: int) -> int:
     """What an adapter in another dtype than its base takes while a block runs again, beyond what that keeps.
 
-    In `up_proj`: the base's output, B A x, and B A x scaled, in the adapter's dtype; not yet there: the
-        output of
-    `up_proj`, and the input of `down_proj`.
+    In `up_proj` there are the base's output, and B A x twice, in the adapter's dtype, before and after scaling.
+    Not yet there are the output of `up_proj` and the input of `down_proj`.
     """
     T, w, a = setup.tokens, setup.width, itemsize(setup.adapter_dtype)
     if a == w or not decoder.adapts(layer, "up_proj"):

@@ -1,16 +1,15 @@
 """A model of any published shape with random weights, made where it will run, each layer as it will be stored.
 
-Memory and time of a step do not depend on what the weights are. So no file is needed to measure a 70B model, and
-no weight has to be quantized: a layer in four bits is *drawn* in four bits. NF4 codes of Gaussian weights are nearly
-equally likely (3.88 of 4 bits of entropy), so random bytes stand for them. The scale of a block of b is the largest
-of b magnitudes, whose distribution function is (2 Φ(x) - 1)^b: one uniform number u per block gives
-x = Φ⁻¹((1 + u^(1/b)) / 2). All scales are then multiplied by one number, so that the weights have the standard
-deviation of the config, `initializer_range`.
+Memory and time of a step do not depend on what the weights are. So a 70B model is measured without a file, and a
+layer in four bits is *drawn* in four bits:
 
-Layer follows layer. No weight is ever there in more bits than it is stored in, and to draw its scales takes less
-for a moment than the layer itself.
+- NF4 codes of Gaussian weights are nearly equally likely (3.88 of 4 bits of entropy): random bytes stand for them.
+- A block's scale is the largest of b magnitudes, P(scale < x) = (2 Φ(x) - 1)^b: a uniform number u gives
+  x = Φ⁻¹((1 + u^(1/b)) / 2).
+- One factor on all scales gives the config's standard deviation, `initializer_range`.
 
-Everything else (embeddings, norms, rotary frequencies) is initialised by transformers, adapters as by `add_lora`.
+No weight is ever there in more bits than it is stored in, and drawing its scales takes less for a moment than the
+layer itself. All else is initialised by transformers, adapters as by `add_lora`.
 """
 
 import math
