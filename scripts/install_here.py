@@ -181,8 +181,12 @@ def why(errors):
         return (
             f"no package index can be reached; turn the network on (on Kaggle: Settings, Internet), {AGAIN}"
         )
-    lines = [line for line in errors.splitlines() if line.startswith("ERROR: ")]
-    return f"pip could not install the packages ({lines[-1][len('ERROR: ') :] if lines else 'it gave no reason'})"
+    first = next(
+        (line[7:] for line in errors.splitlines() if line.startswith("ERROR: ")), "it gave no reason"
+    )
+    if "ResolutionImpossible" in errors:
+        return f"packages that must stay are in the way ({first.rstrip('.')}); restart the runtime, {AGAIN} before any other"
+    return f"pip could not install the packages ({first})"
 
 
 def make_importable():

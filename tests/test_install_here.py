@@ -99,9 +99,10 @@ def test_what_would_stop_pip_is_said_beforehand(script, monkeypatch, tmp_path):
             "turn the network on .on Kaggle: Settings, Internet",
         ),
         ("ERROR: [Errno 28] No space left on device", "the disk is full; free some space"),
+        ("WARNING: a\nERROR: No room.\nERROR: b", r"pip could not install the packages \(No room.\)"),
         (
-            "WARNING: a\nERROR: ResolutionImpossible",
-            r"pip could not install the packages \(ResolutionImpossible\)",
+            "ERROR: Cannot install a==1.\nERROR: ResolutionImpossible: for help visit",
+            r"must stay are in the way \(Cannot install a==1\); restart the runtime",
         ),
         ("", r"pip could not install the packages \(it gave no reason\)"),
     ],

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 from packaging.requirements import Requirement
@@ -157,13 +155,13 @@ def run_cells(python: Path, folder: Path, cells: list) -> list:
         "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         "language": "python",
     }
-    kernel = folder.parent / "kernels" / "elsewhere" / "kernel.json"
+    kernel = folder.parent / "jupyter" / "kernels" / "elsewhere" / "kernel.json"
     kernel.parent.mkdir(parents=True, exist_ok=True)
     kernel.write_text(json.dumps(about | {"display_name": "elsewhere"}))
-    specs = KernelSpecManager(kernel_dirs=[str(kernel.parent.parent)], ensure_native_kernel=False)
-    manager = AsyncKernelManager(kernel_name="elsewhere", kernel_spec_manager=specs)
-    notebook = new_notebook(cells=cells)
-    NotebookClient(notebook, km=manager, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    notebook, where = new_notebook(cells=cells), {"metadata": {"path": str(folder)}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(kernel.parents[2]))
+        NotebookClient(notebook, kernel_name="elsewhere", timeout=600, resources=where).execute()
     return notebook.cells
 
 
@@ -216,7 +214,8 @@ def runtime(tmp_path, clean_environment):
     )
     if reached.returncode:
         pytest.skip("NO PACKAGE INDEX: whether the cell of README.md is enough was not tested")
-    return python, packages
+    yield python, packages
+    shutil.rmtree(place)  # half a gigabyte
 
 
 @pytest.fixture
