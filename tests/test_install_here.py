@@ -140,3 +140,14 @@ def test_a_model_that_cannot_be_fetched_is_one_sentence(script, monkeypatch):
     monkeypatch.setattr(fetching, "fetch", unavailable)
     with pytest.raises(script.CannotInstall, match="^could not download it; check the network$"):
         script.fetch_model()
+
+
+def test_this_process_sees_the_checkout_and_what_went_to_the_users_own_packages(
+    script, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(script.sys, "path", ["somewhere"])
+    monkeypatch.setattr(script.site, "ENABLE_USER_SITE", True)
+    monkeypatch.setattr(script.site, "getusersitepackages", lambda: str(tmp_path))
+    for _ in range(2):
+        script.make_importable()
+    assert script.sys.path == ["somewhere", str(ROOT), str(tmp_path)]
