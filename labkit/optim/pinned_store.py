@@ -82,11 +82,7 @@ class PinnedStore:
 
     def copy(self, slot: Slot, tensors: list[Placed], out: bool) -> "Copy":
         """Start to copy tensors into a slot, if `out`, or from it."""
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "optimizer state cannot be paged while a CUDA graph is captured: the graph would repeat the "
-                "copies of this one step. Capture the forward and backward pass alone, or detach_paging first"
-            )
+        check_not_captured()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         copy = Copy(self, torch.cuda.Event(), [tensor for _, tensor in tensors])
         self.under_way.append(copy)
@@ -125,12 +121,22 @@ class Copy:
 
     def result(self) -> None:
         """What is computed from now on waits for the copy."""
+        check_not_captured()
         torch.cuda.current_stream(self.store.device).wait_event(self.event)
         under_way = self.store.under_way
         while self in under_way:  # what was started before has ended too: copies run one after the other
             for tensor in under_way[0].tensors:
                 self.store.let_go(tensor)
             under_way.popleft()
+
+
+def check_not_captured() -> None:
+    """Raise a `RuntimeError` while a CUDA graph is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "optimizer state cannot be paged while a CUDA graph is captured: the graph would repeat the copies of "
+            "this one step. Capture the forward and backward pass alone, or detach_paging first"
+        )
 
 
 def powers_of_two(nbytes: int) -> list[int]:
