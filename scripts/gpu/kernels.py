@@ -9,6 +9,7 @@ Bits are those of the reference on the CPU: of a weight's first and last million
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,7 +24,8 @@ from gpu.kernel_rows import (
     settings,
 )
 from gpu.kernel_tests import interpret, run_gpu_tests
-from gpu.measurement import Measurement, Numbers, Section, Stage, laps, spread
+from gpu.measurement import Measurement, Numbers, Section, Skipped, Stage, laps, spread
+from labkit.quant.kernels.dispatch import has_kernels
 
 SHAPES = ((4096, 14336), (4096, 4096), (8192, 28672))  # of Llama 3 8B, and the largest of the 70B
 SMALL = ((128, 256), (64, 64), (256, 512))
@@ -46,10 +48,8 @@ def measurements(stage: Stage) -> list[Measurement]:
     ]
     if stage.cuda:
         found += [
-            Measurement(
-                "rows up to which nothing is dequantized", partial(crossover, shape=main), ROOM, (), 4
-            ),
-            Measurement("size of a program that dequantizes", partial(settings, shape=main), ROOM, (), 6),
+            taken("rows up to which nothing is dequantized,", crossover, main),
+            taken("size of a program that dequantizes", settings, main),
         ]
     found += [Measurement("Python's part of a call", host_time, seconds=1)]
     for shape in others:
@@ -61,7 +61,12 @@ def measurements(stage: Stage) -> list[Measurement]:
     found += [taken("quantize scales of", scales_row, others[-1])]
     if not stage.cuda:
         found += [Measurement("Triton's interpreter", interpret, packages=("triton",))]
-    return found
+    written_in = (
+        ("triton",) if stage.cuda else ("numba",)
+    )  # without it the reference runs, and there is no kernel
+    return [
+        one if one.packages or one.run is device_copy else replace(one, packages=written_in) for one in found
+    ]
 
 
 def taken(words: str, row: Callable[..., Numbers], shape: tuple[int, int], **rest) -> Measurement:
@@ -72,7 +77,17 @@ def taken(words: str, row: Callable[..., Numbers], shape: tuple[int, int], **res
     if "nested" in rest:
         words += ", double quantization" if rest["nested"] else ", plain scales"
     needs = ROOM + 12 * n if shape in SHAPES else 0
-    return Measurement(words, partial(row, shape=shape, **rest), needs_bytes=needs, seconds=3)
+    run = partial(with_kernels, row=partial(row, shape=shape, **rest))
+    return Measurement(words, run, needs_bytes=needs, seconds=3)
+
+
+def with_kernels(stage: Stage, row: Callable[[Stage], Numbers]) -> Numbers:
+    """A row, where there are kernels to measure."""
+    if not has_kernels(torch.empty(0, device=stage.device)):
+        raise Skipped(
+            "there are no kernels for this device: they need Triton, a C compiler and compute capability 7.5, or numba"
+        )
+    return row(stage)
 
 
 def dequantizing(shape: tuple[int, int], dtype: torch.dtype, nested: bool = True) -> Measurement:
@@ -123,12 +138,12 @@ def conclude(rows: dict[str, Numbers]) -> list[str]:
         if peers:
             met = "met" if min(peers) >= 1 else "not met"
             found.append(f"{kind}: {min(peers):.2f} to {max(peers):.2f} times bitsandbytes; goal 1, {met}.")
-    if limit := rows.get("rows up to which nothing is dequantized"):
+    for limit in (row for key, row in rows.items() if key.startswith("rows up to which")):
         found.append(
             f"Up to {limit['limit']} rows it is no slower to multiply without a dequantized weight; FEW_ROWS_ON_GPU is "
             f"{limit['limit_now']}."
         )
-    if size := rows.get("size of a program that dequantizes"):
+    for size in (row for key, row in rows.items() if key.startswith("size of a program")):
         found.append(f"Programs of {size['best']} dequantize fastest; {size['now']} are used.")
     return found
 

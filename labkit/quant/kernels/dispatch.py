@@ -11,6 +11,7 @@ used. Neither has to be installed: without it, the readable code runs on its dev
 """
 
 import importlib.util
+import warnings
 from functools import cache
 from types import ModuleType
 
@@ -45,7 +46,25 @@ def has_kernels(tensor: Tensor) -> bool:
 @cache
 def runs_triton(device: torch.device) -> bool:
     """Does Triton compile for this GPU? A fake one, on a machine without any, is taken for one that it does."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= OLDEST
+    if not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= OLDEST and launches()
+
+
+@cache
+def launches() -> bool:
+    """Can Triton launch kernels? It builds the means to do so at first, with a C compiler and Python's headers."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:
+        warnings.warn(
+            f"Triton cannot launch kernels here, so the slower reference runs on the GPU: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def quantizes_scales(flat: Tensor) -> bool:

@@ -150,9 +150,9 @@ def _four_weights(word, scale, levels, place: tl.constexpr, dtype: tl.constexpr)
     four = ()
     for k in tl.static_range(4):
         level = tl.load(levels + ((word >> (4 * ((place + k) ^ 1))) & 15))
-        four += ((level * scale).to(dtype).to(tl.float32),)
+        four += (level * scale,)
     pairs = tl.join(tl.join(four[0], four[2]), tl.join(four[1], four[3]))  # (LANES, 2, 2)
-    return tl.reshape(pairs, [LANES, 4])
+    return tl.reshape(pairs, [LANES, 4]).to(dtype).to(tl.float32)
 
 
 @triton.jit

@@ -205,6 +205,20 @@ def test_bytes_that_do_not_begin_at_a_whole_word_are_copied_to_such_a_place(kern
 
 @pytest.mark.parametrize("capability, expected", [((7, 0), False), ((7, 5), True), ((9, 0), True)])
 def test_a_gpu_that_is_too_old_for_triton_has_no_kernels(capability, expected, monkeypatch):
+    monkeypatch.setattr(dispatch, "launches", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert dispatch.runs_triton.__wrapped__(torch.device("cuda", 0)) == expected
+
+
+def test_where_triton_cannot_build_what_it_launches_with_the_reference_runs_after_a_warning(monkeypatch):
+    pytest.importorskip("triton", reason=MISSING)
+    from triton.runtime import driver
+
+    class NoCompiler:
+        def get_current_device(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(driver, "_active", NoCompiler())
+    with pytest.warns(UserWarning, match="the slower reference runs on the GPU: Failed to find C compiler"):
+        assert dispatch.launches.__wrapped__() is False
