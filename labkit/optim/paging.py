@@ -55,7 +55,7 @@ def attach_paging(
         optimizer: any of PyTorch's but LBFGS, or one like them that updates every parameter by itself.
         budget_bytes: largest size of the state in memory; at least that of the largest parameter's state.
         store: folder for the state that is out, on a disk (default: labkit's cache folder). Not for a GPU,
-            where it goes to pinned host memory.
+            where it goes to pinned host memory: as much as all of the state, from now on.
         policy: "lru" or "mru"; see `labkit.optim.page_table`.
         min_elements: tensors with fewer numbers stay in memory, and outside the budget. bitsandbytes:
             100,000.

@@ -75,7 +75,7 @@ class PinnedStore:
         try:
             return Slot([torch.empty(n, dtype=torch.uint8, pin_memory=True) for n in sizes], size)
         except RuntimeError as error:
-            raise no_memory(size, str(error).strip().partition("\n")[0]) from error
+            raise no_memory(size, str(error).removeprefix("CUDA error: ").partition("\n")[0]) from error
 
     def release(self, slot: Slot) -> None:
         """Nothing: the buffers go with their slot, and PyTorch's allocator waits for copies under way."""

@@ -89,6 +89,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or "can't allocate memory" in says  # PyTorch on a CPU
+        or "CUDA error: out of memory" in says  # outside of PyTorch's allocator
         or "CUBLAS_STATUS_ALLOC_FAILED" in says
     )
 

@@ -1,18 +1,19 @@
 """Section paging: what its rows hold, the simulated cap, and what follows from the rows."""
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from gpu import paging, paging_valve
-from gpu.capped import SimulatedMemory, capped_memory
-from gpu.measurement import Skipped
+from gpu import paging, paging_subjects, paging_valve
+from gpu.capped import CardMemory, SimulatedMemory, capped_memory
+from gpu.measurement import Skipped, Stage
 from gpu.paging import SECTION, bits_are_equal, conclude, cost_at, rate_of_copies
 from gpu.paging_subjects import state_bytes, trained_model
 from gpu.paging_valve import Training, repeatable, the_valve
 
 from labkit.optim.paging import attach_paging
-from tests.optim.conftest import T
 
 COST = {"budget_share", "step_s", "plain_s", "ratio", "bits_equal"}
 VALVE = {
@@ -23,8 +24,6 @@ VALVE = {
 @pytest.fixture(scope="module")
 def valve(tmp_path_factory):
     """The row of a rehearsal."""
-    from gpu.measurement import Stage
-
     return the_valve(Stage(torch.device("cpu"), torch.float32, True, tmp_path_factory.mktemp("scratch")))
 
 
@@ -97,7 +96,7 @@ def test_the_cost_of_a_budget_has_what_lessons_read_and_equal_bits(share, stage,
 
 def test_the_state_is_at_least_what_a_pager_counts_and_hardly_more(stage):
     parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((3,), (64, 64), (1000, 33), (1 << 20,))]
-    with attach_paging(T.AdamW(parameters, fused=True), 2**40, stage.scratch / "store") as pager:
+    with attach_paging(torch.optim.AdamW(parameters, fused=True), 2**40, stage.scratch / "store") as pager:
         total = pager.table.total_bytes
     assert total <= state_bytes(parameters) <= total + 4096 * len(parameters)
 
@@ -121,9 +120,85 @@ def test_plain_copies_have_a_rate(stage):
     assert rate_of_copies(stage, 100_000) > 0
 
 
+# --- on a GPU, as far as it can be tried without one
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A stage with a GPU of which only the sizes are known; models are their names."""
+    sizes = SimpleNamespace(free=80 * 10**9, on_host=100 * 10**9)
+    monkeypatch.setattr(paging_subjects, "free_bytes", lambda device: sizes.free)
+    monkeypatch.setattr(paging_subjects, "limits", lambda: SimpleNamespace(free=sizes.on_host))
+    monkeypatch.setattr(paging_subjects, "random_model", lambda name, *_: f"the {name}")
+    return Stage(torch.device("cuda", 0), torch.bfloat16, False, tmp_path), sizes
+
+
+def test_the_model_is_the_largest_for_which_card_and_host_have_room(card):
+    stage, sizes = card
+    assert trained_model(stage, paging.MODELS) == ("smollm2-360m", "the smollm2-360m")
+    sizes.on_host = 5 * 10**9  # two pagers pin 2.9 GB each
+    assert trained_model(stage, paging.MODELS)[0] == "smollm2-135m"
+    sizes.on_host, sizes.free = 100 * 10**9, 14 * 10**9
+    assert trained_model(stage, paging.MODELS)[0] == "smollm2-135m"
+    sizes.free = 2 * 10**9
+    with pytest.raises(
+        Skipped, match=r"smollm2-135m needs \d+\.\d GB of the GPU .* 2\.0 and 100\.0 GB are free"
+    ):
+        trained_model(stage, paging.MODELS)
+
+
+def test_on_a_card_the_cap_is_that_of_pytorchs_allocator_and_is_taken_away(card, monkeypatch):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share))
+    with pytest.raises(torch.OutOfMemoryError), capped_memory(card[0]) as memory:
+        assert isinstance(memory, CardMemory)
+        memory.cap(250)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert shares == [0.25, 1.0]
+
+
 def test_bitsandbytes_pages_on_a_gpu_only(stage):
     with pytest.raises(Skipped, match="needs a GPU"):
         paging.bitsandbytes_paged(stage)
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """A rehearsal that takes itself for a GPU, and a bitsandbytes whose optimizers are PyTorch's."""
+
+    class Pretended(Stage):
+        cuda = True
+        wait = tidy = lambda self: None
+
+    stage = Stage(torch.device("cpu"), torch.float32, True, tmp_path)
+    module = ModuleType("bitsandbytes.optim")
+    module.AdamW32bit = module.PagedAdamW32bit = torch.optim.AdamW
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    model = trained_model(stage, ())
+    monkeypatch.setattr(paging, "trained_model", lambda *_: model)
+    monkeypatch.setattr(paging, "capped_memory", lambda _: SimulatedMemory(model[1].parameters()))
+    monkeypatch.setattr(paging, "laps", lambda ways, *_: {way: [call() or 0.5] for way, call in ways.items()})
+    monkeypatch.setattr(paging, "LENGTHS", (32, 128, 160))
+    return Pretended(torch.device("cpu"), torch.float32, False, tmp_path)
+
+
+def test_what_bitsandbytes_manages_is_not_called_counted(pretended):
+    row = paging.bitsandbytes_paged(pretended)
+    assert row["state_is_counted"] is False and "does not show that anything was paged out" in row["note"]
+    assert row["ratio"] == 1 and row["plain_died_at_length"] in (128, 160)
+    assert paging.conclude({"bitsandbytes' paged AdamW": row})[0].endswith(row["note"])
+    json.dumps(row, allow_nan=False)
+
+
+def test_more_managed_memory_than_is_free_is_not_asked_for(pretended, monkeypatch):
+    monkeypatch.setattr(paging, "free_bytes", lambda device: 1000)
+    with pytest.raises(Skipped, match=r"managed memory, 0\.0 GB, would not fit"):
+        paging.bitsandbytes_paged(pretended)
+
+
+# --- the record
 
 
 def test_the_valve_comes_first_and_what_is_never_given_back_last(stage):
