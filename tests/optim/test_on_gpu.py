@@ -50,10 +50,11 @@ def test_state_pages_to_pinned_host_memory_with_the_same_bits(kind, prefetch):
     plain, paged = make_there(kind), make_there(kind)
     if kind == "SGD, momentum":  # its default on a GPU steps all parameters at once, with other roundings
         plain[1].param_groups[0]["foreach"] = False
-    pager = attach_paging(paged[1], 170_000, prefetch=prefetch)
+    budget = 50_000 if kind == "ours, 8 bits" else 170_000
+    pager = attach_paging(paged[1], budget, prefetch=prefetch)
     for pair in (plain, paged):
         run_there(pair, 50)
-    assert pager.table.peak_bytes <= 170_000 and pager.table.counts["evict"] > 50
+    assert pager.table.peak_bytes <= budget and pager.table.counts["evict"] > 50
     pager.close()
     assert_same_there(plain, paged)
 
