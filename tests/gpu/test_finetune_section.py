@@ -12,6 +12,7 @@ from gpu.measurement import Skipped
 from labkit.data.tickets import load_tickets, ticket_answer
 
 FIELDS = {
+    "field_match",
     *("model", "exact_match_before", "exact_match", "parse_rate", "n_test", "minutes", "tokens_per_second"),
     *("dtype", "peak_bytes"),
 }
