@@ -89,10 +89,9 @@ def quantize_row(stage: Stage, shape: Shape, dtype: torch.dtype) -> Numbers:
         numbers["peak_bytes"] = torch.cuda.max_memory_allocated(stage.device) - before
     theirs = []
     if peers := peer_weights(stage, dense[:1], nested=False):
-        from bitsandbytes import functional as bnb
-
-        options = {"blocksize": 64, "quant_type": "nf4"}
-        theirs = [partial(bnb.quantize_4bit, weight, **options) for weight in dense]
+        # not bitsandbytes.functional.quantize_4bit: it copies a table from the host, which a graph cannot hold
+        kernel = torch.ops.bitsandbytes.quantize_4bit.default
+        theirs = [partial(kernel, weight, 64, "nf4", torch.uint8) for weight in dense]
         numbers["peer_equal_bits"] = same(packed.view(-1), peers[0][0].view(-1))
     ours = [partial(operations.quantize_4bit, weight, nf4(), 64) for weight in read]
     return numbers | rates(stage, moved, ours, theirs)
