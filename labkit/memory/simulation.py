@@ -71,7 +71,7 @@ def record_step(config, setup: Setup, on: str = "cpu") -> TensorRecord:
         config: of a transformers model.
         setup: the step.
         on: the device that the fake tensors claim to be on, whose operations decide what autograd keeps. "cuda"
-            needs a PyTorch that was built for it, but no GPU; it differs by a few bytes for each attention.
+            needs a GPU, though nothing is computed there, and differs by a few bytes for each attention.
 
     Raises:
         ValueError: the setup is not one of this course's own step.
@@ -235,9 +235,12 @@ class FakeScratch(Scratch):
 
 @contextmanager
 def scratch_as_on(device: str, model: nn.Module):
-    """Within the block, `QuantLinear` takes its memory for dequantized weights as it does on `device`."""
+    """Within the block, `QuantLinear` takes its memory for dequantized weights as it does on `device`.
+
+    On a card that is with Triton's kernels, whether or not there are kernels for the CPU of this machine.
+    """
     if device != "cpu":
-        with use_scratch():
+        with use_scratch(), mock.patch("labkit.quant.kernels.dispatch.has_kernels", lambda tensor: True):
             yield
         return
 

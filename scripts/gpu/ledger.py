@@ -12,7 +12,7 @@ import torch
 from torch.optim import AdamW
 
 from gpu.ledger_steps import OF_A_REHEARSAL, STEPS, Step
-from gpu.measurement import Measurement, Numbers, Section, Stage
+from gpu.measurement import Measurement, Numbers, Section, Skipped, Stage
 from gpu.simulated_steps import known, simulate_blocks
 from labkit.memory import card
 from labkit.memory.formulas import plan
@@ -21,6 +21,7 @@ from labkit.memory.random_weights import random_model
 from labkit.memory.setup import Setup
 from labkit.memory.subjects import make_batch
 from labkit.models.shapes import decoder_shape
+from labkit.quant.kernels.dispatch import has_kernels
 from labkit.quant.scratch import use_scratch
 from labkit.training.recompute import checkpoint_blocks
 
@@ -60,6 +61,8 @@ def plan_of(step: Step, setup: Setup):
 
 def take(step: Step, stage: Stage) -> Numbers:
     """Plan a step, take it, and compare."""
+    if stage.cuda and step.method == "qlora" and not has_kernels(torch.empty(0, device=stage.device)):
+        raise Skipped("Triton has no kernels for this GPU, and what dequantizes without them is in no plan")
     setup = step.setup(stage.dtype, stage.device.type)
     planned, simulated = plan_of(step, setup), known().get(step.key) or simulate_blocks(step, setup)
     numbers = {

@@ -150,6 +150,8 @@ STEPS = [
     Step("llama-2-7b", "qlora"),
     Step("llama-2-7b", "lora"),
     Step("llama-2-7b", "lora", LONG | CHECKPOINTING),
+    Step("llama-3-8b", "qlora", {"r": 32}),
+    Step("llama-3-8b", "lora", CHECKPOINTING | {"r": 32}),
     Step("smollm2-1.7b", "full", CHECKPOINTING),
     Step("smollm2-1.7b", "full", LONG),
     Step("llama-2-13b", "qlora", LONG | CHECKPOINTING),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu import ledger, simulated_steps
 from gpu.ledger_steps import OF_A_REHEARSAL, STEPS, Step
-from gpu.measurement import Stage
+from gpu.measurement import Skipped, Stage
 from gpu.simulated_steps import known, simulate_blocks
 
 from labkit.models.shapes import known_models
@@ -104,6 +104,13 @@ def test_a_rehearsal_takes_the_step_and_finds_what_was_planned(stage, step):
     assert numbers["measure_bytes"] == numbers["allocated_bytes"]
     assert numbers["settings"]["dtype"] == "fp32" and numbers["attention"] == "cpu"
     assert numbers["reserved_over_allocated"] == 0
+
+
+def test_a_gpu_for_which_triton_has_no_kernels_skips_what_is_in_4_bits(card, monkeypatch):
+    monkeypatch.setattr(ledger, "has_kernels", lambda tensor: False)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: torch.zeros(0))
+    with pytest.raises(Skipped, match="Triton has no kernels for this GPU"):
+        ledger.take(STEPS[0], card)
 
 
 def test_a_gpu_without_bf16_gets_16_bits_of_the_other_kind_everywhere():

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from labkit.memory.simulation import simulate
+from labkit.quant.kernels import dispatch
 from tests.memory.conftest import SMALL, close
 
 
@@ -17,6 +18,7 @@ def test_a_70b_step_is_planned_and_its_blocks_simulated_in_little_memory():
 from labkit.memory.resident import status
 from labkit.memory.formulas import plan
 from labkit.memory.simulation import simulate
+from labkit.quant.kernels import dispatch
 from labkit.models.shapes import config_of
 how = dict(checkpointing=True, max_length=1024)
 whole = plan("llama-3-70b", "qlora", **how).peak
@@ -36,6 +38,15 @@ def test_a_simulation_refuses_what_the_courses_step_does_not_have():
         simulate(SMALL, "full", master=True)
     with pytest.raises(ValueError, match="recompute_act=False is not part .* use plan"):
         simulate(SMALL, "full", recompute_act=False)
+
+
+def test_a_step_on_a_card_does_not_depend_on_the_kernels_of_this_cpu(monkeypatch):
+    how = dict(max_length=32, r=8)
+    usual = simulate(SMALL, "qlora", **how).peak
+    on_cpu = simulate(SMALL, "qlora", device="cpu", dtype="fp32", **how).peak
+    monkeypatch.setattr(dispatch, "_has_numba", not dispatch._has_numba)
+    assert simulate(SMALL, "qlora", **how).peak == usual
+    assert simulate(SMALL, "qlora", device="cpu", dtype="fp32", **how).peak != on_cpu, "there it does"
 
 
 @pytest.mark.parametrize("length", [32, 100, 2048])
