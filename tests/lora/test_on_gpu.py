@@ -67,17 +67,21 @@ def adapter_bits(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu() for name, p in model.named_parameters() if "lora_" in name}
 
 
-def test_quantizing_on_the_gpu_gives_the_bits_of_the_cpu_and_they_can_be_moved(tiny):
+def test_quantizing_on_the_gpu_gives_the_codes_of_the_cpu_and_what_the_cpu_quantized_can_be_moved(tiny):
+    """Only the mean of the scales is a sum, whose order each device has for itself."""
     on_cpu, on_gpu = with_qlora(tiny, "cpu"), with_qlora(tiny, DEVICE)
-    packed = [[m for m in model.modules() if isinstance(m, QuantLinear)] for model in (on_cpu, on_gpu)]
-    assert len(packed[0]) == len(packed[1]) > 0
-    for ours, there in zip(*packed):
-        for name, buffer in ours.named_buffers():
-            assert torch.equal(buffer, there.get_buffer(name).cpu()), name
-        assert torch.equal(ours.weight.dequantize(), there.weight.dequantize().cpu())
-    expected = logits(on_cpu)
-    torch.testing.assert_close(logits(on_gpu), expected, **CLOSE)
-    torch.testing.assert_close(logits(on_cpu.to(DEVICE)), logits(on_gpu), rtol=0, atol=0)
+    expected, moved = logits(on_cpu), copy.deepcopy(on_cpu).to(DEVICE)
+    four_bit = [
+        [m for m in model.modules() if isinstance(m, QuantLinear)] for model in (on_cpu, on_gpu, moved)
+    ]
+    assert len(four_bit[0]) == len(four_bit[1]) > 0
+    for ours, quantized_there, carried_there in zip(*four_bit):
+        assert torch.equal(quantized_there.packed.cpu(), ours.packed)
+        dense = ours.weight.dequantize()
+        assert (quantized_there.weight.dequantize().cpu() - dense).norm() < 1e-4 * dense.norm()
+        assert torch.equal(carried_there.weight.dequantize().cpu(), dense)
+    torch.testing.assert_close(logits(on_gpu), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(moved), expected, **CLOSE)
 
 
 def test_a_merged_adapter_does_what_the_mounted_one_does(tiny):
@@ -113,7 +117,7 @@ def test_an_adapter_that_one_device_saved_loads_on_the_other_with_the_same_bits(
     expected, found = adapter_bits(saved), adapter_bits(loaded)
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
     assert {p.device.type for p in loaded.parameters()} == {torch.device(places[1]).type}
-    torch.testing.assert_close(logits(loaded), logits(saved), **CLOSE)
+    torch.testing.assert_close(logits(loaded), logits(saved), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
