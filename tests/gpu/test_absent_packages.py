@@ -84,6 +84,7 @@ def test_without_one_of_them_everything_needed_works_with_the_same_bits(tmp_path
 
 def test_what_needs_one_says_so_when_it_is_called(tmp_path):
     code = """
+from pathlib import Path
 import labkit, torch
 from labkit import sweeps
 from labkit.memory import crossover, plan
