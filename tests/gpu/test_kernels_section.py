@@ -1,8 +1,8 @@
 """Section kernels: what a row holds, which bits it compares, the tests in a child process, and what follows from the rows."""
 
-import importlib.util
 import json
 import subprocess
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -121,9 +121,17 @@ def test_a_pytest_that_runs_nothing_is_a_failure(stage, monkeypatch):
         kernel_tests.run_gpu_tests(stage)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_a_rehearsal_runs_the_gpu_s_kernels_in_the_interpreter(stage):
+def test_a_rehearsal_runs_the_gpu_s_kernels_in_the_interpreter(stage, monkeypatch):
+    def run(command, env, **rest):
+        assert env["TRITON_INTERPRET"] == "1" and find_spec(command[2]) is not None
+        return subprocess.CompletedProcess(command, len(said) > 1, said[0], "\n".join(said[1:]))
+
+    said = ["equal bits\n"]
+    monkeypatch.setattr(kernel_tests.subprocess, "run", run)
     assert kernel_tests.interpret(stage) == {"equal_bits": True}
+    said = ["", "Traceback", "AssertionError: a bit"]
+    with pytest.raises(RuntimeError, match="AssertionError: a bit"):
+        kernel_tests.interpret(stage)
 
 
 def test_conclusions_say_in_numbers_which_goals_are_met():

@@ -167,7 +167,7 @@ def _sum_of_four(x, weight, TOKENS: tl.constexpr):
     return _pairwise(_pairwise(x * weight[None, :, :], [TOKENS, LANES, 2]), [TOKENS, LANES])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "tokens"])
 def multiply(
     x,
     packed,

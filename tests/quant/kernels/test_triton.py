@@ -55,10 +55,11 @@ COMPILED = {
 CASES = [(name, capability) for name, (_, capabilities) in COMPILED.items() for capability in capabilities]
 
 
-def test_kernels_in_the_interpreter_equal_the_reference_bit_for_bit():
+@pytest.mark.parametrize("options", [["--few"], pytest.param([], marks=pytest.mark.slow)], ids=["few", "all"])
+def test_kernels_in_the_interpreter_equal_the_reference_bit_for_bit(options):
     pytest.importorskip("triton", reason=MISSING)
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    script = [sys.executable, "-m", "tests.quant.kernels.interpreted"]
+    script = [sys.executable, "-m", "tests.quant.kernels.interpreted", *options]
     done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "equal bits\n"), done.stderr
 
