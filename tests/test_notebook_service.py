@@ -112,7 +112,8 @@ def link_package(name: str, target: Path) -> None:
     for file in importlib.metadata.distribution(name).files:
         source = Path(file.locate())
         place = target / file
-        if ".." not in file.parts and source.is_file() and not place.exists():  # commands lie elsewhere
+        spare = {"..", "include"} & set(file.parts)  # commands, and thousands of C++ headers
+        if not spare and source.is_file() and not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(source.resolve())
 
