@@ -10,9 +10,9 @@ from transformers import GemmaConfig, GemmaForCausalLM
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.training import recompute
-from labkit.training.recompute import recompute_activations
+from labkit.training.recompute import checkpoint_blocks, keep_blocks, recompute_activations
 from tests.conftest import make_small_llama
-from tests.training.small_runs import with_random_adapter
+from tests.training.small_runs import tiny_llama, with_random_adapter
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -170,3 +170,27 @@ def test_what_a_failed_backward_pass_kept_is_freed():
         value.backward()
     del value
     assert gone, "nothing that the graph keeps keeps the graph"
+
+
+def test_blocks_are_checkpointed_by_either_name_that_transformers_gives_it():
+    """5.23 has both names, and warns of the older one; before there is the older one only."""
+
+    class Older(nn.Module):
+        is_on = None
+
+        def gradient_checkpointing_enable(self, settings):
+            self.is_on = settings
+
+        def gradient_checkpointing_disable(self):
+            self.is_on = None
+
+    model = Older()
+    checkpoint_blocks(model)
+    assert model.is_on == {"use_reentrant": False}
+    keep_blocks(model)
+    assert model.is_on is None
+    model = tiny_llama()
+    checkpoint_blocks(model)
+    assert model.model.gradient_checkpointing and model.model.layers[0].gradient_checkpointing
+    keep_blocks(model)
+    assert not model.model.gradient_checkpointing and not model.model.layers[0].gradient_checkpointing
