@@ -111,7 +111,7 @@ def to_install(needed, held):
                 "before any other"
             )
         lines.append(f"{name}=={pins[name]}")
-    return lines
+    return list(dict.fromkeys(lines))  # a package may be asked for twice, with two bounds
 
 
 def is_linked():
