@@ -75,8 +75,9 @@ def replay(graph: "torch.cuda.CUDAGraph", *alive: Any) -> None:
 
 
 def ends(n: int) -> list[slice]:
-    """The first and the last of n weights, from whole blocks of scales on."""
-    return [slice(0, min(n, CHECKED)), slice((n - 1) // CHECKED * CHECKED, n)]
+    """The first and the last of n weights, from whole blocks of scales on; all, if they are few."""
+    last = (n - 1) // CHECKED * CHECKED
+    return [slice(0, CHECKED), slice(last, n)] if last else [slice(0, n)]
 
 
 def reference_of(q: QuantizedTensor, part: slice) -> Tensor:

@@ -50,7 +50,7 @@ def test_the_reference_of_a_part_is_that_part_of_the_dequantized_weight(double_q
     monkeypatch.setattr(kernel_rates, "CHECKED", 1 << 15)
     q = quantize(torch.randn(301, 257), double_quant=double_quant)
     parts = ends(301 * 257)
-    assert parts == [slice(0, 32768), slice(65536, 77357)]
+    assert parts == [slice(0, 32768), slice(65536, 77357)] and ends(99) == [slice(0, 99)]
     for part in parts:
         assert same(reference_of(q, part), q.dequantize().view(-1)[part])
 
