@@ -222,8 +222,9 @@ class AdamW8bit(AdamW):
         return m.view(p.shape), v.view(p.shape)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """See `AdamW`. PyTorch casts all state to the parameter's dtype; here each tensor keeps its own."""
-        super().load_state_dict(state_dict)
+        """See `AdamW`. PyTorch would cast all state to the parameter's dtype; here each tensor keeps its own."""
+        check_state_dict(self, state_dict)
+        super().load_state_dict({**state_dict, "state": {}})  # the settings, and an empty state to fill
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):

@@ -81,3 +81,15 @@ def test_a_paged_state_has_the_keys_of_a_plain_one_and_forgets_what_is_deleted(s
     assert paged[0][0] not in state and state.get(paged[0][0], "none") == "none"
     with pytest.raises(KeyError):
         del state[paged[0][0]]
+
+
+def test_8_bit_state_loads_under_a_budget_that_holds_it_in_8_bits_only(store):
+    plain, paged = make("ours, 8 bits"), make("ours, 8 bits")
+    pager = attach_paging(paged[1], 50_000, store)
+    run(*plain, 3)
+    run(*paged, 3)
+    paged[1].load_state_dict(copy.deepcopy(plain[1].state_dict()))
+    assert paged[1].state is pager.state and pager.table.largest.nbytes < 50_000
+    for pair in (plain, paged):
+        run(*pair, 3, first=3)
+    assert_same(plain, paged)
