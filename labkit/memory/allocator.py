@@ -42,8 +42,8 @@ class Block:
     size: int
     requested: int = 0
     is_free: bool = True
-    before: "Block | None" = None
-    after: "Block | None" = None
+    before: "Block | None" = field(default=None, repr=False)
+    after: "Block | None" = field(default=None, repr=False)
 
 
 @dataclass
@@ -61,7 +61,9 @@ class CachingAllocator:
     peak_requested: int = 0
     peak_allocated: int = 0
     peak_reserved: int = 0
-    pools: dict[bool, list[tuple[int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
+    pools: dict[bool, list[tuple[int, int, Block]]] = field(
+        default_factory=lambda: {True: [], False: []}, repr=False
+    )
     made: int = 0  # blocks so far: among free ones of a size, the oldest is taken
 
     def take(self, n: int) -> Block:
