@@ -95,7 +95,7 @@ def add_subspace(model: nn.Module, d: int, seed: int) -> nn.Module:
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    z = nn.Parameter(torch.zeros(d, device=layers[0].weight.device))
+    z = nn.Parameter(torch.zeros(d, dtype=torch.float32, device=layers[0].weight.device))
     generator, first = torch.Generator().manual_seed(seed), 0
     for layer in layers:
         offset = Offset(z, layer.weight, first, math.sqrt(d / size), generator)

@@ -151,7 +151,7 @@ def in_random_directions(parts: SVD, seed: int) -> SVD:
     generator = torch.Generator().manual_seed(seed)
 
     def directions(rows: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(rows, len(parts.s), generator=generator)).Q
+        return torch.linalg.qr(torch.randn(rows, len(parts.s), dtype=torch.float32, generator=generator)).Q
 
     return SVD(directions(len(parts.U)), parts.s, directions(parts.Vh.shape[1]).T)
 

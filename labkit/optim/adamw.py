@@ -102,7 +102,7 @@ class AdamW(torch.optim.Optimizer):
                 "or with AdamW8bit, whose moments are not in half precision",
                 stacklevel=4,
             )
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
         state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
@@ -174,16 +174,19 @@ class AdamW8bit(AdamW):
         return super().__getstate__() | {"min_8bit_size": self.min_8bit_size}
 
     def init_state(self, p: Tensor, state: dict) -> None:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
         if p.numel() < self.min_8bit_size:
-            state["exp_avg"] = torch.zeros(p.shape, device=p.device)
-            state["exp_avg_sq"] = torch.zeros(p.shape, device=p.device)
+            state["exp_avg"] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+            state["exp_avg_sq"] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
         else:
             state |= zero_moments(p)
 
     def layouts(self, p: Tensor) -> list[dict]:
         """A small parameter's state may be in 8 bits too, saved with another `min_8bit_size`."""
-        eight = {"step": torch.tensor(0.0), **zero_moments(torch.empty_like(p, device="meta"))}
+        eight = {
+            "step": torch.tensor(0.0, dtype=torch.float32),
+            **zero_moments(torch.empty_like(p, device="meta")),
+        }
         return [*super().layouts(p), eight]
 
     def update(self, p: Tensor, grad: Tensor, state: dict, group: dict) -> None:

@@ -33,7 +33,9 @@ def zero_moments(p: Tensor) -> dict[str, Tensor]:
     state = {}
     for moment in MAPS:
         state[moment] = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device)
-        state[f"{moment}_absmax"] = torch.zeros(-(-p.numel() // BLOCKSIZE), device=p.device)
+        state[f"{moment}_absmax"] = torch.zeros(
+            -(-p.numel() // BLOCKSIZE), dtype=torch.float32, device=p.device
+        )
     return state
 
 

@@ -92,7 +92,7 @@ def lookup_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     nested = blocks.abs().amax(dim=1)  # (n_blocks,)
     scaled = (blocks * (1 / nested)[:, None]).nan_to_num(nan=-1)  # 0 times infinity
     bins = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).to(torch.int64)
-    centres = torch.linspace(-1, 1, 65536, device=values.device)
+    centres = torch.linspace(-1, 1, 65536, dtype=torch.float32, device=values.device)
     table = torch.bucketize(centres, midpoints(levels_of("dynamic8")).to(values.device)).to(torch.uint8)
     return table[bins].view(-1)[:n], nested
 

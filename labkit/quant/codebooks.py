@@ -30,7 +30,7 @@ def normal_quantiles(n: int, offset: float) -> Tensor:
     Returns:
         float64 tensor of shape (n,), positive and falling.
     """
-    probabilities = torch.linspace(offset, 0.5, n + 1)[:-1]  # (n,) fp32
+    probabilities = torch.linspace(offset, 0.5, n + 1, dtype=torch.float32)[:-1]  # (n,) fp32
     return torch.special.ndtri(probabilities.double())
 
 
@@ -69,7 +69,7 @@ def fp4() -> Tensor:
     Returns:
         fp32 tensor of shape (16,), not sorted, with zero at codes 0 and 8. Do not write to it.
     """
-    magnitudes = torch.tensor([0.0, 0.0625, 8, 12, 4, 6, 2, 3])  # (8,)
+    magnitudes = torch.tensor([0.0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32)  # (8,)
     return torch.cat([magnitudes, 0 - magnitudes]) / 12
 
 
@@ -80,7 +80,9 @@ def fp4_e3m0() -> Tensor:
     Returns:
         fp32 tensor of shape (16,), rising, with zero twice, at 7 and 8. Do not write to it.
     """
-    magnitudes = torch.cat([torch.zeros(1), 2.0 ** torch.arange(-6, 1)])  # (8,)
+    magnitudes = torch.cat(
+        [torch.zeros(1, dtype=torch.float32), 2.0 ** torch.arange(-6, 1, dtype=torch.float32)]
+    )  # (8,)
     return torch.cat([0 - magnitudes.flip(0), magnitudes])
 
 
@@ -91,7 +93,7 @@ def int4() -> Tensor:
     Returns:
         fp32 tensor of shape (16,), rising, with zero at 7 and 8. Do not write to it.
     """
-    return torch.cat([torch.arange(-7, 1), torch.arange(0, 8)]) / 7
+    return torch.cat([torch.arange(-7, 1), torch.arange(0, 8)]).float() / 7
 
 
 @cache
@@ -108,10 +110,11 @@ def dynamic8(signed: bool = True) -> Tensor:
     """
     levels = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
+        n = 2 ** (decade if signed else decade + 1)
+        edges = torch.linspace(0.1, 1, n + 1, dtype=torch.float32)
         magnitudes = 10.0 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2
         levels += magnitudes.tolist() + ((-magnitudes).tolist() if signed else [])
-    return torch.tensor(sorted(levels))
+    return torch.tensor(sorted(levels), dtype=torch.float32)
 
 
 @cache
@@ -226,5 +229,5 @@ def search_tables(levels: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def kept_search_tables(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    levels = torch.tensor(levels)
+    levels = torch.tensor(levels, dtype=torch.float32)
     return midpoints(levels), codes_by_rank(levels)

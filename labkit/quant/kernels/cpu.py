@@ -35,7 +35,7 @@ def quantize_4bit(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor,
     check_values(levels, 16)
     n_blocks = -(-n // blocksize)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
-    absmax = torch.empty(n_blocks)
+    absmax = torch.empty(n_blocks, dtype=torch.float32)
     tensors = flat, *search_tables(levels), absmax, packed
     addresses = [tensor.data_ptr() for tensor in tensors]
     threads.run(quantize_task.address, n_blocks, n, n, n_blocks, blocksize, *addresses)
@@ -47,7 +47,7 @@ def quantize_scales(flat: Tensor, levels: Tensor | None = None) -> tuple[Tensor,
     n, n_blocks, levels = flat.numel(), -(-flat.numel() // 256), dynamic8() if levels is None else levels
     check_values(flat, n)
     check_values(levels, 256)
-    codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n_blocks)
+    codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n_blocks, dtype=torch.float32)
     tensors = flat, *search_tables(levels), codes, absmax
     # quantizing a scale takes about eight times as long as quantizing a weight
     addresses = [tensor.data_ptr() for tensor in tensors]

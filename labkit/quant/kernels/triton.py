@@ -27,7 +27,7 @@ SMALLEST = 1e-38  # `labkit.quant.blockwise.SMALLEST_ABSMAX`
 @lru_cache(maxsize=256)
 def _kept_tables(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     with torch.inference_mode(False):  # a tensor made within it could never be used outside
-        on_cpu = torch.tensor(levels)
+        on_cpu = torch.tensor(levels, dtype=torch.float32)
         mids, by_rank = search_tables(on_cpu)
         rising = by_rank.tolist() == list(range(len(levels)))
         return on_cpu.to(device), mids.to(device), None if rising else by_rank.to(device)
@@ -79,7 +79,7 @@ def quantize_to(codes: Tensor, flat: Tensor, levels: Tensor, blocksize: int) -> 
             f"contiguous={flat.is_contiguous()}, and {levels.numel()} levels"
         )
     _, mids, by_rank = tables_on(flat.device, levels)
-    absmax = torch.empty(-(-n // blocksize), device=flat.device)
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=flat.device)
     blocks = max(1, WEIGHTS // blocksize)
     constants = {"LEVELS": levels.numel(), "BLOCKSIZE": blocksize, "BLOCKS": blocks}
     programs = -(-n // (blocks * blocksize))
@@ -90,7 +90,7 @@ def quantize_to(codes: Tensor, flat: Tensor, levels: Tensor, blocksize: int) -> 
 def dequantize_4bit(weight: PackedWeight, out: Tensor, new: bool = False) -> None:
     """See `labkit.quant.kernels.operations.dequantize_4bit`; writes to `out`, contiguous, `new` or not."""
     if out.dtype not in READ:
-        whole = torch.empty(out.shape, device=out.device)
+        whole = torch.empty(out.shape, dtype=torch.float32, device=out.device)
         dequantize_4bit(weight, whole)
         out.copy_(whole)
         return
