@@ -170,6 +170,15 @@ def cached_bytes(statistics: Path) -> int:
     return found.get("total_inactive_file", found.get("inactive_file", 0))
 
 
+def processor_name() -> str:
+    """The model of the CPU, where Linux names it; else empty."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
 def physical_memory() -> int:
     """Memory of the machine in bytes."""
     if hasattr(os, "sysconf"):

@@ -21,13 +21,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from labkit.checks import version_of
-from labkit.hardware import best_device, limits, memory_bytes, product_dtype
+from labkit.hardware import best_device, limits, memory_bytes, processor_name, product_dtype
 from labkit.models.fetching import ModelUnavailable
 from labkit.sweeps import runs
 from labkit.sweeps.config import RunConfig
@@ -260,10 +259,8 @@ def hardware() -> dict[str, object]:
     """What else the numbers depend on: processor, threads, and the dtype of a 4-bit layer's products."""
     device = best_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
+    if device.type == "cpu":
+        name = processor_name() or name
     return {
         "device": name or device.type,
         "threads": torch.get_num_threads(),

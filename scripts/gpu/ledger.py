@@ -55,8 +55,7 @@ def room_for(step: Step, simulated: dict[str, int] | None) -> int:
 
 def plan_of(step: Step, setup: Setup):
     """The planned ledger of a step."""
-    settings = setup.as_dict()
-    return plan(step.config(), settings.pop("method"), **settings)
+    return plan(step.config(), **setup.as_dict())
 
 
 def take(step: Step, stage: Stage) -> Numbers:

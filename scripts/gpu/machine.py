@@ -1,7 +1,6 @@
 """The machine, in words that name no machine: the GPU, its driver, versions of packages, and what is left out."""
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from labkit.checks import version_of
+from labkit.hardware import limits, memory_bytes, processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = {
@@ -40,30 +42,30 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in NAMED:
         if has(package):
-            try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                found[package] = "unknown"
+            found[package] = version_of(package)
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers were taken on."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    host = {"processor": processor(), "cpus": cpus}
+    host = {"processor": processor_name() or platform.machine(), "cpus": cpus}
     if device.type != "cuda":
-        from labkit.hardware import memory_bytes
-
-        return {"device": "CPU", "memory_bytes": memory_bytes(device), **host}
+        return {"device": name_of(device), "memory_bytes": memory_bytes(device), **host}
     card = torch.cuda.get_device_properties(device)
     return {
-        "device": card.name,
+        "device": name_of(device),
         "memory_bytes": card.total_memory,
         "capability": f"{card.major}.{card.minor}",
         "multiprocessors": card.multi_processor_count,
         "driver": driver(),
         **host,
     }
+
+
+def name_of(device: torch.device) -> str:
+    """What the device is called; `hardware` says more, and asks the driver."""
+    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else "CPU"
 
 
 def driver() -> str | None:
@@ -74,17 +76,6 @@ def driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer[0] if answer else None
-
-
-def processor() -> str:
-    """The model of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 def code() -> str:
@@ -98,6 +89,4 @@ def code() -> str:
 
 def free_bytes(device: torch.device) -> int:
     """Memory of the device that is free."""
-    from labkit.hardware import limits
-
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else limits().free

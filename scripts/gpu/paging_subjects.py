@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from gpu.machine import free_bytes
 from gpu.measurement import Skipped, Stage
+from gpu.stand_ins import small_llama
 from labkit.data.batches import Batch
 from labkit.hardware import limits
 from labkit.memory import Setup, plan
@@ -16,14 +16,7 @@ from labkit.memory.random_weights import random_model
 from labkit.models.shapes import config_of
 from labkit.training.loss import supervised_loss
 
-STAND_IN = LlamaConfig(
-    hidden_size=96,
-    intermediate_size=256,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=512,
-)
+STAND_IN = small_llama(96, 256, layers=3)
 TIERS = 2.5  # the state so many times over in host memory: two pagers, and what lies around them
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpu.machine import ROOT, code, hardware, left_out, versions
+from gpu.machine import ROOT, code, hardware, left_out, name_of, versions
 from gpu.measurement import Numbers, Section, Stage
 from labkit.files.reading import read_json
 from labkit.files.writing import write_json
@@ -22,7 +22,7 @@ DIED = "the process ended without a word"
 
 def folder_of(stage: Stage, results: Path | None = None) -> Path:
     """Where the records of this device are: `data/results/gpu/nvidia-h200`, or `build/gpu` of a rehearsal."""
-    name = re.sub(r"[^a-z0-9]+", "-", hardware(stage.device)["device"].lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", name_of(stage.device).lower()).strip("-")
     if results is None:
         results = ROOT / ("build/gpu" if stage.rehearsal else "data/results/gpu")
     return results / name

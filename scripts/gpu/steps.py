@@ -18,11 +18,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
 
 from gpu.machine import free_bytes, has
 from gpu.measurement import Measurement, Numbers, Section, Skipped, Stage, laps, spread
 from gpu.peers import peft_lora, peft_qlora
+from gpu.stand_ins import small_llama
 from labkit.data.batches import Batch
 from labkit.memory import Setup, make_batch, plan
 from labkit.memory.random_weights import random_model
@@ -46,14 +46,7 @@ ROWS = (  # model, tokens, checkpointing, seconds on a large GPU; the most impor
     ("llama-2-7b", 16384, True, 17),
 )
 REHEARSED = (("stand-in", 32, False, 1), ("stand-in", 256, False, 1), ("stand-in", 256, True, 1))
-STAND_IN = LlamaConfig(
-    hidden_size=64,
-    intermediate_size=176,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=512,
-)
+STAND_IN = small_llama(64, 176, layers=2)
 METHODS = {  # in the order in which they are given room: which plan, and how a model is made
     "lora": ("lora", random_model),
     "qlora": ("qlora", random_model),
