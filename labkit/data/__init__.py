@@ -1,13 +1,14 @@
 """Data sets of the course, and the way from records to batches of token ids.
 
-Read `encoding` and `batches` first; every other module is one data set, with a datasheet in
-`data/NAME/README.md`.
+Read `encoding` and `batches` first. `own` reads a file of your own; every other module is one data set, with a
+datasheet in `data/NAME/README.md`.
 """
 
 from labkit.data.batches import IGNORE, Batch, batch_order, collate, endless_batches
 from labkit.data.docstrings import load_docstrings
 from labkit.data.encoding import Encoded, encode, encode_all
 from labkit.data.facts import make_facts
+from labkit.data.own.reading import read_records
 from labkit.data.passages import cut_passages, load_austen, load_held_out
 from labkit.data.splits import SPLITS, read_jsonl
 from labkit.data.sql import load_questions
@@ -31,5 +32,6 @@ __all__ = [
     "load_tickets",
     "make_facts",
     "read_jsonl",
+    "read_records",
     "ticket_chat",
 ]

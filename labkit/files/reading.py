@@ -8,7 +8,11 @@ import hashlib
 import json
 import os
 import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,10 +29,21 @@ def read_bytes(path: str | Path, at_most: int = MAX_JSON) -> bytes:
         FileNotFoundError: there is none.
         ValueError: a pipe, a device, a folder, or a file that is too large.
     """
+    with open_regular(path, at_most) as file:
+        return file.read(at_most + 1)
+
+
+@contextmanager
+def open_regular(path: str | Path, at_most: int | None = None) -> Iterator[BinaryIO]:
+    """A regular file of at most `at_most` bytes, open for reading.
+
+    Raises:
+        as `read_bytes`.
+    """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:
         check_regular(path, os.fstat(descriptor), at_most)
-        return file.read(at_most + 1)
+        yield file
 
 
 def check_regular(path: str | Path, info: os.stat_result, at_most: int | None = None) -> None:
@@ -51,21 +66,30 @@ def read_json(path: str | Path, at_most: int = MAX_JSON) -> object:
 
 def parse_json(path: str | Path, raw: bytes) -> object:
     """The value of JSON in `raw`; `path` is for the message."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
-        return made
-
     if raw.count(b"[") + raw.count(b"{") > MAX_INSIDE:
         raise ValueError(f"{path} holds more than {MAX_INSIDE:,} lists and objects, the most that are read")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{path} is not valid JSON ({reason})") from None
+
+
+class DuplicateKey(ValueError):
+    """A JSON object has a key twice."""
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object as a dict, for `object_pairs_hook`.
+
+    Raises:
+        DuplicateKey: it has a key twice; Python would keep the second value and lose the first.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise DuplicateKey(f"{twice!r} stands there twice")
+    return made
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -88,10 +112,8 @@ def read_header(path: str | Path) -> dict:
     Raises:
         as `read_tensors`.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        info = os.fstat(descriptor)
-        check_regular(path, info)
+    with open_regular(path) as file:
+        info = os.fstat(file.fileno())
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_JSON, info.st_size - 8):
             raise ValueError(f"{path} is cut off, or not a safetensors file (a header of {length:,} bytes)")

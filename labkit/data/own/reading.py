@@ -1,0 +1,160 @@
+"""Your own data: a file of records, read and checked before anything is trained on it."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from labkit.checks import check_choice, check_whole
+from labkit.data.encoding import encode
+from labkit.data.own.findings import Findings
+from labkit.data.own.forms import COLUMNS, PAIR, TEXT, own_records
+from labkit.data.own.lines import BOM, Line, not_text, numbered_lines
+from labkit.data.own.report import DataReport
+from labkit.data.own.rows import Row, csv_rows, json_rows
+from labkit.data.records import records_of, shortened
+from labkit.files.reading import open_regular
+
+FAULTY = ("raise", "leave out")
+CSV, JSON = (".csv",), (".jsonl", ".ndjson", ".json")
+NO_LIMIT = 10**6  # tokens; tokenizers that know no context say more than this
+
+
+def read_records(
+    path: str | Path,
+    tokenizer=None,
+    *,
+    test: str | Path | list[dict] | None = None,
+    columns: tuple[str, str] | None = None,
+    max_length: int | None = None,
+    faulty: str = "raise",
+) -> tuple[list[dict], DataReport]:
+    """Read the records of a file, and say everything about them that could spoil a training run.
+
+    The file is UTF-8, with or without a BOM, its lines ending in LF or CRLF: either JSON (`.jsonl`), one object per
+    line, with `messages`, or `prompt` and `completion`, or `text`; or CSV (`.csv`) whose first line names two
+    columns. A record is never repaired, cut or guessed at.
+
+    A line that cannot be trained on raises, with all the others of the file. With "leave out" the sound records are
+    returned, and the report alone says what is missing: whoever does not look at it trains on less than the file
+    holds, so this must be asked for.
+
+    Args:
+        path: of the file.
+        tokenizer: to measure lengths, and to see whether template and tokenizer write every answer in full.
+        test: the file, or the records, that the model will be tested on: looked at in the same way, and for leaks.
+        columns: the names of prompt and completion, in CSV or JSON; default: ("prompt", "completion").
+        max_length: tokens; default: the tokenizer's context. A longer record is a warning, for training leaves it out.
+        faulty: "raise" (default) or "leave out".
+
+    Returns:
+        the records in labkit's own form, `{"messages"}` or `{"prompt", "completion"}`, and the report.
+
+    Raises:
+        FaultyData: there are faults (unless left out); its `report` holds them.
+        FileNotFoundError: there is no such file.
+        ValueError: a folder, a pipe, a file of more than 256 MiB; or a setting that is not allowed.
+    """
+    check_choice("faulty", faulty, FAULTY)
+    if max_length is not None:
+        check_whole("max_length", max_length, usual="None is for the tokenizer's context")
+    check_columns(columns)
+    records, report = read_one(path, tokenizer, columns, context_of(tokenizer, max_length))
+    if isinstance(test, (str, os.PathLike)):
+        test_records, test_report = read_one(test, tokenizer, columns, report.max_length)
+        report = replace(report, test=test_report, test_records=test_records)
+    elif test is not None:
+        report = replace(report, test_records=[dict(record) for record in records_of(test, "test")])
+    if faulty == "raise":
+        report.check()
+    return records, report
+
+
+def read_one(
+    path: str | Path, tokenizer, columns: tuple[str, str] | None, max_length: int | None
+) -> tuple[list[dict], DataReport]:
+    """The sound records of one file, and its report."""
+    findings, ends = Findings(str(path)), Counter[str]()
+    rows = list(rows_of(path, columns, findings, ends))
+    records, lines, form = own_records(rows, columns, findings)
+    if not rows and not findings.counts:
+        findings.add("empty file", 0, "holds no record")
+    lengths, supervised, sound = [], [], []
+    for i, (record, line) in enumerate(zip(records, lines)):
+        if tokenizer is not None:
+            try:
+                one = encode(record, tokenizer)
+            except ValueError as error:
+                findings.add("cannot be encoded", line, f"cannot be encoded: {error}")
+                continue
+            lengths.append(len(one))
+            supervised.append(one.n_supervised)
+            if max_length is not None and len(one) > max_length:
+                findings.add("too long", line, f"has {len(one):,} tokens, and max_length is {max_length:,}")
+        sound.append(i)
+    with open_regular(path) as file:
+        has_bom = file.read(len(BOM)) == BOM
+    report = DataReport(
+        path=str(path),
+        form=form,
+        has_bom=has_bom,
+        newlines=" and ".join(name for end, name in (("\n", "LF"), ("\r\n", "CRLF")) if ends[end]),
+        n_lines=ends.total(),
+        lines=[lines[i] for i in sound],
+        other_fields=other_fields(rows, form, columns),
+        lengths=lengths,
+        supervised=supervised,
+        max_length=max_length,
+        faults=findings.of(is_fault=True),
+        warnings=findings.of(is_fault=False),
+        counts=findings.counts,
+    )
+    return [records[i] for i in sound], report
+
+
+def rows_of(
+    path: str | Path, columns: tuple[str, str] | None, findings: Findings, ends: Counter[str]
+) -> Iterator[Row]:
+    """The rows of a file, whichever way it is written; counts how its lines end."""
+    wrong = not_text(path)
+    if wrong:
+        kind, found, advice = wrong
+        findings.add(kind, 0, found, advice=advice)
+        return
+
+    def counted() -> Iterator[Line]:
+        for line in numbered_lines(path):
+            ends[line.ending] += 1
+            yield line
+
+    if Path(path).suffix.lower() in CSV:
+        yield from csv_rows(counted(), columns or COLUMNS, findings)
+    elif Path(path).suffix.lower() in JSON:
+        yield from json_rows(counted(), findings)
+    else:
+        raise ValueError(
+            f"{path} ends in {Path(path).suffix!r}; name the file {', '.join(JSON)} if it holds a JSON object per line, "
+            f"and {', '.join(CSV)} if it holds columns with commas between them"
+        )
+
+
+def other_fields(rows: Sequence[Row], form: str, columns: tuple[str, str] | None) -> dict[str, int]:
+    """The fields that no record of this form keeps, with how many rows have them."""
+    kept = {PAIR: set(columns or COLUMNS), TEXT: {"text"}}.get(form, {"messages", "tools"})
+    return dict(Counter(name for row in rows for name in row.values if name not in kept))
+
+
+def context_of(tokenizer, max_length: int | None) -> int | None:
+    """`max_length`, or the context that the tokenizer names, or None."""
+    named = getattr(tokenizer, "model_max_length", None)
+    return max_length if max_length is not None or named is None or named > NO_LIMIT else int(named)
+
+
+def check_columns(columns: object) -> None:
+    """Raise a `ValueError` unless it is None or two different names."""
+    ok = isinstance(columns, (tuple, list)) and len(columns) == 2 and all(isinstance(c, str) for c in columns)
+    if columns is not None and not (ok and columns[0] != columns[1]):
+        raise ValueError(
+            f"columns={shortened(columns)} must be the names of two columns, such as ('question', 'answer')"
+        )
