@@ -8,6 +8,7 @@ from labkit.data.batches import IGNORE, Batch, batch_order, collate, endless_bat
 from labkit.data.docstrings import load_docstrings
 from labkit.data.encoding import Encoded, encode, encode_all
 from labkit.data.facts import make_facts
+from labkit.data.own.leaks import find_leaks, hold_out
 from labkit.data.own.reading import read_records
 from labkit.data.passages import cut_passages, load_austen, load_held_out
 from labkit.data.splits import SPLITS, read_jsonl
@@ -25,6 +26,8 @@ __all__ = [
     "encode",
     "encode_all",
     "endless_batches",
+    "find_leaks",
+    "hold_out",
     "load_austen",
     "load_docstrings",
     "load_held_out",

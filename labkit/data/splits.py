@@ -1,9 +1,11 @@
 """The lines of a data set: one JSON object per line, in `data/NAME/SPLIT.jsonl`."""
 
-import json
 from pathlib import Path
 
 from labkit.checks import check_choice
+from labkit.data.own.findings import Findings
+from labkit.data.own.json_rows import parse_lines
+from labkit.data.own.lines import check_is_file, numbered_lines
 from labkit.paths import data_folder
 
 SPLITS = ("train", "validation", "test")
@@ -20,21 +22,13 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: a line is not a JSON object; says which.
+        ValueError: a line is not a JSON object; says which. `labkit.data.read_records` reports on all of them.
     """
-    records = []
-    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"line {number} of {path} is a JSON {type(record).__name__}, not an object {{…}}"
-                )
-            records.append(record)
-    return records
+    findings = Findings(str(path))
+    found = list(parse_lines(numbered_lines(path), findings))
+    if findings.kept:
+        raise ValueError(str(findings.kept[0]))
+    return [row.values for row in found]
 
 
 def read_text(path: Path) -> str:
@@ -43,10 +37,5 @@ def read_text(path: Path) -> str:
     Raises:
         FileNotFoundError: it is missing; of the data folder, says how to point to it.
     """
-    if not path.exists():
-        ours = path.is_relative_to(data_folder())
-        hint = (
-            "run from a checkout of the course, or set LABKIT_DATA to its data/" if ours else "check the path"
-        )
-        raise FileNotFoundError(f"{path} is missing; {hint}")
+    check_is_file(path)
     return path.read_text(encoding="utf-8")

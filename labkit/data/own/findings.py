@@ -30,7 +30,7 @@ KINDS = {
     "not UTF-8": Kind(True, "text in UTF-8, with or without a BOM", "save it again as UTF-8"),
     "empty file": Kind(True, "at least one record", "check that it was written to the end, and the path"),
     "line too long": Kind(
-        True, "lines of at most 1 MiB", "cut the text into passages; no model reads so much at once"
+        True, "lines of at most 16 MiB", "cut the text into passages; no model reads so much at once"
     ),
     # JSON
     "not JSON": Kind(True, ONE_OBJECT, "write the file with json.dumps(record), one call per line"),
@@ -144,7 +144,7 @@ class Finding:
         return f"line {self.line} of {self.path}" if self.line else self.path
 
     def __str__(self) -> str:
-        return f"{self.place} {self.found}. Allowed: {self.allowed}. To do: {self.advice}."
+        return f"{self.place} {self.found}; allowed: {self.allowed}; to do: {self.advice}"
 
 
 class Findings:

@@ -10,9 +10,10 @@ what was meant; so the form that most rows have is the file's, and the others ar
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 from labkit.data.own.findings import Findings
-from labkit.data.own.rows import Row
+from labkit.data.own.lines import Row
 from labkit.data.own.texts import look_at_texts
 from labkit.data.records import shortened
 
@@ -163,5 +164,5 @@ def check_order(roles: list[str], line: int, findings: Findings) -> None:
         findings.add("wrong order", line, f"{said}, with 'system' in the middle")
     elif turns[-1] != "assistant":
         findings.add("wrong order", line, f"{said}, so that no answer is there to learn")
-    elif any(one == two and one in ("user", "assistant") for one, two in zip(turns, turns[1:])):
+    elif any(one == two and one in ("user", "assistant") for one, two in pairwise(turns)):
         findings.add("same role twice", line, said)

@@ -1,14 +1,16 @@
-"""The lines of a text file that somebody else wrote, one at a time and never more than 1 MiB of one.
+"""The lines of a text file that somebody else wrote, one at a time and never more than 16 MiB of one.
 
 A file that is not text at all is recognised by its first bytes. A line that is not UTF-8 is given with its bad bytes
 as lone surrogates (PEP 383), so that whoever reads it can name the line and go on with the next.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from labkit.data.own.findings import Findings
 from labkit.data.records import shortened
 from labkit.files.reading import open_regular
 from labkit.paths import data_folder
@@ -16,7 +18,7 @@ from labkit.paths import data_folder
 MAX_FILE = (
     256 * 2**20
 )  # bytes; the records of a larger one, and what is compared of them, fill a laptop's memory
-MAX_LINE = 2**20  # bytes; some 250,000 tokens
+MAX_LINE = 16 * 2**20  # bytes; a dozen novels
 BOM = b"\xef\xbb\xbf"
 
 NOT_TEXT = {  # how a file begins -> what it is, and what to do
@@ -47,15 +49,22 @@ class Line(NamedTuple):
         return self.text is not None and not self.text.strip()
 
 
-def numbered_lines(path: str | Path) -> Iterator[Line]:
+class Row(NamedTuple):
+    """What a record will be made of, as the file has it, and the line where it begins."""
+
+    line: int
+    values: dict
+
+
+def numbered_lines(path: str | Path, at_most: int | None = None) -> Iterator[Line]:
     """The lines of a file, without the BOM; LF ends a line, with a CR before it or without.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a folder, a pipe, or more than `MAX_FILE`.
+        ValueError: a folder, a pipe, or more than `at_most` bytes.
     """
     check_is_file(path)
-    with open_regular(path, MAX_FILE) as file:
+    with open_regular(path, at_most) as file:
         number = 0
         while raw := file.readline(MAX_LINE):
             number += 1
@@ -92,18 +101,36 @@ def check_is_file(path: str | Path) -> None:
         )
 
 
-def not_text(path: str | Path) -> tuple[str, str, str] | None:
-    """If the file is not UTF-8 text as a whole: the kind of finding, what was found, and what to do."""
+class Start(NamedTuple):
+    """What the first bytes of a file say: is there a BOM, does a JSON list begin, and if it is not UTF-8 text as a
+    whole, the kind of that finding, what was found, and what to do."""
+
+    has_bom: bool
+    is_list: bool
+    kind: str = ""
+    found: str = ""
+    advice: str = ""
+
+
+def look_at_start(path: str | Path) -> Start:
+    """What the first bytes of a file say about it.
+
+    Raises:
+        as `numbered_lines`.
+    """
     check_is_file(path)
     with open_regular(path, MAX_FILE) as file:
         start = file.read(4096)
+    has_bom = start.startswith(BOM)
+    is_list = start.removeprefix(BOM).lstrip().startswith(b"[")
     for magic, (what, advice) in NOT_TEXT.items():
         if start.startswith(magic):
-            return "not text", f"is {what}", advice
-    name = UTF_16.get(start[:2]) or utf_16_without_bom(start)
-    if name:
-        return "not UTF-8", f"is text in {name}", f"iconv -f {name.removesuffix('LE')} -t UTF-8 OLD > NEW"
-    return None
+            return Start(has_bom, is_list, "not text", f"is {what}", advice)
+    encoding = UTF_16.get(start[:2]) or utf_16_without_bom(start)
+    if encoding:
+        advice = f"iconv -f {encoding} -t UTF-8 OLD > NEW"
+        return Start(has_bom, is_list, "not UTF-8", f"is text in {encoding}", advice)
+    return Start(has_bom, is_list)
 
 
 def utf_16_without_bom(start: bytes) -> str:
@@ -114,3 +141,31 @@ def utf_16_without_bom(start: bytes) -> str:
     if len(start) >= 4 and odd.count(0) * 2 > len(odd) and not even.count(0):
         return "UTF-16LE"
     return ""
+
+
+def can_be_read(line: Line, findings: Findings) -> bool:
+    """Is the line short enough, in UTF-8 and without NUL bytes?"""
+    if line.text is None:
+        findings.add("line too long", line.number, f"has {line.size:,} bytes")
+        return False
+    bad = re.search("[\udc80-\udcff]", line.text)
+    if bad:
+        byte = ord(bad[0]) - 0xDC00
+        findings.add(
+            "not UTF-8",
+            line.number,
+            f"has the byte 0x{byte:02x} in column {bad.start() + 1}, which is no UTF-8, after "
+            f"{line.text[max(0, bad.start() - 20) : bad.start()]!r}",
+            advice=f"if it is {legacy_letter(byte)}: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+        )
+        return False
+    if "\0" in line.text:
+        findings.add("NUL byte", line.number, f"has a NUL byte in column {line.text.index(chr(0)) + 1}")
+        return False
+    return True
+
+
+def legacy_letter(byte: int) -> str:
+    """What a byte means in Windows-1252, of which Latin-1 is a part."""
+    letter = bytes([byte]).decode("cp1252", "replace")
+    return f"{letter!r} in Windows-1252 or Latin-1"

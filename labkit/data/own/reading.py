@@ -8,15 +8,19 @@ from pathlib import Path
 
 from labkit.checks import check_choice, check_whole
 from labkit.data.encoding import encode
+from labkit.data.own.classes import note_classes
+from labkit.data.own.csv_rows import parse_csv
 from labkit.data.own.findings import Findings
 from labkit.data.own.forms import COLUMNS, PAIR, TEXT, own_records
-from labkit.data.own.lines import BOM, Line, not_text, numbered_lines
+from labkit.data.own.json_rows import parse_lines, parse_list
+from labkit.data.own.leaks import note_duplicates, note_leaks
+from labkit.data.own.lines import MAX_FILE, Line, Row, Start, look_at_start, numbered_lines
 from labkit.data.own.report import DataReport
-from labkit.data.own.rows import Row, csv_rows, json_rows
 from labkit.data.records import records_of, shortened
-from labkit.files.reading import open_regular
+from labkit.files.reading import read_bytes
 
 FAULTY = ("raise", "leave out")
+MAX_LIST = 64 * 2**20  # bytes of one JSON list, which is parsed as a whole
 CSV, JSON = (".csv",), (".jsonl", ".ndjson", ".json")
 NO_LIMIT = 10**6  # tokens; tokenizers that know no context say more than this
 
@@ -33,7 +37,7 @@ def read_records(
     """Read the records of a file, and say everything about them that could spoil a training run.
 
     The file is UTF-8, with or without a BOM, its lines ending in LF or CRLF: either JSON (`.jsonl`), one object per
-    line, with `messages`, or `prompt` and `completion`, or `text`; or CSV (`.csv`) whose first line names two
+    line, or one list of objects, with `messages`, or `prompt` and `completion`, or `text`; or CSV (`.csv`) whose first line names two
     columns. A record is never repaired, cut or guessed at.
 
     A line that cannot be trained on raises, with all the others of the file. With "leave out" the sound records are
@@ -60,12 +64,18 @@ def read_records(
     if max_length is not None:
         check_whole("max_length", max_length, usual="None is for the tokenizer's context")
     check_columns(columns)
-    records, report = read_one(path, tokenizer, columns, context_of(tokenizer, max_length))
-    if isinstance(test, (str, os.PathLike)):
-        test_records, test_report = read_one(test, tokenizer, columns, report.max_length)
-        report = replace(report, test=test_report, test_records=test_records)
-    elif test is not None:
-        report = replace(report, test_records=[dict(record) for record in records_of(test, "test")])
+    max_length = context_of(tokenizer, max_length)
+    records, report = read_one(path, tokenizer, columns, max_length)
+    if test is not None:
+        if isinstance(test, (str, os.PathLike)):
+            test_records, test_report = read_one(test, tokenizer, columns, max_length)
+            places = [f"line {line} of {test}" for line in test_report.lines]
+            report = replace(report, test=test_report, test_records=test_records)
+        else:
+            report = replace(report, test_records=[dict(record) for record in records_of(test, "test")])
+            places = [f"record {i} of test" for i in range(len(report.test_records))]
+        note_leaks(records, report.test_records, report.lines, places, report.findings)
+        note_classes(records, report.test_records, places, report.findings)
     if faulty == "raise":
         report.check()
     return records, report
@@ -76,12 +86,13 @@ def read_one(
 ) -> tuple[list[dict], DataReport]:
     """The sound records of one file, and its report."""
     findings, ends = Findings(str(path)), Counter[str]()
-    rows = list(rows_of(path, columns, findings, ends))
-    records, lines, form = own_records(rows, columns, findings)
+    start = look_at_start(path)
+    rows = list(rows_of(path, start, columns, findings, ends))
+    found, places, form = own_records(rows, columns, findings)
     if not rows and not findings.counts:
         findings.add("empty file", 0, "holds no record")
-    lengths, supervised, sound = [], [], []
-    for i, (record, line) in enumerate(zip(records, lines)):
+    records, lines, lengths, supervised = [], [], [], []
+    for record, line in zip(found, places):
         if tokenizer is not None:
             try:
                 one = encode(record, tokenizer)
@@ -92,51 +103,53 @@ def read_one(
             supervised.append(one.n_supervised)
             if max_length is not None and len(one) > max_length:
                 findings.add("too long", line, f"has {len(one):,} tokens, and max_length is {max_length:,}")
-        sound.append(i)
-    with open_regular(path) as file:
-        has_bom = file.read(len(BOM)) == BOM
-    report = DataReport(
+        records.append(record)
+        lines.append(line)
+    note_duplicates(records, lines, findings)
+    return records, DataReport(
         path=str(path),
         form=form,
-        has_bom=has_bom,
+        has_bom=start.has_bom,
         newlines=" and ".join(name for end, name in (("\n", "LF"), ("\r\n", "CRLF")) if ends[end]),
         n_lines=ends.total(),
-        lines=[lines[i] for i in sound],
+        lines=lines,
         other_fields=other_fields(rows, form, columns),
         lengths=lengths,
         supervised=supervised,
         max_length=max_length,
-        faults=findings.of(is_fault=True),
-        warnings=findings.of(is_fault=False),
-        counts=findings.counts,
+        findings=findings,
     )
-    return [records[i] for i in sound], report
 
 
 def rows_of(
-    path: str | Path, columns: tuple[str, str] | None, findings: Findings, ends: Counter[str]
+    path: str | Path, start: Start, columns: tuple[str, str] | None, findings: Findings, ends: Counter[str]
 ) -> Iterator[Row]:
     """The rows of a file, whichever way it is written; counts how its lines end."""
-    wrong = not_text(path)
-    if wrong:
-        kind, found, advice = wrong
-        findings.add(kind, 0, found, advice=advice)
+    suffix = Path(path).suffix.lower()
+    if suffix not in CSV + JSON:
+        raise ValueError(
+            f"{path} ends in {suffix!r}; name the file {', '.join(JSON)} if it holds JSON objects, "
+            f"and {', '.join(CSV)} if it holds columns with commas between them"
+        )
+    if start.kind:
+        findings.add(start.kind, 0, start.found, advice=start.advice)
         return
 
     def counted() -> Iterator[Line]:
-        for line in numbered_lines(path):
+        for line in numbered_lines(path, MAX_FILE):
             ends[line.ending] += 1
             yield line
 
-    if Path(path).suffix.lower() in CSV:
-        yield from csv_rows(counted(), columns or COLUMNS, findings)
-    elif Path(path).suffix.lower() in JSON:
-        yield from json_rows(counted(), findings)
+    lines = counted()
+    if suffix in CSV:
+        yield from parse_csv(lines, columns or COLUMNS, findings)
+    elif start.is_list:
+        text = read_bytes(path, MAX_LIST).decode("utf-8-sig", "surrogateescape")
+        yield from parse_list(text, findings)
     else:
-        raise ValueError(
-            f"{path} ends in {Path(path).suffix!r}; name the file {', '.join(JSON)} if it holds a JSON object per line, "
-            f"and {', '.join(CSV)} if it holds columns with commas between them"
-        )
+        yield from parse_lines(lines, findings)
+    for _ in lines:  # what is left of a file of which no more is read
+        pass
 
 
 def other_fields(rows: Sequence[Row], form: str, columns: tuple[str, str] | None) -> dict[str, int]:
@@ -153,8 +166,10 @@ def context_of(tokenizer, max_length: int | None) -> int | None:
 
 def check_columns(columns: object) -> None:
     """Raise a `ValueError` unless it is None or two different names."""
-    ok = isinstance(columns, (tuple, list)) and len(columns) == 2 and all(isinstance(c, str) for c in columns)
-    if columns is not None and not (ok and columns[0] != columns[1]):
+    names = columns if isinstance(columns, (tuple, list)) else ()
+    if columns is not None and not (
+        len(set(map(str, names))) == 2 == len(names) == sum(isinstance(n, str) for n in names)
+    ):
         raise ValueError(
             f"columns={shortened(columns)} must be the names of two columns, such as ('question', 'answer')"
         )

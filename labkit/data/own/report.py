@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from labkit.data.own.findings import KINDS, Finding
+from labkit.data.own.findings import KINDS, Finding, Findings
 
 SHOWN = 3  # findings of a kind in the printed report
 BAR = 40  # characters of the longest bar of the histogram
@@ -34,9 +34,7 @@ class DataReport:
         lengths: tokens of each record returned, the end mark included; empty without a tokenizer.
         supervised: of these, how many are learned.
         max_length: tokens, beyond which a record is left out of training; None if it is not known.
-        faults: what cannot be trained on, by line; at most 1000 of a kind.
-        warnings: what can be, and is suspicious.
-        counts: how many findings there are of each kind.
+        findings: all that was found in the file.
         test: the report on the test file, if there is one.
         test_records: the records of the test file, or those that were given.
     """
@@ -51,9 +49,7 @@ class DataReport:
     lengths: list[int]
     supervised: list[int]
     max_length: int | None
-    faults: list[Finding]
-    warnings: list[Finding]
-    counts: Counter[str]
+    findings: Findings = field(repr=False)
     test: "DataReport | None" = None
     test_records: list[dict] = field(default_factory=list, repr=False)
 
@@ -63,12 +59,27 @@ class DataReport:
         return len(self.lines)
 
     @property
+    def faults(self) -> list[Finding]:
+        """What cannot be trained on, by line; at most 1000 of a kind."""
+        return self.findings.of(is_fault=True)
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """What can be trained on, and is suspicious, by line; at most 1000 of a kind."""
+        return self.findings.of(is_fault=False)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many findings there are of each kind."""
+        return self.findings.counts
+
+    @property
     def n_faults(self) -> int:
-        return sum(n for kind, n in self.counts.items() if KINDS[kind].is_fault)
+        return self.findings.count(is_fault=True)
 
     @property
     def n_warnings(self) -> int:
-        return sum(n for kind, n in self.counts.items() if not KINDS[kind].is_fault)
+        return self.findings.count(is_fault=False)
 
     @property
     def n_too_long(self) -> int:
