@@ -18,7 +18,7 @@ def records_of(records: Any, name: str = "data") -> list[Mapping]:
     if isinstance(records, (str, bytes, os.PathLike)):
         raise ValueError(
             f"{name}={shortened(records)} is a text, and must be a list of records; of a file with a JSON object per "
-            "line, read them with labkit.data.read_jsonl(path)"
+            "line, read them with labkit.data.read_jsonl(path), or read_records(path), which checks them"
         )
     if isinstance(records, Mapping):
         raise ValueError(

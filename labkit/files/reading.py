@@ -76,7 +76,11 @@ def parse_json(path: str | Path, raw: bytes) -> object:
 
 
 class DuplicateKey(ValueError):
-    """A JSON object has a key twice."""
+    """A JSON object has `key` twice."""
+
+    def __init__(self, key: str):
+        super().__init__(f"{key!r} stands there twice")
+        self.key = key
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -88,7 +92,7 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     made = dict(pairs)
     if len(made) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise DuplicateKey(f"{twice!r} stands there twice")
+        raise DuplicateKey(twice)
     return made
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from labkit.data.own.findings import Findings
+from labkit.data.own.findings import Findings, counted
 from labkit.data.own.shingles import asked_and_answered
 
 MAX_CLASSES = 50  # values of a field that can still be called classes …
@@ -68,7 +68,7 @@ def note_classes(
     """Note on the training file the classes that one split only has; `places` are those of the test records."""
     for one in one_sided_classes(train, test):
         what = f"{one.field} = {one.value!r}"
-        n = f"{len(one.records):,} {'record' if len(one.records) == 1 else 'records'}"
+        n = counted(len(one.records), "record")
         findings.add(
             "class in one split",
             0,

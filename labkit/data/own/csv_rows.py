@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from labkit.checks import nearest
-from labkit.data.own.findings import Findings
+from labkit.data.own.findings import Findings, counted
 from labkit.data.own.lines import MAX_LINE, Line, Row, can_be_read
 from labkit.data.records import shortened
 
@@ -27,7 +27,7 @@ def parse_csv(lines: Iterable[Line], columns: tuple[str, str], findings: Finding
             findings.add(
                 "ragged row",
                 number,
-                f"has {len(values)} values for the {len(header)} columns {shortened(header)}",
+                f"has {counted(len(values), 'value')} for the columns {shortened(header)}",
             )
         elif values is not None:
             yield Row(number, dict(zip(header, values)))
@@ -58,11 +58,18 @@ def csv_values(lines: Iterable[Line], findings: Findings) -> Iterator[tuple[int,
                 yield start, None if is_bad else values
             start, is_bad = latest.number + 1, False
     except csv.Error as error:
-        why = f"cannot be divided into values: {error}, in line {latest.number}"
+        cr = "new-line" in str(error)
+        why = (
+            "ends its rows with CR alone"
+            if cr
+            else f"cannot be divided into values: {error} in line {latest.number}"
+        )
     rest = sum(1 for _ in lines)
     if why or rest:
-        advice = "end lines with LF or CRLF, not with CR alone" if "new-line" in why else ""
-        skipped = f"the {rest:,} lines after line {latest.number} are not read" if rest else ""
+        skipped = (
+            f"what stands after line {latest.number} is not read ({counted(rest, 'line')})" if rest else ""
+        )
+        advice = "end lines with LF or CRLF" if "CR alone" in why else ""
         findings.add(
             "broken quotes", start, "; ".join(filter(None, [why or "is too long", skipped])), advice=advice
         )
@@ -86,16 +93,20 @@ def is_header(header: list[str], number: int, columns: tuple[str, str], findings
     if not missing:
         findings.add("duplicate column", number, f"names the column {twice[0]!r} twice")
         return False
-    for delimiter, plural in DELIMITERS.items():
-        if len(header) == 1 and delimiter in header[0]:
-            findings.add(
-                "wrong delimiter", number, f"has {plural} between its columns: {shortened(header[0])}"
-            )
-            return False
-    hint = nearest(missing[0], header).removesuffix(".")
-    if len(header) == 2:
-        hint += f"; read them with columns={tuple(header)!r}"
-    findings.add(
-        "missing column", number, f"has the columns {shortened(header)}, and not {missing[0]!r}{hint}"
+    found, advice, kind = f"has the columns {shortened(header)}, and not {missing[0]!r}", "", "missing column"
+    plural = next(
+        (plural for sign, plural in DELIMITERS.items() if len(header) == 1 and sign in header[0]), ""
     )
+    if plural:
+        found, kind = f"has {plural} between its columns: {shortened(header[0])}", "wrong delimiter"
+    elif header[0].lstrip().startswith("{"):
+        found, advice = (
+            f"begins with {shortened(header[0])}",
+            "a file with a JSON object per line is named .jsonl",
+        )
+    elif len(header) == 2:
+        advice = f"if these are names and not a record, read_records(…, columns={tuple(header)!r})"
+    else:
+        found += nearest(missing[0], header).removesuffix(".")
+    findings.add(kind, number, found, advice=advice)
     return False

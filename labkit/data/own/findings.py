@@ -147,6 +147,11 @@ class Finding:
         return f"{self.place} {self.found}; allowed: {self.allowed}; to do: {self.advice}"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: "1 line", "2,000 lines"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 class Findings:
     """The findings of one file: all are counted, and the first `MAX_KEPT` of each kind kept."""
 

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
+from labkit.checks import nearest
 from labkit.data.own.findings import Findings
+from labkit.data.own.json_rows import type_of
 from labkit.data.own.lines import Row
 from labkit.data.own.texts import look_at_texts
 from labkit.data.records import shortened
@@ -111,14 +113,18 @@ def own_form(row: Row, form: str, columns: tuple[str, str], findings: Findings) 
 def text_in(name: str, values: Mapping, line: int, findings: Findings) -> str:
     """The text of a field; "" if there is none, which is noted."""
     if name not in values:
-        findings.add("missing field", line, f"has no {name!r}; its fields are {shortened(sorted(values))}")
+        findings.add(
+            "missing field",
+            line,
+            f"has no {name!r}, but {shortened(sorted(values))}{nearest(name, values)}".removesuffix("."),
+        )
     elif not isinstance(values[name], str):
         given = values[name]
         chat = isinstance(given, list) and given and isinstance(given[0], Mapping) and "role" in given[0]
         findings.add(
             "wrong type",
             line,
-            f"has {name!r}: {shortened(given)}, a {type(given).__name__}",
+            f"has {name!r}: {shortened(given)}, which is {type_of(given)}",
             advice="make {'messages': prompt + completion} of a chat" if chat else "",
         )
     else:
@@ -158,10 +164,12 @@ def check_order(roles: list[str], line: int, findings: Findings) -> None:
     """Note an order of roles that no chat has; the same role twice running is possible, and suspicious."""
     turns = roles[1:] if roles[0] == "system" else roles
     said = f"has the roles {shortened(roles)}"
-    if not turns or turns[0] != "user":
+    if "system" in turns:
+        findings.add("wrong order", line, f"{said}, with 'system' after the beginning")
+    elif not turns or turns[0] != "user":
         findings.add("wrong order", line, f"{said}, with no 'user' before the first answer")
-    elif "system" in turns:
-        findings.add("wrong order", line, f"{said}, with 'system' in the middle")
+    elif any(two == "tool" and one not in ("assistant", "tool") for one, two in pairwise(turns)):
+        findings.add("wrong order", line, f"{said}, with a 'tool' that no 'assistant' called")
     elif turns[-1] != "assistant":
         findings.add("wrong order", line, f"{said}, so that no answer is there to learn")
     elif any(one == two and one in ("user", "assistant") for one, two in pairwise(turns)):

@@ -21,6 +21,8 @@ def refuse_constant(name: str) -> None:
     raise NotANumber(name)
 
 
+UNREAD = "; what stands behind it is not read"
+JSON_TYPES = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
@@ -36,8 +38,7 @@ def parse_list(text: str, findings: Findings) -> Iterator[Row]:
     lines = (Line(number, line, "", 0) for number, line in enumerate(text.split("\n"), 1))
     if [line for line in lines if not can_be_read(line, findings)]:
         return
-    place, number = text.index("["), 1
-    separator = "["
+    place, number, separator = text.index("["), 1, "["
     while separator != "]":
         start = after_space(text, place + 1)
         number += text.count("\n", place, start)
@@ -49,22 +50,22 @@ def parse_list(text: str, findings: Findings) -> Iterator[Row]:
         try:
             _, end = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
-            end = len(text)
-        yield from parse_object(text[start:end], number, findings)
-        number += text.count("\n", start, end)
-        place = after_space(text, end)
-        number += text.count("\n", end, place)
-        separator = text[place : place + 1]
-        if separator not in (",", "]"):
-            if end < len(text):
-                findings.add(
-                    "not JSON",
-                    number,
-                    f"has {shortened(text[place : place + 40])} where ',' or ']' should be",
-                )
+            yield from parse_object(text[start:].rstrip(), number, findings, UNREAD)
             return
-    if rest := text[place + 1 :].strip():
-        findings.add("not JSON", number, f"has {shortened(rest[:40])} behind the end of the list")
+        yield from parse_object(text[start:end], number, findings)
+        place = after_space(text, end)
+        number += text.count("\n", start, place)
+        separator = text[place : place + 1]
+        if separator not in ("]", ","):
+            what = shortened(text[place : place + 40]) if separator else "the end of the file"
+            findings.add("not JSON", number, f"has {what} where ',' or ']' should be{UNREAD}")
+            return
+    rest = after_space(text, place + 1)
+    if rest < len(text):
+        number += text.count("\n", place, rest)
+        findings.add(
+            "not JSON", number, f"has {shortened(text[rest : rest + 40])} behind the end of the list{UNREAD}"
+        )
 
 
 def after_space(text: str, place: int) -> int:
@@ -72,49 +73,56 @@ def after_space(text: str, place: int) -> int:
     return re.compile(r"[ \t\n\r]*").match(text, place).end()
 
 
-def parse_object(text: str, number: int, findings: Findings) -> Iterator[Row]:
-    """The object in `text`, if there is one."""
+def parse_object(text: str, number: int, findings: Findings, unread: str = "") -> Iterator[Row]:
+    """The object in `text`, if there is one; if there is not, `unread` says what that means for the rest."""
     try:
         value = DECODER.decode(text)
     except DuplicateKey as error:
-        findings.add("duplicate key", number, f"has an object in which {error}")
+        findings.add("duplicate key", number, f"has the key {shortened(error.key)} twice in an object")
     except NotANumber as error:
         findings.add("not a number", number, f"has the value {error}")
     except RecursionError:
-        findings.add("not JSON", number, "is not JSON that can be read: nested too deeply")
+        findings.add("not JSON", number, f"holds lists or objects nested too deeply{unread}")
     except json.JSONDecodeError as error:
-        explain(text, error, number, findings)
-    except ValueError as error:  # a number of more digits than Python takes
-        findings.add("not JSON", number, f"is not JSON that can be read: {error}")
+        explain(text, error, number, findings, unread)
+    except (
+        ValueError
+    ):  # Python refuses to read an integer of more than 4300 digits, which takes quadratic time
+        findings.add("not JSON", number, f"holds a number of thousands of digits{unread}")
     else:
         if isinstance(value, dict):
             yield Row(number, value)
         else:
-            findings.add("not an object", number, f"is a JSON {type(value).__name__}, not an object {{…}}")
+            findings.add("not an object", number, f"is {type_of(value)}, not an object {{…}}")
 
 
-def explain(text: str, error: json.JSONDecodeError, number: int, findings: Findings) -> None:
-    """Note why `text` is no JSON, as what people do who write it by hand."""
+def type_of(value: object) -> str:
+    """What JSON calls the type of a value."""
+    return JSON_TYPES.get(type(value), "a number")
+
+
+def explain(text: str, error: json.JSONDecodeError, number: int, findings: Findings, unread: str) -> None:
+    """Note why `text` is not JSON, in terms of what was probably done to it."""
     before, after = text[: error.pos].rstrip(), text[error.pos :].strip()
-    said = f"is not JSON: {error.msg} in column {error.pos + 1}, at {shortened(text[error.pos : error.pos + 40])}"
-    if after == "," or (before.endswith(",") and after[:1] in ("}", "]")) or after[:1] == ",":
-        findings.add("trailing comma", number, f"has a comma too many in column {error.pos + 1}")
+    around = shortened(text[error.pos : error.pos + 40])
+    found, advice, kind = f"is not JSON: {error.msg} in column {error.pos + 1}, at {around}", "", "not JSON"
+    if after == "," or after[:1] == "," or (before.endswith(",") and after[:1] in ("}", "]")):
+        found, kind = f"has a comma too many in column {error.pos + 1}", "trailing comma"
     elif text.startswith("\ufeff"):
-        findings.add("not JSON", number, "begins with a BOM", advice="remove it; two files were joined here")
+        found, advice = "begins with a BOM", "remove it; two files were joined here"
     elif "\r" in text:
-        findings.add(
-            "not JSON", number, f"{said}; it holds CR without LF", advice="end lines with LF or CRLF"
+        found, advice = "ends its records with CR alone", "end lines with LF or CRLF"
+    elif not after or error.msg.startswith("Unterminated"):
+        found = f"ends in the middle of an object: {error.msg} in column {error.pos + 1}"
+        advice = (
+            "write every object on one line; if this is the last, see whether the file was written to its end"
         )
+    elif error.msg.startswith("Invalid control character"):
+        advice = "inside a text, write a tab as \\t and a line break as \\n"
     elif after[:1] == "{" and before.endswith("}"):
-        findings.add("not JSON", number, "holds two objects", advice="begin a line for each")
-    elif text.lstrip().startswith(("{'", "['")):
-        findings.add("not JSON", number, f"{said}; it is written as Python does, with 'single quotes'")
-    elif not after:
-        findings.add(
-            "not JSON",
-            number,
-            f"{said}: it ends in the middle of an object",
-            advice="write every object on one line; of the last line, see whether the file was written to its end",
-        )
-    else:
-        findings.add("not JSON", number, said)
+        found, advice = "holds two objects", "begin a line for each"
+    elif text.lstrip().startswith("{'"):
+        found += ", as Python writes a dict"
+    elif not text.lstrip().startswith("{"):
+        advice = "begin every line with {; a file with commas between columns is named .csv"
+    findings.add(kind, number, found + unread, advice=advice)

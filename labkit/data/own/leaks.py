@@ -154,7 +154,7 @@ def note_duplicates(records: Sequence[Mapping], lines: Sequence[int], findings: 
         asked, answer = asked_and_answered(record)
         pair = (folded(asked), answer.strip())
         if pair in seen:
-            findings.add("duplicate", line, f"is the same record as line {seen[pair]}")
+            findings.add("duplicate", line, f"asks and answers the same as line {seen[pair]}")
         elif pair[0] in asked_before and pair[0] not in usual:
             findings.add(
                 "two answers", line, f"asks the same as line {asked_before[pair[0]]}, with another answer"

@@ -33,7 +33,12 @@ NOT_TEXT = {  # how a file begins -> what it is, and what to do
     b"SQLite format 3": ("an SQLite database", "export the table as CSV"),
     b"%PDF": ("a PDF", "extract its text first"),
 }
-UTF_16 = {b"\xff\xfe": "UTF-16LE", b"\xfe\xff": "UTF-16BE"}
+OTHER_BOMS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 class Line(NamedTuple):
@@ -123,12 +128,15 @@ def look_at_start(path: str | Path) -> Start:
         start = file.read(4096)
     has_bom = start.startswith(BOM)
     is_list = start.removeprefix(BOM).lstrip().startswith(b"[")
+    is_binary = re.search(rb"[\x00-\x08\x0e-\x1f]", start)  # a column may be called PAR1 too
     for magic, (what, advice) in NOT_TEXT.items():
-        if start.startswith(magic):
+        if is_binary and start.startswith(magic):
             return Start(has_bom, is_list, "not text", f"is {what}", advice)
-    encoding = UTF_16.get(start[:2]) or utf_16_without_bom(start)
+    encoding = next(
+        (name for bom, name in OTHER_BOMS.items() if start.startswith(bom)), utf_16_without_bom(start)
+    )
     if encoding:
-        advice = f"iconv -f {encoding} -t UTF-8 OLD > NEW"
+        advice = f"save it as UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW"
         return Start(has_bom, is_list, "not UTF-8", f"is text in {encoding}", advice)
     return Start(has_bom, is_list)
 
@@ -156,7 +164,8 @@ def can_be_read(line: Line, findings: Findings) -> bool:
             line.number,
             f"has the byte 0x{byte:02x} in column {bad.start() + 1}, which is no UTF-8, after "
             f"{line.text[max(0, bad.start() - 20) : bad.start()]!r}",
-            advice=f"if it is {legacy_letter(byte)}: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+            advice=f"if {legacy_letter(byte)!r} is meant, the file is in Windows-1252 or Latin-1; save it as UTF-8: "
+            "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
         )
         return False
     if "\0" in line.text:
@@ -167,5 +176,4 @@ def can_be_read(line: Line, findings: Findings) -> bool:
 
 def legacy_letter(byte: int) -> str:
     """What a byte means in Windows-1252, of which Latin-1 is a part."""
-    letter = bytes([byte]).decode("cp1252", "replace")
-    return f"{letter!r} in Windows-1252 or Latin-1"
+    return bytes([byte]).decode("cp1252", "replace")

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from labkit.data.own.findings import KINDS, Finding, Findings
+from labkit.checks import check_choice
+from labkit.data.own.findings import KINDS, Finding, Findings, counted
 
 SHOWN = 3  # findings of a kind in the printed report
 BAR = 40  # characters of the longest bar of the histogram
@@ -95,10 +96,13 @@ class DataReport:
         Raises:
             FaultyData: a `ValueError`, with the faults as its message and this report as `report`.
         """
+        for kind in also:
+            check_choice("also", kind, KINDS)
         for report in (self, *([self.test] if self.test else [])):
             bad = [kind for kind in report.counts if KINDS[kind].is_fault or kind in also]
             if bad:
-                raise FaultyData(report.listed(bad), self)
+                sound = f"read_records(…, faulty='leave out') returns the {counted(report.n_records, 'sound record')}"
+                raise FaultyData(f"{report.listed(bad)}\n{sound}", self)
 
     def listed(self, kinds: list[str]) -> str:
         """The findings of these kinds in words, the first few of each."""
@@ -111,7 +115,7 @@ class DataReport:
             texts += [f"  … and {count - SHOWN:,} more"] if count > SHOWN else []
             texts.append(f"  allowed: {found[0].allowed}; to do: {found[0].advice}")
         total = sum(self.counts[kind] for kind in kinds)
-        return "\n".join([f"{self.path} has {total:,} {'fault' if total == 1 else 'faults'}", *texts])
+        return "\n".join([f"{self.path} has {counted(total, 'fault')}", *texts])
 
     def quantile(self, share: float) -> int:
         """The length in tokens that `share` of the records do not exceed; without a tokenizer an error."""
@@ -139,7 +143,7 @@ class DataReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.path}: {self.n_records:,} records ({self.form or 'no form'}), {self.n_lines:,} lines"
+            f"{self.path}: {counted(self.n_records, 'record')} of the form {self.form or '(none)'} in {counted(self.n_lines, 'line')}"
         ]
         lines += ["it begins with a BOM, which is not read"] if self.has_bom else []
         if self.other_fields:
