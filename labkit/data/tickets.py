@@ -5,6 +5,12 @@ import json
 from labkit.data.splits import rows
 
 TICKET_FIELDS = ("customer", "product", "category", "order", "urgency", "contact")
+TICKET_CLASSES = {
+    "category": ("delivery", "fault", "billing", "return", "question"),
+    "urgency": ("high", "normal", "low"),
+    "contact": ("first", "again"),
+}
+TICKET_TOKENS = 64  # of an answer, at most; the longest right one to a test ticket has fewer
 TICKET_INSTRUCTION = "Ticket to JSON."
 
 

@@ -9,6 +9,7 @@ from labkit.training.config import TrainConfig
 
 # what `labkit.sweeps.tasks` has; named here, because a task is measured by runs
 TASK_NAMES = ("austen", "spectra", "sql", "sql_more", "tickets", "facts", "docstrings")
+DTYPES = ("float32", "bfloat16")
 METHODS = ("full", "lora", "qlora", "subspace", "ia3", *SIZED_METHODS, "none")
 MAX_LENGTH = 192  # tokens of an example; longer ones are left out
 
@@ -26,10 +27,13 @@ class RunConfig:
         r, alpha, targets, variant, init, dropout: see `labkit.LoRAConfig`.
         embeddings: train the embedding matrix, which these models share with the output layer; by default
             only with "full".
+        products: dtype of the products with 4-bit weights, "float32" or "bfloat16"; by default what the processor
+            is best at (`labkit.hardware.product_dtype`). Only with "qlora".
+        adapter_dtype: of A and B, "float32" or "bfloat16"; the optimizer's state has the same.
         d: dimension of the random subspace.
         size: tokens of a soft prompt or prefix, width of bottleneck adapters.
         examples: train on the first so many records; by default on all.
-        lr, steps, batch_size, schedule, warmup, clip, lora_plus: see `labkit.TrainConfig`; in a subspace `lr`
+        lr, steps, batch_size, batching, schedule, warmup, clip, lora_plus: see `labkit.TrainConfig`; in a subspace `lr`
             is the step of a weight, and z gets `labkit.analysis.subspace.matching_lr`.
         seed: of the start of the adapter, the order of the data, the random subspace, and `facts`.
 
@@ -58,6 +62,9 @@ class RunConfig:
     seed: int = 0
     lora_plus: float = 1.0
     size: int | None = None
+    products: str | None = None
+    adapter_dtype: str = "float32"
+    batching: str = "similar"
 
     def __post_init__(self):
         use_python_numbers(self)
@@ -78,6 +85,18 @@ class RunConfig:
             raise ValueError(
                 f"method={self.method!r} with size={self.size}: "
                 f"size goes with {', '.join(SIZED_METHODS)}, and only with them"
+            )
+        check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
+        if self.products is not None:
+            check_choice("products", self.products, DTYPES)
+            if self.method != "qlora":
+                raise ValueError(
+                    f"products={self.products!r} is the dtype of a 4-bit layer's products; method={self.method!r} "
+                    "has no such layer"
+                )
+        if self.adapter_dtype != "float32" and self.method not in ("lora", "qlora"):
+            raise ValueError(
+                f"adapter_dtype={self.adapter_dtype!r} is for A and B; method={self.method!r} has none"
             )
         if self.task == "facts" and self.examples is None:
             raise ValueError("task='facts' draws as many facts as you ask for: give examples, such as 256")
@@ -117,7 +136,7 @@ class RunConfig:
 
     def train_config(self) -> TrainConfig:
         """How the run trains."""
-        same = ("lr", "steps", "batch_size", "schedule", "warmup", "clip", "seed", "lora_plus")
+        same = ("lr", "steps", "batch_size", "schedule", "warmup", "clip", "seed", "lora_plus", "batching")
         settings = {name: getattr(self, name) for name in same}
         return TrainConfig(**settings, max_length=MAX_LENGTH, progress=False)
 

@@ -10,7 +10,7 @@ from labkit.alternatives.ia3 import add_ia3
 from labkit.alternatives.sized import SIZED_METHODS
 from labkit.analysis.subspace import add_subspace, matching_lr
 from labkit.hardware import best_device, product_dtype
-from labkit.lora.inject import add_lora
+from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.qlora import add_qlora
 from labkit.sweeps.config import RunConfig
 from labkit.training.history import History
@@ -28,7 +28,8 @@ def prepare(config: RunConfig) -> tuple[nn.Module, object]:
     model, tokenizer = models.load(config.model, torch.float32, device)
     torch.manual_seed(config.seed)
     if config.method == "qlora":
-        add_qlora(model, config.lora_config(), compute_dtype=product_dtype(device))
+        products = getattr(torch, config.products) if config.products else product_dtype(device)
+        add_qlora(model, config.lora_config(), compute_dtype=products)
     elif config.method == "lora":
         add_lora(model, config.lora_config())
     elif config.method == "subspace":
@@ -39,6 +40,10 @@ def prepare(config: RunConfig) -> tuple[nn.Module, object]:
         SIZED_METHODS[config.method].add_to(model, config.size)
     else:
         model.requires_grad_(config.method == "full")
+    if config.adapter_dtype != "float32":
+        for layer in lora_layers(model).values():
+            for matrix in (layer.lora_A, layer.lora_B):
+                matrix.data = matrix.data.to(getattr(torch, config.adapter_dtype))
     if config.embeddings is not None:
         model.get_input_embeddings().weight.requires_grad_(config.embeddings)
     return model, tokenizer

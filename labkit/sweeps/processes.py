@@ -223,7 +223,10 @@ def record_run(config: RunConfig) -> dict:
     started = time.perf_counter()
     outcome: dict[str, object] = {"status": "done"}
     try:
-        outcome["metrics"] = runs.run(config).metrics
+        result = runs.run(config)
+        outcome["metrics"] = result.metrics
+        if result.wrong is not None:
+            outcome["wrong"] = result.wrong
     except TrainingDiverged as error:
         outcome = {"status": "diverged", "step": len(error.history.steps) + 1, "error": str(error)}
     except (ModelUnavailable, OSError) as error:  # no network, no space: another day it may run

@@ -125,6 +125,9 @@ def check_complete(record: dict) -> None:
         isinstance(value, (int, float)) for value in metrics.values()
     ):
         raise ValueError("metrics that are not numbers")
+    wrong = record.get("wrong", [])
+    if not isinstance(wrong, list) or not all(isinstance(index, int) for index in wrong):
+        raise ValueError("wrong, which must be a list of indices")
 
 
 def load_recorded(name: str) -> Results:

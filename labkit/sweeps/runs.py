@@ -25,11 +25,20 @@ SETTINGS = (".json", ".jinja", ".model", ".txt")  # files of a model that are no
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came out of a run: the trained model, its history (None for method "none"), and the numbers."""
+    """What came out of a run.
+
+    Attributes:
+        model: trained.
+        history: None for method "none".
+        metrics: the numbers.
+        wrong: the indices of test items that were not right, where a task keeps them; two runs are compared item by
+            item with them.
+    """
 
     model: nn.Module
     history: History | None
     metrics: dict[str, float]
+    wrong: list[int] | None = None
 
 
 def run(config: RunConfig) -> RunResult:
@@ -53,7 +62,9 @@ def run(config: RunConfig) -> RunResult:
             "tokens": sum(row["tokens"] for row in history.steps),
             "train_seconds": round(history.seconds, 2),
         }
-    return RunResult(model, history, metrics | task.measure(model, tokenizer, config))
+    measured = task.measure(model, tokenizer, config)
+    wrong = measured.pop("wrong", None)
+    return RunResult(model, history, metrics | measured, wrong)
 
 
 def data_hash(config: RunConfig) -> str:

@@ -14,6 +14,7 @@ A new one needs its name in `labkit.sweeps.config.TASK_NAMES` too.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,12 +23,15 @@ from labkit import models
 from labkit.analysis.summary import effect_numbers, spectral_numbers
 from labkit.analysis.updates import find_updates
 from labkit.data import sql
+from labkit.data.batches import collate
 from labkit.data.docstrings import load_docstrings
+from labkit.data.encoding import encode
 from labkit.data.facts import make_facts
 from labkit.data.passages import load_austen, load_held_out
-from labkit.data.tickets import load_tickets, ticket_chat
+from labkit.data.tickets import TICKET_FIELDS, TICKET_TOKENS, load_tickets, ticket_chat
 from labkit.hardware import best_device
 from labkit.lora.count import trainable
+from labkit.memory.measurement import measure
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.fitting import fit
 from labkit.training.evaluate import chat_prompts, generate, held_out_loss, text_loss
@@ -45,12 +49,13 @@ class SweepTask:
 
     Attributes:
         records: to train on.
-        measure: the numbers of a trained model, with its tokenizer: {metric: number}.
+        measure: the numbers of a trained model, with its tokenizer: {metric: number}, and {"wrong": indices of test
+            items} where items can be compared.
         data: everything that decides these numbers, to be hashed.
     """
 
     records: Callable[[RunConfig], list[dict]]
-    measure: Callable[[nn.Module, object, RunConfig], dict[str, float]]
+    measure: Callable[[nn.Module, object, RunConfig], dict[str, Any]]
     data: Callable[[RunConfig], object]
 
 
@@ -90,14 +95,33 @@ def measure_sql(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, flo
     return {"validation_loss": loss, "execution": score.execution_accuracy, "exact_match": score.exact_match}
 
 
-def measure_tickets(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
+def ticket_records(config: RunConfig) -> list[dict]:
+    return [ticket_chat(t) for t in load_tickets("train")]
+
+
+def measure_tickets(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, Any]:
+    """Held-out loss; of the test tickets, shares right in all fields and in each; the peak of a training step.
+
+    The peak is the allocator's, with the longest tickets in the batch.
+    """
     loss, _ = held_out_loss(model, tokenizer, [ticket_chat(t) for t in load_tickets("validation")], 16)
-    gold = load_tickets("test")
-    answers = generate(
-        model, tokenizer, chat_prompts([ticket_chat(t) for t in gold], tokenizer), progress=False
-    )
-    score = score_json(answers, [ticket["label"] for ticket in gold])
-    return {"validation_loss": loss, "exact_match": score.exact_match}
+    tickets = load_tickets("test")
+    gold, chats = [t["label"] for t in tickets], [ticket_chat(t) for t in tickets]
+    prompts = chat_prompts(chats, tokenizer)
+    answers = generate(model, tokenizer, prompts, TICKET_TOKENS, 110, progress=False)
+    score = score_json(answers, gold)
+    metrics: dict[str, Any] = {
+        "validation_loss": loss,
+        "test_loss": held_out_loss(model, tokenizer, chats, 16)[0],
+    }
+    metrics |= {field: score.per_field[field] for field in TICKET_FIELDS}
+    if config.method != "none":
+        longest = sorted(ticket_records(config), key=lambda r: len(encode(r, tokenizer)))[
+            -config.batch_size :
+        ]
+        batch = collate([encode(r, tokenizer) for r in longest], tokenizer.pad_token_id)
+        metrics["peak_bytes"] = measure(model, batch.to(best_device()), clip=config.clip).peak
+    return metrics | {"exact_match": score.exact_match, "wrong": score.wrong}
 
 
 def measure_facts(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, float]:
@@ -138,7 +162,7 @@ TASKS = {
         lambda config: [sql_records(config, s) for s in ("train", "more", "validation", "test")],
     ),
     "tickets": SweepTask(
-        lambda config: [ticket_chat(t) for t in load_tickets("train")],
+        ticket_records,
         measure_tickets,
         lambda config: [load_tickets(s) for s in ("train", "validation", "test")],
     ),

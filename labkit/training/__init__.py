@@ -5,6 +5,7 @@ Read `loop` and `run` first, then `loss`; `chunked_loss` is the fast path of the
 """
 
 from labkit.training.config import TrainConfig, learning_rate
+from labkit.training.control import TrainControl
 from labkit.training.evaluate import generate, held_out_loss, text_loss
 from labkit.training.history import History, TrainingDiverged, TrainingWarning
 from labkit.training.loop import train
@@ -15,6 +16,7 @@ from labkit.training.optimizer import make_optimizer, parameter_groups
 __all__ = [
     "History",
     "TrainConfig",
+    "TrainControl",
     "TrainingDiverged",
     "TrainingWarning",
     "bits_learned",

@@ -49,7 +49,7 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor | None:
     hook = output.register_forward_pre_hook(catch)
     try:
         with recompute_activations(model):
-            scores = model(input_ids=batch.ids, use_cache=False).logits[0]  # (0 or 1, vocab)
+            scores = model(**batch.inputs(), use_cache=False).logits[0]  # (0 or 1, vocab)
     finally:
         hook.remove()
     if known is None and len(scores):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labkit.checks import check_choice, check_number, check_positive, check_whole, use_python_numbers
+from labkit.data.batches import BATCHINGS
 from labkit.training.loss import LOGITS
 from labkit.training.optimizer import OPTIMIZERS
 
@@ -24,6 +25,8 @@ class TrainConfig:
         epochs: passes over the data, where `steps` is not given.
         batch_size: examples in a forward pass.
         accumulation: forward passes in a step.
+        batching: how examples share a batch: "similar" in length and padded, "shuffled" and padded, "packed"
+            into one row, or "packed, unmasked" (see `labkit.data.batches`).
         schedule: "linear" or "cosine" to zero, or "constant", after the warm-up.
         warmup: share of the steps in which the rate rises from zero to `lr`.
         clip: largest norm of the gradient of all parameters together; None for no clipping.
@@ -52,6 +55,7 @@ class TrainConfig:
     epochs: float = 1.0
     batch_size: int = 8
     accumulation: int = 1
+    batching: str = "similar"
     schedule: str = "linear"
     warmup: float = 0.05
     clip: float | None = 1.0
@@ -94,6 +98,7 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), at_least=0, below=limit)
         for name, allowed in (
+            ("batching", BATCHINGS),
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
             ("logits", LOGITS),

@@ -81,6 +81,16 @@ class TrainControl:
             self._stopping = True
             self._let_go()
 
+    @property
+    def is_pausing(self) -> bool:
+        """Has `pause` been called, and not `resume` since? The run may still be in a step."""
+        return self._pausing
+
+    @property
+    def is_stopping(self) -> bool:
+        """Has `stop` been called? The run may still be in a step."""
+        return self._stopping
+
     @contextmanager
     def between_steps(self) -> Iterator[None]:
         """Within the block the run stands between two steps, so that its model may be used.

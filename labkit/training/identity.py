@@ -36,6 +36,7 @@ SINCE_0_2 = (
     "config",
     "modules",
 )  # older checkpoints do not have them
+BEFORE = {"batching": "similar"}  # what older checkpoints do not say
 HASHES = ("data", "held_out", "base values")  # of no use to a reader
 SHOWN = 4  # differences in a message
 # what a forward pass or the place of a file leaves on a module
@@ -191,7 +192,7 @@ def differences(recorded: dict, here: dict) -> list[str]:
     for part, now in here.items():
         if part not in recorded and part in SINCE_0_2:
             continue
-        was = recorded.get(part)
+        was = recorded.get(part, BEFORE.get(part))
         if isinstance(now, dict) and isinstance(was, dict):
             found += differences_within(part, was, now)
         elif was != now:

@@ -11,9 +11,10 @@ from torch import nn
 from labkit.data.encoding import Encoded, encode_all
 from labkit.data.records import records_of
 from labkit.training.config import TrainConfig
+from labkit.training.control import TrainControl
 from labkit.training.history import History, say
 from labkit.training.limits import check_fits, padding_id
-from labkit.training.readiness import check_arguments, shown
+from labkit.training.readiness import check_arguments, check_packs, shown
 from labkit.training.run import TrainingRun
 
 
@@ -23,6 +24,7 @@ def train(
     data: Sequence[dict],
     config: TrainConfig | None = None,
     held_out: Sequence[dict] | None = None,
+    control: TrainControl | None = None,
 ) -> History:
     """Train the parameters of `model` that require a gradient, in place.
 
@@ -36,6 +38,7 @@ def train(
         data: records; see `labkit.data.encoding`. Longer ones than `max_length` are left out, with a warning.
         config: see `TrainConfig`.
         held_out: records for the held-out loss; needed for `eval_every`.
+        control: to pause, stop or steer the run from another thread, or be called after each step.
 
     Returns:
         A `History`.
@@ -49,9 +52,11 @@ def train(
             written to.
     """
     config = config or TrainConfig()
-    check_arguments(model, tokenizer, config)
+    check_arguments(model, tokenizer, config, control)
     history = History()
     examples, history.left_out = encoded(model, tokenizer, data, "data", config)
+    if config.batching == "packed":
+        check_packs(model, examples)
     measured: list[Encoded] = []
     if held_out is not None and (others := records_of(held_out, "held_out")):
         measured, history.held_out_left_out = encoded(model, tokenizer, others, "held_out", config)
@@ -59,7 +64,9 @@ def train(
         raise ValueError("eval_every needs held_out records to measure the loss on")
     if measured and not config.eval_every:
         say("held_out was given, and eval_every was not: the held-out loss is never measured")
-    return TrainingRun(model, examples, measured, padding_id(tokenizer, model), config, history).train()
+    return TrainingRun(
+        model, examples, measured, padding_id(tokenizer, model), config, history, control
+    ).train()
 
 
 def encoded(

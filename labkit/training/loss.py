@@ -40,10 +40,10 @@ def supervised_loss(model: nn.Module, batch: Batch, logits: str = "supervised") 
     keep = targets != IGNORE
     with recompute_activations(model):
         if logits == "all":
-            scores = model(input_ids=batch.ids, use_cache=False).logits[:, :-1][keep]
+            scores = model(**batch.inputs(), use_cache=False).logits[:, :-1][keep]
         else:
             with output_layer_sees(model, keep):
-                scores = model(input_ids=batch.ids, use_cache=False).logits[0]
+                scores = model(**batch.inputs(), use_cache=False).logits[0]
     return F.cross_entropy(scores.float(), targets[keep], reduction="sum")  # scores: (n_supervised, vocab)
 
 

@@ -16,17 +16,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from labkit.data.batches import pack
 from labkit.data.encoding import Encoded
 from labkit.lora.mounting import adapters_of, mounted_adapter
 from labkit.models.walk import is_a, own_name, unwrap
 from labkit.training.config import TrainConfig
+from labkit.training.control import TrainControl
+from labkit.training.recompute import checkpoint_blocks, keep_blocks
 
 PROBE = 8  # tokens that the question needs
 SHOWN = 4  # names in a message
 
 
-def check_arguments(model: object, tokenizer: object, config: object) -> None:
-    """Raise a `ValueError` unless they are a model, a tokenizer and a `TrainConfig`."""
+def check_arguments(model: object, tokenizer: object, config: object, control: object) -> None:
+    """Raise a `ValueError` unless they are a model, a tokenizer, a `TrainConfig`, and a `TrainControl` or None."""
     if not isinstance(model, nn.Module):
         also = "; models.load returns two things: model, tokenizer = models.load(…)"
         raise ValueError(
@@ -38,6 +41,8 @@ def check_arguments(model: object, tokenizer: object, config: object) -> None:
     if not isinstance(config, TrainConfig):
         also = ": TrainConfig(**config)" if isinstance(config, dict) else ""
         raise ValueError(f"config is a {type(config).__name__}, and must be a TrainConfig{also}")
+    if control is not None and not isinstance(control, TrainControl):
+        raise ValueError(f"control is a {type(control).__name__}, and must be a TrainControl, or None")
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -164,6 +169,27 @@ def looks_ahead(model: nn.Module, ids: Tensor) -> bool:
     return bool(size[-1] > 1e-6 * size.max())
 
 
+@torch.no_grad()
+def check_packs(model: nn.Module, examples: list[Encoded]) -> None:
+    """Raise a `ValueError` unless an example in a packed row reads nothing of the one before it.
+
+    transformers masks by the positions; a model with an attention of its own may not. So it is asked: a text must
+    get the same logits behind another as by itself.
+    """
+    device = next(model.parameters()).device
+    ids = [(one.prompt + one.completion)[:PROBE] for one in (examples[0], max(examples, key=len))]
+    row = pack([Encoded(one, []) for one in ids]).to(device)
+    with own_modes(model):
+        model.eval()
+        behind = model(**row.inputs(), use_cache=False).logits[0, len(ids[0]) :].float()
+        alone = model(input_ids=torch.tensor([ids[1]], device=device), use_cache=False).logits[0].float()
+    if (behind - alone).abs().max() > 0.02 * alone.abs().max():
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} reads from one example of a packed row into the next, so it cannot be "
+            "trained with batching='packed'; use 'similar'"
+        )
+
+
 @contextmanager
 def own_modes(model: nn.Module) -> Iterator[None]:
     """After the block each module is in the mode, training or not, that it was in before."""
@@ -173,6 +199,27 @@ def own_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+
+@contextmanager
+def training_mode(model: nn.Module, checkpointing: bool) -> Iterator[None]:
+    """Within the block, `model` is in training mode, with gradient checkpointing if `checkpointing`.
+
+    Afterwards every module is in the mode that it was in before.
+    """
+    switched = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [(module, module.gradient_checkpointing) for module in switched]
+    with own_modes(model):
+        model.train()
+        if checkpointing:
+            checkpoint_blocks(model)
+        try:
+            yield
+        finally:
+            if checkpointing:
+                keep_blocks(model)
+                for module, was in before:
+                    module.gradient_checkpointing = was
 
 
 def not_in_graph(names: list[str]) -> ValueError:

@@ -1,4 +1,4 @@
-"""The steps of a run, and what comes between them: evaluations, checkpoints, an interrupt, an early stop.
+"""The steps of a run, and what comes between them: evaluations, checkpoints, an interrupt, a stop, a pause.
 
 A step: forward, mean loss over the supervised tokens, backward, clip, AdamW. Three things are easy to get
 wrong.
@@ -14,8 +14,7 @@ Sources: AdamW (Loshchilov & Hutter 2017); gradient checkpointing (Chen et al. 2
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -23,20 +22,20 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from labkit.data.batches import collate, endless_batches
+from labkit.data.batches import endless_batches, make_batch_of
 from labkit.data.encoding import Encoded
 from labkit.files.writing import CannotWrite
 from labkit.optim.paging import detach_paging
 from labkit.training import checkpoint
 from labkit.training.config import TrainConfig, learning_rate
+from labkit.training.control import TrainControl
 from labkit.training.evaluate import loss_of_examples
 from labkit.training.history import BestWeights, EvaluationRecord, History, StepRecord, TrainingDiverged, say
 from labkit.training.identity import identity_of
 from labkit.training.interrupts import held_back
 from labkit.training.loss import supervised_loss
 from labkit.training.optimizer import make_optimizer, parameter_groups
-from labkit.training.readiness import check_causal, not_in_graph, own_modes, shown, trained_parameters
-from labkit.training.recompute import checkpoint_blocks, keep_blocks
+from labkit.training.readiness import check_causal, not_in_graph, shown, trained_parameters, training_mode
 
 
 class TrainingRun:
@@ -50,12 +49,14 @@ class TrainingRun:
         pad_id: int,
         config: TrainConfig,
         history: History | None = None,
+        control: TrainControl | None = None,
     ):
         self.parameters = trained_parameters(model)
         self.device = next(iter(self.parameters.values())).device
         check_causal(model, examples, self.device)
         self.model, self.examples, self.held_out = model, examples, held_out
         self.pad_id, self.config, self.history = pad_id, config, history or History()
+        self.control = control or TrainControl()
         self.total = config.total_steps(len(examples))
         self.optimizer = make_optimizer(
             config.optimizer,
@@ -77,18 +78,19 @@ class TrainingRun:
     def train(self) -> History:
         """Take the steps that are left; afterwards modules are in their modes and the optimizer is as before."""
         config = self.config
-        try:
-            with self.folder_in_use(), training_mode(self.model, config.checkpointing):
-                torch.manual_seed(config.seed)
+        with self.control.steers(self.history):
+            try:
+                with self.folder_in_use(), training_mode(self.model, config.checkpointing):
+                    torch.manual_seed(config.seed)
+                    with held_back():
+                        self.resume()
+                    self.take_steps()
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                detach_paging(self.optimizer, keep_state=False)
+            if config.patience and self.best:
                 with held_back():
-                    self.resume()
-                self.take_steps()
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            detach_paging(self.optimizer, keep_state=False)
-        if config.patience and self.best:
-            with held_back():
-                self.restore_best()
+                    self.restore_best()
         return self.history
 
     def folder_in_use(self) -> AbstractContextManager:
@@ -99,7 +101,7 @@ class TrainingRun:
         """Take the steps that are left, unless something stops the run, and do what is due after each."""
         config, history = self.config, self.history
         lengths = [len(example) for example in self.examples]
-        batches = endless_batches(lengths, config.batch_size, config.seed)
+        batches = endless_batches(lengths, config.batch_size, config.seed, config.batching)
         batches = islice(batches, self.done * config.accumulation, None)
         bar = tqdm(
             total=self.total, initial=self.done, desc="train", unit="step", disable=not config.progress
@@ -109,9 +111,13 @@ class TrainingRun:
             with bar:
                 self.after_step()  # a run that was stopped in the evaluation after its last step makes it up
                 for step in range(self.done, self.total):
+                    if history.stopped == "finished" and not self.control.go_on():
+                        history.stopped = "interrupted"
+                        self.keep()
                     if history.stopped != "finished":
                         break
                     record = self.step(step, list(islice(batches, config.accumulation)))
+                    self.control.report()
                     self.after_step()
                     speed = f"{history.tokens_per_second:.0f}"
                     bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=speed, refresh=False)
@@ -131,13 +137,13 @@ class TrainingRun:
                 before.
             ValueError: in the first step of a call: no parameter got a gradient, or all are zero.
         """
-        started = time.perf_counter()
+        started, batching = time.perf_counter(), self.config.batching
         batches = [
-            collate([self.examples[i] for i in indices], self.pad_id).to(self.device)
+            make_batch_of([self.examples[i] for i in indices], self.pad_id, batching).to(self.device)
             for indices in micro_batches
         ]
         supervised = sum(batch.n_supervised for batch in batches)
-        lr = learning_rate(step, self.total, self.config)
+        lr = learning_rate(step, self.total, self.config) * self.control.lr_multiplier
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         self.optimizer.zero_grad(set_to_none=True)
@@ -258,6 +264,7 @@ class TrainingRun:
             losses = [record["loss"] for record in self.history.evals]
             if len(losses) - 1 - losses.index(min(losses)) >= self.config.patience:
                 self.history.stopped = "early"
+        self.control.report()
 
     def restore_best(self) -> None:
         """Put the weights of the lowest held-out loss back into the model."""
@@ -277,24 +284,3 @@ class TrainingRun:
         self.history.stopped = "early" if history.stopped == "early" else "finished"
         self.without_gradient = set(history.without_gradient)
         self.history.without_gradient = history.without_gradient
-
-
-@contextmanager
-def training_mode(model: nn.Module, checkpointing: bool) -> Iterator[None]:
-    """Within the block, `model` is in training mode, with gradient checkpointing if `checkpointing`.
-
-    Afterwards every module is in the mode that it was in before.
-    """
-    switched = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    before = [(module, module.gradient_checkpointing) for module in switched]
-    with own_modes(model):
-        model.train()
-        if checkpointing:
-            checkpoint_blocks(model)
-        try:
-            yield
-        finally:
-            if checkpointing:
-                keep_blocks(model)
-                for module, was in before:
-                    module.gradient_checkpointing = was
