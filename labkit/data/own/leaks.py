@@ -89,7 +89,7 @@ def hold_out(
     if not is_number(share) or not 0 < share < 1:
         raise ValueError(said("share", share, "a number above 0 and below 1", "0.2 holds out a fifth"))
     own = [dict(record) for record in records_of(records, "records")]
-    wanted = max(1, round(share * len(own)))
+    wanted = max(1, min(round(share * len(own)), len(own) - 1))
     groups = groups_of_copies(own, threshold)
     random.Random(seed).shuffle(groups)
     held: set[int] = set()
