@@ -25,6 +25,7 @@ from labkit.lab.check.lora import (
     lora_gradients,
     merged_weight,
 )
+from labkit.lab.check.own_data import near_copy, share_interval
 from labkit.lab.check.paging import belady_victim, lru_faults, read_moment, state_bytes
 from labkit.lab.check.quantization import (
     nearest_code,
@@ -86,6 +87,7 @@ __all__ = [
     "lora_plus_rates",
     "lru_faults",
     "merged_weight",
+    "near_copy",
     "nearest_code",
     "normal_float",
     "outlier_victims",
@@ -100,6 +102,7 @@ __all__ = [
     "read_moment",
     "rslora_scaling",
     "scale_blocks",
+    "share_interval",
     "similarity",
     "state_bytes",
     "static_bytes",
