@@ -1,20 +1,9 @@
 """A real JupyterLab in a real browser: a control moves, and its figure is redrawn."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from urllib.request import urlopen
-
-import nbformat
 import pytest
-from nbformat import v4
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update"]
+from tests.browser.jupyter import CHROMIUM, NO_BROWSER, run_all_cells
+
 CELLS = [
     "from labkit import lab\nquestion = lab.predict('Which is larger?', ['one', 'two'])",
     "lab.explore.weight_memory()",
@@ -34,69 +23,7 @@ EXPLORERS = {  # and how many controls each has
     "lab.explore.cost_explorer(['llama-2-7b', 'tiny-llama'])": 3,
 }
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="no chromium here: the explorers were NOT tried in a browser (apt install chromium)",
-)
-
-
-def write_notebook(path, sources):
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cells = [v4.new_code_cell(source) for source in sources]
-    nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": spec}), path)
-
-
-@pytest.fixture(scope="module")
-def lab_url(tmp_path_factory):
-    """JupyterLab on a free port of localhost, with two notebooks; `{0}` in the address is for a name."""
-    folder = tmp_path_factory.mktemp("lab")
-    write_notebook(folder / "first.ipynb", CELLS)
-    write_notebook(folder / "explorers.ipynb", [WEIGHTS, *EXPLORERS])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "LABKIT_STATIC"}
-    environment["JUPYTER_CONFIG_DIR"] = str(folder / ".config")
-    options = [f"--ServerApp.port={port}", "--IdentityProvider.token=sesame", "--no-browser", "--allow-root"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *options],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(120):
-            try:
-                urlopen(f"http://127.0.0.1:{port}/api?token=sesame", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=sesame"
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-def run_all_cells(browser, url):
-    """The page of the notebook at `url`, as soon as its cells have been sent to the kernel."""
-    page = browser.new_page(viewport={"width": 1300, "height": 1400})
-    page.goto(url)
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=90_000)
-    page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=60_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    return page
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
 
 
 def wait_for_another_figure(page, cell, before):
@@ -110,8 +37,8 @@ def wait_for_another_figure(page, cell, before):
 
 
 @pytest.mark.slow
-def test_slider_redraws_the_figure_and_a_prediction_is_remembered(browser, lab_url):
-    page = run_all_cells(browser, lab_url.format("first"))
+def test_slider_redraws_the_figure_and_a_prediction_is_remembered(browser, jupyter):
+    page = run_all_cells(browser, jupyter.notebook("first", CELLS))
     figure = page.locator(".jp-OutputArea img").first
     figure.wait_for(timeout=120_000)
     before = figure.get_attribute("src")
@@ -131,8 +58,8 @@ def test_slider_redraws_the_figure_and_a_prediction_is_remembered(browser, lab_u
 
 
 @pytest.mark.slow
-def test_every_control_of_the_explorers_redraws_the_figure(browser, lab_url):
-    page = run_all_cells(browser, lab_url.format("explorers"))
+def test_every_control_of_the_explorers_redraws_the_figure(browser, jupyter):
+    page = run_all_cells(browser, jupyter.notebook("explorers", [WEIGHTS, *EXPLORERS]))
     for number, controls in enumerate(EXPLORERS.values(), 1):
         cell = page.locator(".jp-CodeCell").nth(number)
         figure = cell.locator(".jp-OutputArea img").first

@@ -1,32 +1,44 @@
 """Explorers: move a control, and a figure is computed live from real weights or a real run."""
 
 from labkit.lab.explore.alternatives import cost_explorer
+from labkit.lab.explore.answers import read_answer
+from labkit.lab.explore.background import UpdateSpectra
 from labkit.lab.explore.bill import bill_explorer
 from labkit.lab.explore.breakdown import peak_explorer
 from labkit.lab.explore.double_quantization import constants_explorer
 from labkit.lab.explore.forgetting import plane_explorer
 from labkit.lab.explore.lora import strength_explorer
+from labkit.lab.explore.messages import message_box
+from labkit.lab.explore.own_data import answers_beside, record_explorer
 from labkit.lab.explore.paging import paging_explorer
 from labkit.lab.explore.quantization import codebook_explorer
 from labkit.lab.explore.ranks import sweep_explorer
 from labkit.lab.explore.spectra import update_explorer
 from labkit.lab.explore.start import weight_memory
 from labkit.lab.explore.tickets import answer_table, ticket_explorer, token_probabilities
+from labkit.lab.explore.training import TrainingPanel, training_panel
 from labkit.lab.explore.variants import variant_explorer
 
 __all__ = [
+    "TrainingPanel",
+    "UpdateSpectra",
     "answer_table",
+    "answers_beside",
     "bill_explorer",
     "codebook_explorer",
     "constants_explorer",
     "cost_explorer",
+    "message_box",
     "paging_explorer",
     "peak_explorer",
     "plane_explorer",
+    "read_answer",
+    "record_explorer",
     "strength_explorer",
     "sweep_explorer",
     "ticket_explorer",
     "token_probabilities",
+    "training_panel",
     "update_explorer",
     "variant_explorer",
     "weight_memory",
