@@ -31,6 +31,10 @@ def plain(k, n):
     return k / n - half, k / n + half
 
 
+def steps(lengths, batch_size, minutes, tokens_per_second):
+    return int(minutes * 60 * tokens_per_second * len(lengths) / sum(lengths) / batch_size)
+
+
 CASES = [
     (
         check.near_copy,
@@ -52,12 +56,21 @@ CASES = [
             (lambda k, n: interval(k, n, 1.645), "95 % on both sides takes 1.96"),
         ],
     ),
+    (
+        check.budget_steps,
+        steps,
+        [
+            (lambda n, b, m, s: steps(n, b, m / 60, s), "60 seconds each"),
+            (lambda n, b, m, s: steps(n, 1, m, s), "how many records fit"),
+            (lambda n, b, m, s: steps(n, b, m, s) + 1, "rounded up"),
+        ],
+    ),
 ]
 
 (
     test_a_check_accepts_the_solution_and_names_each_mistake,
     test_a_check_survives_stubs_exceptions_and_nonsense,
-) = exercise_checks.tests_of(CASES, times=50)
+) = exercise_checks.tests_of(CASES)
 
 RECORDS = [
     {"prompt": "one $2 <b>line</b>\n", "completion": "yes, but"},

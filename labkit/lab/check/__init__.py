@@ -25,7 +25,7 @@ from labkit.lab.check.lora import (
     lora_gradients,
     merged_weight,
 )
-from labkit.lab.check.own_data import near_copy, share_interval
+from labkit.lab.check.own_data import budget_steps, near_copy, share_interval
 from labkit.lab.check.paging import belady_victim, lru_faults, read_moment, state_bytes
 from labkit.lab.check.quantization import (
     nearest_code,
@@ -61,6 +61,7 @@ __all__ = [
     "bottleneck_forward",
     "bottleneck_parameters",
     "break_even_rank",
+    "budget_steps",
     "checkpoint_bytes",
     "constant_bytes",
     "count_intruders",

@@ -1,4 +1,4 @@
-"""Checks of the exercises on your own data: near copies, and the interval of a share."""
+"""Checks of the exercises on your own data: near copies, the interval of a share, the steps that minutes hold."""
 
 import math
 import random
@@ -110,6 +110,50 @@ def share_interval(function: Callable) -> None:
             "z = 1.645 is for 90 %; 95 % on both sides takes 1.96": lambda k, n: wilson_with(k, n, z=1.645),
             "1 + z²/n divides both the middle and the half width": lambda k, n: tuple(
                 bound * (1 + Z * Z / n) for bound in wilson_with(k, n)
+            ),
+        },
+        inputs,
+    )
+
+
+def budget_steps(function: Callable) -> None:
+    """`function(lengths, batch_size, minutes, tokens_per_second)`: how many whole steps the minutes hold."""
+
+    def tokens_of_a_step(lengths, batch_size):
+        return batch_size * sum(lengths) / len(lengths)
+
+    def inputs():
+        while True:
+            lengths = [random.randint(20, 120) for _ in range(random.randint(30, 60))]
+            batch_size, minutes, speed = (
+                random.choice([2, 4, 8]),
+                random.randint(2, 5),
+                random.randint(150, 400),
+            )
+            part = minutes * 60 * speed / tokens_of_a_step(lengths, batch_size) % 1
+            if 0.1 < part < 0.9:  # else rounding could decide
+                return lengths, batch_size, minutes, speed
+
+    compare(
+        "budget_steps",
+        function,
+        lambda n, b, m, s: int(m * 60 * s / tokens_of_a_step(n, b)),
+        {
+            "minutes are 60 seconds each, and the speed is per second": lambda n, b, m, s: int(
+                m * s / tokens_of_a_step(n, b)
+            ),
+            "that is how many records fit; a step takes batch_size of them": lambda n, b, m, s: int(
+                m * 60 * s / tokens_of_a_step(n, 1)
+            ),
+            "each step is counted as long as the longest record; on average it has batch_size * mean tokens": (
+                lambda n, b, m, s: int(m * 60 * s / (b * max(n)))
+            ),
+            "rounded up: the last step would not be done in time": lambda n, b, m, s: (
+                1 + int(m * 60 * s / tokens_of_a_step(n, b))
+            ),
+            "that is how many passes over all records fit": lambda n, b, m, s: int(m * 60 * s / sum(n)),
+            "a step is a whole number: a part of one is not taken": lambda n, b, m, s: (
+                m * 60 * s / tokens_of_a_step(n, b)
             ),
         },
         inputs,
