@@ -17,7 +17,7 @@ def splits():
 
 def test_there_are_as_many_as_the_datasheet_says(splits):
     sizes = {split: len(rows) for split, rows in splits.items()}
-    assert sizes == {"train": 500, "validation": 60, "test": 100}
+    assert sizes == {"train": 1272, "validation": 110, "test": 220}
     sheet = (data_folder() / "tickets" / "README.md").read_text()
     assert all(f"| {split} | {n} |" in sheet for split, n in sizes.items())
 
@@ -57,15 +57,15 @@ def test_messages_are_written_and_not_filled_into_templates(splits):
     skeletons = collections.Counter(skeleton(t) for rows in splits.values() for t in rows)
     assert max(skeletons.values()) == 1
     beginnings = collections.Counter(" ".join(t["message"].split()[:3]).lower() for t in splits["train"])
-    assert beginnings.most_common(1)[0][1] <= 12
+    assert beginnings.most_common(1)[0][1] <= 15
 
 
 def test_the_announced_difficulties_are_there(splits):
     rows = [t for split in splits.values() for t in split]
     tags = collections.Counter(tag for t in rows for tag in t["tags"])
     assert all(
-        tags[tag] >= 20
-        for tag in ("two_orders", "distractor_number", "typos", "foreign_politeness", "other_person")
+        tags[tag] >= 100
+        for tag in ("two_orders", "other_number", "two_products", "other_person", "dates", "implied_contact", "typos")
     )
     for field in ("customer", "product", "order"):
         assert sum(t["label"][field] is None for t in rows) >= 60
