@@ -92,3 +92,16 @@ def run_cell(page, number: int):
     cell.locator(".cm-content").click()
     page.keyboard.press("Control+Enter")
     return cell
+
+
+def read_cell(page, number: int) -> str:
+    """Run one cell, and return what it printed when it was done."""
+    prompt = "document.querySelectorAll('.jp-CodeCell')[number].querySelector('.jp-InputPrompt').innerText"
+    before = page.evaluate(f"number => {prompt}", number)
+    cell = run_cell(page, number)
+    page.wait_for_function(
+        f"([number, before]) => {{ const now = {prompt}; return now !== before && /\\d/.test(now) }}",
+        arg=[number, before],
+        timeout=60_000,
+    )
+    return cell.locator(".jp-OutputArea").inner_text()
