@@ -39,7 +39,7 @@ def result_rows(
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(-0.01 * top, 1.08 * top)
     if is_share:
-        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}" if share <= 1 else "")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}" if share < 1.01 else "")
     finish(axes, title, x, "")
     return axes
 
