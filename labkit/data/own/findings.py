@@ -77,6 +77,9 @@ KINDS = {
         "'system' first or not at all, then 'user', and 'assistant' last",
         "put the messages in order, or remove the record",
     ),
+    "wrong calls": Kind(
+        True, 'a list of {"function": {"name": "…", …}}', "repair the list, or remove the record"
+    ),
     "empty completion": Kind(
         True,
         "an answer with at least one letter or sign",

@@ -96,6 +96,8 @@ def own_form(row: Row, form: str, columns: tuple[str, str], findings: Findings) 
     values, line = row.values, row.line
     if form == CHAT:
         check_messages(values["messages"], line, findings)
+        if not are_functions(values.get("tools")):
+            findings.add("wrong calls", line, f"has 'tools': {shortened(values['tools'])}")
         record = {key: values[key] for key in ("messages", "tools") if key in values}
     else:
         names = columns if form == PAIR else ("", "text")
@@ -148,7 +150,10 @@ def check_messages(messages: object, line: int, findings: Findings) -> None:
             advice = f"rename it to {OTHER_ROLES[role]!r}" if role in OTHER_ROLES else ""
             findings.add("wrong role", line, f"has the role {shortened(role)} in message {i}", advice=advice)
             return
-        if not isinstance(content, str) and not (content is None and calls):
+        if not are_functions(calls):
+            findings.add("wrong calls", line, f"has, in message {i}, 'tool_calls': {shortened(calls)}")
+            return
+        if not isinstance(content, str) and not (content is None and calls and role == "assistant"):
             findings.add("wrong type", line, f"has, in message {i}, 'content': {shortened(content)}")
             return
     check_order([message["role"] for message in messages], line, findings)
@@ -158,6 +163,13 @@ def check_messages(messages: object, line: int, findings: Findings) -> None:
     for i, message in enumerate(messages[:-1]):
         if message["role"] == "user" and not message["content"].strip():
             findings.add("empty prompt", line, f"has an empty message {i} (user)")
+
+
+def are_functions(value: object) -> bool:
+    """Is it a list of functions with a name, or of calls of them, as chat templates take them? Or nothing?"""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    functions = [item.get("function", item) if isinstance(item, Mapping) else item for item in items]
+    return all(isinstance(f, Mapping) and isinstance(f.get("name"), str) for f in functions)
 
 
 def check_order(roles: list[str], line: int, findings: Findings) -> None:

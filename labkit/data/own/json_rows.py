@@ -85,9 +85,7 @@ def parse_object(text: str, number: int, findings: Findings, unread: str = "") -
         findings.add("not JSON", number, f"holds lists or objects nested too deeply{unread}")
     except json.JSONDecodeError as error:
         explain(text, error, number, findings, unread)
-    except (
-        ValueError
-    ):  # Python refuses to read an integer of more than 4300 digits, which takes quadratic time
+    except ValueError:  # of more than 4300 digits, which Python refuses to read: it takes quadratic time
         findings.add("not JSON", number, f"holds a number of thousands of digits{unread}")
     else:
         if isinstance(value, dict):
@@ -106,7 +104,10 @@ def explain(text: str, error: json.JSONDecodeError, number: int, findings: Findi
     before, after = text[: error.pos].rstrip(), text[error.pos :].strip()
     around = shortened(text[error.pos : error.pos + 40])
     found, advice, kind = f"is not JSON: {error.msg} in column {error.pos + 1}, at {around}", "", "not JSON"
-    if after == "," or after[:1] == "," or (before.endswith(",") and after[:1] in ("}", "]")):
+    is_missing = before.endswith(
+        ":"
+    )  # {"prompt": , …}: it is a value that is wanted, and not a comma too many
+    if (after[:1] == "," and not is_missing) or (before.endswith(",") and after[:1] in ("}", "]")):
         found, kind = f"has a comma too many in column {error.pos + 1}", "trailing comma"
     elif text.startswith("\ufeff"):
         found, advice = "begins with a BOM", "remove it; two files were joined here"

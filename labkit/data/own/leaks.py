@@ -152,10 +152,11 @@ def note_duplicates(records: Sequence[Mapping], lines: Sequence[int], findings: 
     asked_before: dict[str, int] = {}
     for record, line in zip(records, lines):
         asked, answer = asked_and_answered(record)
-        pair = (folded(asked), answer.strip())
+        system = " ".join(str(m["content"]) for m in record.get("messages", ()) if m["role"] == "system")
+        pair = (folded(f"{system}\n{asked}"), answer.strip())
         if pair in seen:
             findings.add("duplicate", line, f"asks and answers the same as line {seen[pair]}")
-        elif pair[0] in asked_before and pair[0] not in usual:
+        elif pair[0] in asked_before and folded(asked) not in usual:
             findings.add(
                 "two answers", line, f"asks the same as line {asked_before[pair[0]]}, with another answer"
             )

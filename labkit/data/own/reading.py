@@ -36,9 +36,9 @@ def read_records(
 ) -> tuple[list[dict], DataReport]:
     """Read the records of a file, and say everything about them that could spoil a training run.
 
-    The file is UTF-8, with or without a BOM, its lines ending in LF or CRLF: either JSON (`.jsonl`), one object per
-    line, or one list of objects, with `messages`, or `prompt` and `completion`, or `text`; or CSV (`.csv`) whose first line names two
-    columns. A record is never repaired, cut or guessed at.
+    The file is UTF-8, with or without a BOM, its lines ending in LF or CRLF. It holds JSON (`.jsonl`, `.json`), one
+    object per line or a list of objects, with `messages`, or `prompt` and `completion`, or `text`; or CSV (`.csv`),
+    whose first line names two columns. A record is never repaired, cut or guessed at.
 
     A line that cannot be trained on raises, with all the others of the file. With "leave out" the sound records are
     returned, and the report alone says what is missing: whoever does not look at it trains on less than the file

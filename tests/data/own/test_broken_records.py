@@ -75,6 +75,7 @@ FOUND = [  # file, sound records, findings in the order of the report: faults by
         [("not an object", 2), ("not an object", 3), ("not an object", 4), ("not an object", 5)],
     ),
     ("not_a_number.jsonl", 2, [("not a number", 2), ("not a number", 3)]),
+    ("no_value.jsonl", 2, [("not JSON", 2)]),
     ("nul_bytes.csv", 2, [("NUL byte", 3)]),
     ("nul_bytes.jsonl", 2, [("NUL byte", 2)]),
     ("nul_escaped.jsonl", 2, [("NUL byte", 2)]),
@@ -99,6 +100,7 @@ FOUND = [  # file, sound records, findings in the order of the report: faults by
     ("utf_16_without_bom.csv", 0, [("not UTF-8", 0)]),
     ("windows_1252_header.csv", 0, [("not UTF-8", 1)]),
     ("windows_1252_quotes.csv", 2, [("not UTF-8", 3)]),
+    ("wrong_calls.jsonl", 2, [("wrong calls", 2), ("wrong calls", 3), ("wrong calls", 4), ("wrong type", 5)]),
     (
         "wrong_messages.jsonl",
         2,

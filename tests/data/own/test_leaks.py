@@ -92,9 +92,7 @@ def texts(n: int, seed: int, words: int = 40) -> list[str]:
 
 
 def test_an_instruction_before_every_question_makes_nothing_alike():
-    instruction = (
-        "Read the message below and say which product it is about, in one word, and nothing else: " * 3
-    )
+    instruction = texts(1, 2, words=60)[0] + "\n"
     train, test = (pairs([instruction + text for text in texts(60, seed, words=12)]) for seed in (0, 1))
     assert find_leaks(train, test) == []
     copied = [*test, {"prompt": train[7]["prompt"].replace("w", "W", 1) + " please", "completion": "x"}]
@@ -176,6 +174,21 @@ def test_a_value_that_one_split_only_has_is_named_by_field():
         OneSided("kind", "b", True, [4, 5, 6, 7]),
         OneSided("open", "False", True, [0, 1]),
     ]
+
+
+def test_another_system_message_asks_something_else(tmp_path):
+    def chat(system: str, answer: str) -> dict:
+        turns = (("system", system), ("user", "Say hello"), ("assistant", answer))
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    made = [
+        chat("In French", "bonjour"),
+        chat("In German", "hallo"),
+        chat("In German", "guten Tag"),
+        chat("in german", "hallo"),
+    ]
+    _, report = read_records(write(tmp_path / "a.jsonl", made))
+    assert [(one.kind, one.line) for one in report.warnings] == [("two answers", 3), ("duplicate", 4)]
 
 
 def write(path, records):

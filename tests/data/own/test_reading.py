@@ -53,6 +53,11 @@ def test_two_columns_are_named_in_csv_and_in_json(tmp_path, name):
         read_records(path)
 
 
+def test_a_column_may_be_called_as_a_parquet_file_begins(tmp_path):
+    path = write(tmp_path / "a.csv", b"PAR1,prompt,completion\n1,a,b\n")
+    assert read_records(path)[0] == [{"prompt": "a", "completion": "b"}]
+
+
 def test_lengths_are_those_of_training_and_the_too_long_are_warned_of(tmp_path):
     tokenizer = tiny_llama()
     given = [{"prompt": "a " * n, "completion": "b"} for n in (1, 5, 40, 60)]
