@@ -120,12 +120,25 @@ class Measurement:
         return wilson(sum(self.right), len(self.right)) if self.right else None
 
     def __str__(self) -> str:
-        low, high = self.loss_interval
-        text = f"loss {self.loss:.2f} ({low:.2f} to {high:.2f})"
+        text = f"loss {loss_in_words(self.loss, self.loss_interval)}"
         if self.right:
-            low, high = self.share_interval
-            text = f"{sum(self.right)} of {len(self.right)} right = {self.share:.0%} ({low:.0%} to {high:.0%}), {text}"
+            share = share_in_words(self.share, self.share_interval)
+            text = f"{sum(self.right)} of {len(self.right)} right = {share}, {text}"
         return text + "".join(f", {name} {share:.0%}" for name, share in self.per_field.items())
+
+
+def share_in_words(share: float, interval: tuple[float, float]) -> str:
+    """A share with its interval.
+
+    >>> share_in_words(0.5, (0.25, 0.75))
+    '50% (25% to 75%)'
+    """
+    return f"{share:.0%} ({interval[0]:.0%} to {interval[1]:.0%})"
+
+
+def loss_in_words(loss: float, interval: tuple[float, float]) -> str:
+    """A loss with its interval."""
+    return f"{loss:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def measure(
