@@ -17,6 +17,7 @@ from nbformat import v4
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
+PATIENCE = 500  # times half a second: on a busy machine a server takes minutes to start
 NO_BROWSER = "no chromium here: the explorers were NOT tried in a browser (apt install chromium)"
 
 
@@ -52,24 +53,34 @@ def running_lab(folder: Path) -> Iterator[Lab]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(120):
-            try:
-                urlopen(f"http://127.0.0.1:{port}/api?token=sesame", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
+        wait_for(server, f"http://127.0.0.1:{port}/api?token=sesame")
         yield Lab(folder, port)
     finally:
         server.terminate()
-        server.wait(20)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def wait_for(server: subprocess.Popen, address: str) -> None:
+    """Wait until the server answers at that address."""
+    for _ in range(PATIENCE):
+        assert server.poll() is None, "JupyterLab ended before it answered"
+        try:
+            urlopen(address, timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"JupyterLab does not answer at {address}")
 
 
 def open_notebook(browser, url: str):
     """The page of the notebook at `url`, when its kernel is there."""
     page = browser.new_page(viewport={"width": 1300, "height": 1400})
     page.goto(url)
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=90_000)
-    page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=60_000)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=180_000)
+    page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=180_000)
     return page
 
 

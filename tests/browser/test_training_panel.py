@@ -26,7 +26,7 @@ records = [
 config = labkit.TrainConfig(lr=3e-3, steps=STEPS, batch_size=6, eval_every=10)
 """
 PANEL = "panel = lab.explore.training_panel(model, tokenizer, records, config, records[:4])"
-SOON, LONG = 30_000, 120_000  # milliseconds
+SOON, LONG = 60_000, 180_000  # milliseconds
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)]
 

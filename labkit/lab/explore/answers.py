@@ -38,6 +38,14 @@ class Span(NamedTuple):
     end: int
 
 
+class Replaced(NamedTuple):
+    """An answer with another value: its tokens, the first that writes the value, and the first behind it."""
+
+    ids: list[int]
+    first: int
+    last: int
+
+
 @dataclass(frozen=True)
 class FieldReading:
     """One field of an answer.
@@ -92,40 +100,30 @@ def read_answer(
     """
     (ids,) = ids_of_prompts(model, tokenizer, [prompt], max_new_tokens)
     stops, pad_id = stops_of(model, tokenizer), padding_id(tokenizer, model)
-    device = next(model.parameters()).device
+    asked = torch.tensor([ids], device=next(model.parameters()).device)
     with own_modes(model):
         model.eval()
-        padded = torch.tensor([ids], device=device)
-        new = greedy(model, tokenizer, padded, torch.ones_like(padded), stops, max_new_tokens, pad_id)[
-            0
-        ].tolist()
+        rows = greedy(model, tokenizer, asked, torch.ones_like(asked), stops, max_new_tokens, pad_id)
+        new = rows[0].tolist()
         written = stops.cut(new)
         new = new[: len(written) + 1]  # the end is a decision too
         pieces, text = pieces_of(written, stops, tokenizer)
         found = parse_json(text)
         spans = {} if found is None else value_spans(text)
-        others = {
-            (name, value): in_place(prompt, new, pieces, text, spans[name], value, tokenizer)
-            for name, values in (classes or {}).items()
-            if name in spans
-            for value in values
-        }
-        chances = probabilities(
-            model, [Encoded(ids, new), *(Encoded(ids, one) for one, _ in others.values())], pad_id
-        )
-    own = chances[0]
-    fields: dict[str, FieldReading] = {}
+        places = [(name, value) for name in spans for value in (classes or {}).get(name, ())]
+        others = [in_place(prompt, new, pieces, text, spans[name], v, tokenizer) for name, v in places]
+        examples = [Encoded(ids, new), *(Encoded(ids, one.ids) for one in others)]
+        own, *chances = probabilities(model, examples, pad_id)
+    choices: dict[str, dict[str, float]] = {name: {} for name in spans}
+    for (name, value), other, chance in zip(places, others, chances):
+        choices[name][value] = chance[other.first : other.last].prod().item()
+    fields = {}
     for name, span in spans.items():
         first, last = tokens_between(pieces, span.colon, span.end + 1)
-        weighed = {
-            value: other[first:end].prod().item()
-            for (which, value), (_, end), other in zip(others, others.values(), chances[1:])
-            if which == name
-        }
-        ranked = dict(sorted(weighed.items(), key=lambda one: -one[1]))
+        ranked = dict(sorted(choices[name].items(), key=lambda one: -one[1]))
         fields[name] = FieldReading(found[name], own[first:last].prod().item(), ranked)
     ends = [text_of([token], tokenizer) for token in new[len(written) :]]
-    return Answer(text.strip(), [*pieces, *ends], own.tolist(), fields if found is not None else None)
+    return Answer(text.strip(), [*pieces, *ends], own.tolist(), None if found is None else fields)
 
 
 def pieces_of(ids: list[int], stops: Stops, tokenizer) -> tuple[list[str], str]:
@@ -172,16 +170,17 @@ def tokens_between(pieces: Sequence[str], start: int, end: int) -> tuple[int, in
 
 def in_place(
     prompt: str, ids: list[int], pieces: list[str], text: str, span: Span, value: str, tokenizer
-) -> tuple[list[int], int]:
-    """The answer up to this value, with `value` in its place: the tokens, and behind which of them it ends."""
+) -> Replaced:
+    """The answer up to this value, with `value` in its place."""
     first, _ = tokens_between(pieces, span.colon, span.colon + 1)
     before = "".join(pieces[:first])
     kept = text[len(before) : span.start]  # from the token that holds the colon
-    written = kept + json.dumps(value, ensure_ascii=False) + text[span.end : span.end + 2]
-    new = ids[:first] + completion_ids(prompt + before, written, tokenizer)
-    lengths, _ = pieces_of(new, Stops(frozenset(), ""), tokenizer)
-    _, last = tokens_between(lengths, 0, len(before) + len(written) - len(text[span.end + 1 : span.end + 2]))
-    return new, last
+    behind = text[span.end : span.end + 2]  # what follows may share a token with the value's end
+    changed = kept + json.dumps(value, ensure_ascii=False)
+    new = ids[:first] + completion_ids(prompt + before, changed + behind, tokenizer)
+    now, _ = pieces_of(new, Stops(frozenset(), ""), tokenizer)
+    _, last = tokens_between(now, 0, len(before) + len(changed) + 1)
+    return Replaced(new, first, last)
 
 
 @torch.no_grad()
@@ -190,9 +189,8 @@ def probabilities(model: nn.Module, examples: list[Encoded], pad_id: int) -> lis
     device, found = next(model.parameters()).device, []
     for start in range(0, len(examples), ROWS):
         rows = examples[start : start + ROWS]
-        logits = model(
-            input_ids=collate(rows, pad_id).ids.to(device), use_cache=False
-        ).logits  # (rows, time, vocab)
+        batch = collate(rows, pad_id).to(device)
+        logits = model(input_ids=batch.ids, use_cache=False).logits  # (rows, time, vocab)
         for row, one in enumerate(rows):
             targets = torch.tensor(one.completion, device=device)
             before = slice(len(one.prompt) - 1, len(one) - 1)  # the positions that predict them
