@@ -3,7 +3,15 @@
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.fitting import fit, prepare
 from labkit.sweeps.grid import expand, read_experiment, run_experiment
-from labkit.sweeps.records import Results, SweepWarning, load, load_recorded, mean_interval, summarize
+from labkit.sweeps.records import (
+    Results,
+    SweepWarning,
+    load,
+    load_recorded,
+    mean_interval,
+    paired_interval,
+    summarize,
+)
 from labkit.sweeps.runs import RunResult, data_hash, run
 from labkit.sweeps.tasks import TASKS
 
@@ -19,6 +27,7 @@ __all__ = [
     "load",
     "load_recorded",
     "mean_interval",
+    "paired_interval",
     "prepare",
     "read_experiment",
     "run",

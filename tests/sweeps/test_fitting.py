@@ -1,11 +1,13 @@
 """Each method trains what it says, and half a training is not a result."""
 
 import pytest
+import torch
 
 from labkit.lora.count import trainable
 from labkit.quant.linear import QuantLinear
 from labkit.sweeps import fitting, runs
 from labkit.sweeps.config import RunConfig
+from labkit.sweeps.tasks import TASKS
 from labkit.training import run as training_run
 from tests.sweeps.cases import QUICK
 
@@ -36,6 +38,28 @@ def test_each_method_trains_what_it_says(settings, parameters):
     assert trainable(model).trainable == parameters
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
     assert quantized == (LINEARS if settings["method"] == "qlora" else 0)
+
+
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_the_dtype_of_products_is_the_one_that_was_asked_for(products):
+    model, _ = fitting.prepare(RunConfig(method="qlora", products=products))
+    assert {m.compute_dtype for m in model.modules() if isinstance(m, QuantLinear)} == {
+        getattr(torch, products)
+    }
+
+
+def test_an_adapter_in_bf16_has_its_optimizer_state_in_bf16_and_trains():
+    config = RunConfig(**QUICK, adapter_dtype="bfloat16")
+    model, _, _ = fitting.fit(config, TASKS["facts"].records(config))
+    matrices = [p for name, p in model.named_parameters() if ".lora_" in name]
+    assert {p.dtype for p in matrices} == {torch.bfloat16}
+    assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.float32}
+    assert any(p.abs().max() > 0 for name, p in model.named_parameters() if name.endswith("lora_B"))
+    optimizer = torch.optim.AdamW(matrices, fused=True)
+    for p in matrices:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
 
 
 def test_training_that_was_interrupted_is_no_result(monkeypatch):

@@ -9,7 +9,7 @@ from scipy import stats
 
 from labkit.paths import data_folder
 from labkit.sweeps import grid, records
-from labkit.sweeps.records import mean_interval, summarize
+from labkit.sweeps.records import mean_interval, paired_interval, summarize
 from tests.sweeps.cases import ROOT, configs, table
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.toml"))
@@ -83,6 +83,27 @@ def test_the_interval_is_students():
     mean, half = mean_interval(values)
     low, high = stats.t.interval(0.95, 3, loc=mean, scale=stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def run_with(seed, wrong):
+    return {"config": {"seed": seed}, "wrong": wrong}
+
+
+def test_a_paired_difference_is_exact_and_its_interval_is_narrower_than_of_two_samples():
+    hard = list(range(40))  # that every method gets wrong
+    first = [run_with(seed, hard) for seed in (0, 1, 2)]
+    second = [run_with(seed, [*hard, 50 + seed, 60, 61]) for seed in (2, 0, 1)]
+    difference, low, high = paired_interval(first, second, 100)
+    assert difference == pytest.approx(0.03) and 0 <= low < 0.03 < high < 0.08
+    assert paired_interval(second, first, 100)[0] == pytest.approx(-0.03)
+    assert paired_interval(first, first, 100) == (0, 0, 0)
+
+
+def test_runs_are_paired_by_seed_and_need_their_items():
+    with pytest.raises(ValueError, match=r"the first method has \[0\], the second \[1\]"):
+        paired_interval([run_with(0, [])], [run_with(1, [])], 10)
+    with pytest.raises(ValueError, match="no items were kept"):
+        paired_interval([run_with(0, [])], [{"config": {"seed": 0}}], 10)
 
 
 def test_summary_counts_runs_without_the_metric():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from labkit.data.tickets import load_tickets, ticket_answer
 from labkit.sweeps import runs, tasks
 from labkit.sweeps.config import TASK_NAMES, RunConfig
 from labkit.sweeps.tasks import TASKS
@@ -28,6 +29,22 @@ def test_sql_is_judged_by_execution(monkeypatch):
 def test_docstrings_are_judged_by_the_letter():
     metrics = runs.run(RunConfig(task="docstrings", method="none")).metrics
     assert 0 <= metrics["test_accuracy"] < 0.25, "eight letters that it was never told"
+
+
+def test_tickets_are_judged_field_by_field_and_the_wrong_ones_are_kept(monkeypatch):
+    few = {split: load_tickets(split)[:4] for split in ("train", "validation", "test")}
+    monkeypatch.setattr(tasks, "load_tickets", few.__getitem__)
+
+    def gold_but_for_one_urgency(model, tokenizer, prompts, *_, **__):
+        answers = [ticket_answer(ticket["label"]) for ticket in few["test"]]
+        other = "low" if few["test"][2]["label"]["urgency"] != "low" else "high"
+        return [*answers[:2], ticket_answer(few["test"][2]["label"] | {"urgency": other}), answers[3]]
+
+    monkeypatch.setattr(tasks, "generate", gold_but_for_one_urgency)
+    result = runs.run(RunConfig(task="tickets", model="smollm2-135m", method="none"))
+    assert result.wrong == [2] and result.metrics["exact_match"] == 0.75
+    assert result.metrics["urgency"] == 0.75 and result.metrics["order"] == 1
+    assert "peak_bytes" not in result.metrics and result.metrics["test_loss"] > 1
 
 
 @pytest.mark.slow
