@@ -113,12 +113,26 @@ def classification_accuracy(
 
 
 def parse_json(text: str) -> dict | None:
-    """The JSON object in `text`, or None. Nothing is repaired: an answer that needs repair is a wrong one."""
+    """The JSON object in `text`, or None. Nothing is repaired: an answer that needs repair is a wrong one, and so is
+    one that has a key twice.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=fields_of)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def fields_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of its fields, of which `json` would keep the last where a key comes twice.
+
+    Raises:
+        ValueError: a key comes twice.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key comes twice")
+    return fields
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from labkit.lab.check.spectra import (
     similarity,
 )
 from labkit.lab.check.start import greedy_token, training_flops, weight_bytes
-from labkit.lab.check.tickets import bits_per_weight, lora_parameters, supervise
+from labkit.lab.check.tickets import diagnose, quant_backward, strict_match
 from labkit.lab.check.variants import (
     dora_forward,
     lora_plus_rates,
@@ -57,7 +57,6 @@ __all__ = [
     "belady_victim",
     "best_rate",
     "bits_per_parameter",
-    "bits_per_weight",
     "bottleneck_forward",
     "bottleneck_parameters",
     "break_even_rank",
@@ -66,6 +65,7 @@ __all__ = [
     "constant_bytes",
     "count_intruders",
     "crossover_tokens",
+    "diagnose",
     "dora_forward",
     "double_quantize",
     "dynamic_decade",
@@ -84,7 +84,6 @@ __all__ = [
     "llama_lora_parameters",
     "lora_forward",
     "lora_gradients",
-    "lora_parameters",
     "lora_plus_rates",
     "lru_faults",
     "merged_weight",
@@ -99,6 +98,7 @@ __all__ = [
     "plain_factors",
     "prefix_attention",
     "prefix_cache_bytes",
+    "quant_backward",
     "rank_for_budget",
     "read_moment",
     "rslora_scaling",
@@ -109,7 +109,7 @@ __all__ = [
     "static_bytes",
     "step_flops",
     "step_peak",
-    "supervise",
+    "strict_match",
     "target_parameters",
     "training_flops",
     "unpack_nibbles",

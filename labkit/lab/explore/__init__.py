@@ -15,6 +15,7 @@ from labkit.lab.explore.quantization import codebook_explorer
 from labkit.lab.explore.ranks import sweep_explorer
 from labkit.lab.explore.spectra import update_explorer
 from labkit.lab.explore.start import weight_memory
+from labkit.lab.explore.supervision import show_supervision
 from labkit.lab.explore.tickets import answer_table, ticket_explorer, token_probabilities
 from labkit.lab.explore.training import TrainingPanel, training_panel
 from labkit.lab.explore.variants import variant_explorer
@@ -34,6 +35,7 @@ __all__ = [
     "plane_explorer",
     "read_answer",
     "record_explorer",
+    "show_supervision",
     "strength_explorer",
     "sweep_explorer",
     "ticket_explorer",
