@@ -62,7 +62,7 @@ def test_a_run_is_started_paused_slowed_resumed_and_stopped_by_hand(browser, jup
     cells = [
         PANEL,
         "print(6 * 7)",
-        "panel.history.steps[-1]['lr'] / learning_rate(len(panel.history.steps) - 1, 3000, config)",
+        "last = panel.history.steps[-1]\nprint(last['lr'] / learning_rate(last['step'] - 1, 3000, config))",
         "other = lab.explore.training_panel(model, tokenizer, records, config)",
         "print(panel.wait().stopped, len(panel.history.steps), generate(model, tokenizer, ['The lamp is broken\\n'], 30))",
     ]
@@ -95,14 +95,14 @@ def test_a_run_is_started_paused_slowed_resumed_and_stopped_by_hand(browser, jup
     page.keyboard.press("ArrowLeft")
     cell.get_by_text("× 0.5", exact=True).wait_for(timeout=SOON)
     button(cell, "Resume").click()
-    wait_for_steps(page, stands)
+    wait_for_steps(page, stands + 50)
     assert float(read_cell(page, 3)) == 0.5
 
     button(cell, "Stop").click()
     cell.get_by_text("stopped: the model keeps what it has learned", exact=True).wait_for(timeout=SOON)
     stopped, steps, answer = read_cell(page, 5).split(maxsplit=2)
     assert stopped == "interrupted" and stands < int(steps) == steps_shown(cell)
-    assert "lamp" in answer and "fault" in answer
+    assert answer.startswith('[\'{"thing": '), "what it has learned is kept"
     assert all(button(cell, name).is_disabled() for name in ("Start", "Pause", "Stop"))
     page.close()
 

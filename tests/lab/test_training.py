@@ -157,7 +157,10 @@ def test_running_the_cell_again_stops_its_run_and_another_cell_does_not(tiny, mo
 def test_the_widgets_follow_the_run(tiny, monkeypatch, recorded):
     panel = panel_of(tiny, monkeypatch, recorded=recorded[0])
     buttons, empty = panel.buttons, panel.picture.value
-    disabled = lambda: [one.disabled for one in buttons.values()]  # noqa: E731
+
+    def disabled():
+        return [one.disabled for one in buttons.values()]
+
     assert disabled() == [False, True, True] and "6 steps on 8 records" in panel.status.value
     panel.pause_or_resume()
     buttons["start"].click()
@@ -207,8 +210,7 @@ def test_the_figure_of_a_run_is_drawn_without_pyplot_and_without_mathematical_te
     history, spectra = recorded
     before, figures = plt.get_fignums(), []
     names = {"layer": "layer 1, v", "recorded": history, "moves": [(2, 0.5)]}
-    draw = lambda: figures.append(run_figure(history, 12, spectra, **names))  # noqa: E731
-    thread = threading.Thread(target=draw)
+    thread = threading.Thread(target=lambda: figures.append(run_figure(history, 12, spectra, **names)))
     thread.start()
     thread.join()
     (figure,) = figures
