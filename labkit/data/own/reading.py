@@ -64,7 +64,7 @@ def read_records(
     if max_length is not None:
         check_whole("max_length", max_length, usual="None is for the tokenizer's context")
     check_columns(columns)
-    max_length = context_of(tokenizer, max_length)
+    max_length = named_context(tokenizer, max_length)
     records, report = read_one(path, tokenizer, columns, max_length)
     if test is not None:
         if isinstance(test, (str, os.PathLike)):
@@ -158,7 +158,7 @@ def other_fields(rows: Sequence[Row], form: str, columns: tuple[str, str] | None
     return dict(Counter(name for row in rows for name in row.values if name not in kept))
 
 
-def context_of(tokenizer, max_length: int | None) -> int | None:
+def named_context(tokenizer, max_length: int | None) -> int | None:
     """`max_length`, or the context that the tokenizer names, or None."""
     named = getattr(tokenizer, "model_max_length", None)
     return max_length if max_length is not None or named is None or named > NO_LIMIT else int(named)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labkit.data import read_records
+from labkit.data import encode, read_records
 from labkit.data.own.report import FaultyData
+from tests.data.tokenizers import tiny_llama
 
 BOM = b"\xef\xbb\xbf"
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
@@ -92,7 +93,7 @@ def test_of_any_bytes_whatever_only_sound_records_come_back(tmp_path, raw, suffi
     check_sound(write(tmp_path / f"a{suffix}", raw))
 
 
-@settings(FEW, max_examples=300)
+@settings(FEW, max_examples=200)
 @given(data=st.data(), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
 def test_of_a_file_damaged_anywhere_only_sound_records_come_back(tmp_path, data, suffix):
     records = data.draw(PAIRS if suffix == ".csv" else PAIRS | CHATS)
@@ -113,6 +114,47 @@ def test_of_a_file_damaged_anywhere_only_sound_records_come_back(tmp_path, data,
         )
         raw = raw[:place] + piece + raw[place + data.draw(st.integers(0, 3)) :]
     check_sound(write(tmp_path / f"a{suffix}", raw))
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-2, 2) | st.just(0.5) | st.sampled_from(["", "a b", "user"])
+KEYS = st.sampled_from(["role", "content", "tool_calls", "function", "name", "arguments", "text", "type"])
+VALUES = st.recursive(
+    LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=6
+)
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": st.just("a b") | VALUES},
+    optional={"tool_calls": VALUES, "reasoning": VALUES},
+)
+TURNS = (
+    "{% for t in tools or [] %}{{ t }}{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ m.tool_calls or '' }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = tiny_llama()
+    made.chat_template = TURNS
+    return made
+
+
+@settings(FEW, max_examples=100)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {"messages": st.lists(MESSAGES, min_size=1, max_size=3)}, optional={"tools": VALUES}
+        )
+        | st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "text"]), VALUES),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_of_any_json_whatever_each_record_that_comes_back_can_be_encoded(tmp_path, tokenizer, rows):
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    records, report = read_records(path, tokenizer, faulty="leave out")
+    assert report.lengths == [len(encode(record, tokenizer)) for record in records]
+    faulty = {one.line for one in report.faults}
+    assert faulty.isdisjoint(report.lines) and faulty | set(report.lines) == set(range(1, len(rows) + 1))
 
 
 def check_sound(path) -> None:

@@ -13,7 +13,7 @@ from labkit.data import find_leaks, hold_out, load_questions, load_tickets, read
 from labkit.data.own.classes import WHOLE, OneSided, one_sided_classes
 from labkit.data.own.leaks import Leak
 
-FEW = settings(max_examples=100, deadline=None, derandomize=True)
+FEW = settings(max_examples=70, deadline=None, derandomize=True)
 WORDS = st.lists(st.sampled_from(string.ascii_lowercase[:6]), min_size=1, max_size=14).map(" ".join)
 ASKED = st.lists(WORDS, min_size=1, max_size=9)  # fewer than 10, so that nothing counts as common
 
