@@ -22,6 +22,7 @@ COLOURS = {
     "optimizer": "#66a61e",
     "gradients": "#a6761d",
     "control": "#bdbdbd",
+    "simple": "#5b8db8",
     "gold": "#e6ab02",
 }
 STYLE = {
