@@ -1,5 +1,6 @@
 """What `read_records` found out about a file: counts, lengths, faults and warnings, as numbers and as a text."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -169,4 +170,8 @@ class DataReport:
         return "\n".join(lines)
 
     def _repr_markdown_(self) -> str:
-        return f"```text\n{self}\n```"
+        text = str(self)
+        fence = "`" * max(
+            3, 1 + max(map(len, re.findall("`+", text)), default=0)
+        )  # a found text may hold one
+        return f"{fence}text\n{text}\n{fence}"

@@ -129,6 +129,14 @@ def test_a_test_file_is_looked_at_in_the_same_way(tmp_path):
         read_records(train, test=["x"])
 
 
+def test_the_report_stays_in_its_frame_in_a_notebook(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", b'{"prompt": "a", "completion": "b"}\n```` <script>alert(1)</script>\n'
+    )
+    shown = read_records(path, faulty="leave out")[1]._repr_markdown_().split("\n")
+    assert shown[0] == "`````text" and shown[-1] == "`````" and "`````" not in "".join(shown[1:-1])
+
+
 def test_a_warning_raises_where_it_is_asked_for(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 2)
     _, report = read_records(path)
