@@ -20,9 +20,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, help="processes; default: one per core")
     parser.add_argument("--minutes", type=float, help="stop a run that takes longer, and record that it did")
     parser.add_argument("--out", type=Path, help="where to record; default: data/results/NAME.jsonl")
+    parser.add_argument("--keep", type=Path, help="a folder for the adapters; default: they are not kept")
     chosen = parser.parse_args(arguments)
     try:
-        results = run_experiment(chosen.experiment, chosen.out, chosen.jobs, minutes=chosen.minutes)
+        results = run_experiment(
+            chosen.experiment, chosen.out, chosen.jobs, minutes=chosen.minutes, keep=chosen.keep
+        )
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     frame = results.to_frame()

@@ -144,6 +144,7 @@ def run_experiment(
     jobs: int | None = None,
     progress: bool = True,
     minutes: float | None = None,
+    keep: str | Path | None = None,
 ) -> Results:
     """Do the runs of an experiment that are not recorded yet.
 
@@ -153,6 +154,7 @@ def run_experiment(
         jobs: processes; default: see `default_jobs`. 0 runs in this process.
         progress: show a bar.
         minutes: how long a run may take before it is stopped and recorded as failed; None for no limit.
+        keep: a folder for the adapters; a record names its own under "adapter". None to keep none.
 
     Returns:
         The records of these runs, in their order, and in `problems` what kept others from being run. Ctrl-C ends the
@@ -192,7 +194,7 @@ def run_experiment(
     if missing or is_cut_off(path):
         taken = f"another sweep is writing to {path}; wait for it, or stop it"
         with only_one(path.with_name(f".{path.name}.lock"), taken):
-            results = complete(configs, path, jobs, progress, minutes)
+            results = complete(configs, path, jobs, progress, minutes, keep)
     else:  # nothing is written, and the place may be read-only
         results = load(path)
     recorded = results.by_config()
@@ -206,7 +208,12 @@ def missing_from(results: Results, configs: Sequence[RunConfig]) -> list[RunConf
 
 
 def complete(
-    configs: Sequence[RunConfig], path: Path, jobs: int, progress: bool, minutes: float | None = None
+    configs: Sequence[RunConfig],
+    path: Path,
+    jobs: int,
+    progress: bool,
+    minutes: float | None = None,
+    keep: str | Path | None = None,
 ) -> Results:
     """Add those of `configs` that `path` lacks; everything that is recorded there then."""
     mend_last_line(path)
@@ -214,7 +221,7 @@ def complete(
     missing = missing_from(results, configs)
     bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
     try:
-        with closing(carry_out(missing, jobs, minutes)) as done:
+        with closing(carry_out(missing, jobs, minutes, Path(keep).absolute() if keep else None)) as done:
             for record in done:
                 if record["status"] == "not run":
                     run = RunConfig.from_dict(record["config"])

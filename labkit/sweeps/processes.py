@@ -8,6 +8,8 @@ knows which run that was. It gives the run to a new process, and records it as f
 The other runs go on.
 """
 
+import hashlib
+import json
 import multiprocessing
 import os
 import platform
@@ -21,11 +23,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from labkit.checks import version_of
+from labkit.formats.adapters import save_adapter
 from labkit.hardware import best_device, limits, memory_bytes, processor_name, product_dtype
 from labkit.models.fetching import ModelUnavailable
 from labkit.sweeps import runs
@@ -69,21 +73,27 @@ class Worker:
 
 
 def carry_out(
-    configs: Sequence[RunConfig], jobs: int, minutes: float | None = None
+    configs: Sequence[RunConfig], jobs: int, minutes: float | None = None, keep: Path | None = None
 ) -> Generator[dict, None, None]:
     """The records of `configs`, each as soon as its run is done; with jobs=0 in this process.
+
+    Args:
+        configs: what to run.
+        jobs: processes.
+        minutes: how long a run may take; None for no limit.
+        keep: a folder for the adapters; None to keep none.
 
     Raises:
         RuntimeError: no process comes up.
     """
     if jobs == 0:
-        yield from map(record_run, configs)
+        yield from (record_run(config, keep) for config in configs)
         return
     waiting, attempts = deque(configs), dict.fromkeys(configs, 1)
     workers: list[Worker] = []
     failed_starts = 0
     try:
-        workers += [start_worker() for _ in range(min(jobs, len(configs)))]
+        workers += [start_worker(keep) for _ in range(min(jobs, len(configs)))]
         while waiting or any(worker.config for worker in workers):
             for worker in workers:
                 if worker.is_up and worker.config is None and waiting:
@@ -111,7 +121,7 @@ def carry_out(
                     waiting.append(config)  # after all others, when there may be more memory
                 else:
                     yield failed(config, f"its process ended {ATTEMPTS} times before it did: {how}", seconds)
-                workers[workers.index(worker)] = start_worker()
+                workers[workers.index(worker)] = start_worker(keep)
     finally:
         for worker in workers:
             if worker.is_up and worker.config is None:
@@ -129,11 +139,11 @@ def check_starts(failed_starts: int, how: str) -> None:
         )
 
 
-def start_worker() -> Worker:
+def start_worker(keep: Path | None) -> Worker:
     """A new process."""
     context: Any = multiprocessing.get_context(START_METHOD)
     ours, its = context.Pipe()
-    process = context.Process(target=work, args=(its,), daemon=True)
+    process = context.Process(target=work, args=(its, keep), daemon=True)
     process.start()
     its.close()
     return Worker(process, ours, time.monotonic())
@@ -189,7 +199,7 @@ def end(worker: Worker, patience: float = 0) -> str:
     return f"killed by {signal.Signals(-code).name}{hint}"
 
 
-def work(connection: Connection) -> None:
+def work(connection: Connection, keep: Path | None) -> None:
     """What a process of a sweep does: one run after the other."""
     begin_process()
     connection.send(READY)
@@ -200,7 +210,7 @@ def work(connection: Connection) -> None:
             return
         if config is None:
             return
-        connection.send(record_run(config))
+        connection.send(record_run(config, keep))
 
 
 def begin_process() -> None:
@@ -218,8 +228,8 @@ def begin_process() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def record_run(config: RunConfig) -> dict:
-    """Do one run; the line that records it. Its status "not run" says that the machine, not the config, was why."""
+def record_run(config: RunConfig, keep: Path | None = None) -> dict:
+    """Do one run; the line that records it, and its adapter in a folder of `keep`, if given. Its status "not run" says that the machine, not the config, was why."""
     started = time.perf_counter()
     outcome: dict[str, object] = {"status": "done"}
     try:
@@ -227,6 +237,9 @@ def record_run(config: RunConfig) -> dict:
         outcome["metrics"] = result.metrics
         if result.wrong is not None:
             outcome["wrong"] = result.wrong
+        if keep is not None and config.method in ("lora", "qlora"):
+            outcome["adapter"] = name_of(config)
+            save_adapter(result.model, keep / name_of(config))
     except TrainingDiverged as error:
         outcome = {"status": "diverged", "step": len(error.history.steps) + 1, "error": str(error)}
     except (ModelUnavailable, OSError) as error:  # no network, no space: another day it may run
@@ -237,6 +250,12 @@ def record_run(config: RunConfig) -> dict:
     except Exception as error:  # a bug, or no memory: the other runs do not depend on it
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     return line_of(config, outcome, time.perf_counter() - started)
+
+
+def name_of(config: RunConfig) -> str:
+    """A name for what a run leaves, made of its config."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+    return f"{config.task}-{digest[:10]}"
 
 
 def failed(config: RunConfig, error: str, seconds: float) -> dict:

@@ -7,11 +7,16 @@ import time
 
 import psutil
 import pytest
+import torch
 from filelock import FileLock
 
+from labkit import models
+from labkit.formats.adapters import load_adapter
 from labkit.sweeps import grid, runs
 from labkit.sweeps.config import RunConfig
+from labkit.sweeps.fitting import fit
 from labkit.sweeps.records import summarize
+from labkit.sweeps.tasks import TASKS
 from tests.sweeps.cases import QUICK, ROOT, configs, table
 
 
@@ -170,3 +175,16 @@ def test_two_sweeps_do_not_write_to_one_file(recorded_file):
     lock = FileLock(recorded_file.with_name(f".{recorded_file.name}.lock"))
     with lock, pytest.raises(RuntimeError, match="another sweep is writing"):
         grid.run_experiment(configs(r=[4]), recorded_file, jobs=0, progress=False)
+
+
+def test_adapters_are_kept_where_they_are_wanted_and_named_in_their_records(tmp_path):
+    results = grid.run_experiment(
+        configs(lr=1e-3), tmp_path / "runs.jsonl", jobs=0, progress=False, keep=tmp_path / "adapters"
+    )
+    first, second = (tmp_path / "adapters" / record["adapter"] for record in results.records)
+    assert first != second
+    again, _, _ = fit(configs(lr=1e-3)[0], TASKS["facts"].records(configs(lr=1e-3)[0]))
+    model, _ = models.load("tiny-llama", dtype=torch.float32)
+    load_adapter(model, first)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, again.get_parameter(name), msg=name)
