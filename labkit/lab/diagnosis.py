@@ -92,7 +92,7 @@ def make_run(diagnosis: str, seed: int = 0) -> Run:
     if diagnosis == "nothing supervised":
         batch = Batch(batch.ids, torch.full_like(batch.targets, IGNORE))
     held = before if diagnosis == "not in the optimizer" else trained
-    run = Run(model.train(), batch, torch.optim.AdamW(held, lr=1e-2))
+    run = Run(model.train(), batch, torch.optim.AdamW(held, lr=1e-2, weight_decay=0.0))
     for _ in range(STEPS):
         run.step()
     return run

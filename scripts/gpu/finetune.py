@@ -19,7 +19,7 @@ from torch import nn
 
 from gpu.measurement import Measurement, Numbers, Section, Skipped, Stage
 from labkit import models
-from labkit.data.tickets import TICKET_INSTRUCTION, load_tickets, ticket_answer, ticket_chat
+from labkit.data.tickets import TICKET_INSTRUCTION, TICKET_TOKENS, load_tickets, ticket_answer, ticket_chat
 from labkit.hardware import compute_dtype
 from labkit.lora.config import LoRAConfig
 from labkit.lora.qlora import add_qlora
@@ -36,7 +36,7 @@ TRAINING = {  # lesson 08's rate, and batch and epochs of the GPU profile; tiny-
     "smollm2-135m": TrainConfig(lr=2e-3, batch_size=8, epochs=3.0, progress=False),
     "tiny-llama": TrainConfig(lr=6e-3, batch_size=8, epochs=6.0, progress=False),
 }
-ANSWER_TOKENS = {"smollm2-135m": 48, "tiny-llama": 84}  # a few more than the longest right answer has
+ANSWER_TOKENS = {"smollm2-135m": TICKET_TOKENS, "tiny-llama": 84}  # a few more than the longest right answer has
 SEEDS = {"smollm2-135m": (0,), "tiny-llama": (0, 1, 2)}
 FIRST_STEPS = 8
 ENOUGH = 25  # seconds after which no further seed is begun
