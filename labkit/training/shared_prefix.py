@@ -81,7 +81,7 @@ def generate_shared(
     return answers
 
 
-def common_start(ids: Sequence[Sequence[int]]) -> int:
+def common_start(ids: list[list[int]]) -> int:
     """How many tokens all prompts begin with, at least one of each left over."""
     if not ids:
         return 0
