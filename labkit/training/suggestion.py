@@ -8,8 +8,8 @@ speed that was measured, and the minutes there are.
 
 Half, because a step has a backward pass too, about as long as the forward pass where the weights are frozen.
 
-These settings are a place to start and no optimum. The learning rate was swept on tickets (lesson 08); the passes are a
-rule of thumb. What is right for other data, only its own held-out loss says.
+These settings are a place to start and no optimum. The learning rate is the one that lesson 08 trains with, on other data; the
+passes are a rule of thumb. What is right for other records, only their own held-out loss says.
 """
 
 import math
@@ -31,7 +31,7 @@ BATCHES = (8, 4, 2)
 ENOUGH_STEPS = 120
 FEW_STEPS = 20  # in fewer, an adapter that starts at zero has hardly moved
 FEW_RECORDS = 50
-LR = 2e-3  # the best of the rates swept on tickets, for LoRA of r = 16 and batches of 2 to 8
+LR = 2e-3  # lesson 08's, for LoRA of r = 16
 EVALUATIONS = 4
 KEPT_BACK = 0.1  # of the minutes, since lengths and speed vary
 MOST_HELD_OUT = 100
@@ -90,7 +90,7 @@ def suggest_settings(
     reasons = {
         "steps": "",
         "batch_size": f"the largest of 2, 4 and 8 that leaves {ENOUGH_STEPS} steps",
-        "lr": "the best of the rates swept in lesson 08, for batches of 2 to 8; not swept on these records",
+        "lr": "the rate of lesson 08, for r = 16; not swept on these records",
         "max_length": f"the longest record has {longest} tokens: none is left out",
         "r": "rank 16 in every linear layer, α = 2r: where lesson 04 says to start",
     }
