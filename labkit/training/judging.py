@@ -64,7 +64,7 @@ def choose_metric(records: Sequence[dict]) -> Metric:
     if not any(asked for asked, _ in pairs) or not any(answers):
         return Metric("loss", "the records are texts without a question, so that no answer can be right")
     objects = [parse_json(answer) for answer in answers]
-    keys = {tuple(one) for one in objects if one is not None}
+    keys = dict.fromkeys(tuple(one) for one in objects if one is not None)  # in the order of the answers
     if None not in objects and len({frozenset(one) for one in keys}) == 1 and all(keys):
         fields = next(iter(keys))
         why = f"every answer is a JSON object with the fields {', '.join(fields)}: an answer is right if all are"
