@@ -1,9 +1,9 @@
 """Turn a Llama-architecture GGUF file into a Hugging Face folder: fp32 safetensors, config and tokenizer.
 
 GGUF is llama.cpp's format: a table of metadata, then tensors in block-quantized types, all of which the
-`gguf` package reads. It differs from the Hugging Face layout in three ways. Tensors have other names. The
-rows of `q_proj` and `k_proj` are interleaved, because llama.cpp rotates neighbouring pairs where Hugging Face
-rotates the two halves of a head. And the tokenizer is a list of tokens and merges in the metadata.
+`gguf` package reads. It differs from the Hugging Face layout in three ways. Tensors have other names, the rows of
+`q_proj` and `k_proj` another order (`labkit.models.gguf_layout`). And the tokenizer is a list of tokens and merges
+in the metadata.
 
 A file is read completely or refused: every key about the model or its tokenizer must be understood, and the
 tensors must be the parameters of the resulting model, in name and shape.
@@ -22,23 +22,10 @@ from torch import Tensor
 
 from labkit.checks import check_choice, check_whole, needed
 from labkit.files.writing import new_folder
+from labkit.models.gguf_layout import FREQUENCIES, heads_of, huggingface_name, rows_in_halves
 from labkit.models.gguf_metadata import Metadata
 from labkit.models.gguf_tokenizer import end_ids, read_tokenizer
 from labkit.models.shapes import meta_model
-
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-FREQUENCIES = "rope_freqs.weight"  # Llama 3.1 and later: a divisor for each frequency of the positions
 
 
 @dataclass(frozen=True)
@@ -96,12 +83,18 @@ def read_gguf(path: Path) -> Checkpoint:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     frequencies = tensors.pop(FREQUENCIES, None)
     config = llama_config(
-        meta, set(tensors), None if frequencies is None else read_tensor(frequencies, {}, meta)
+        meta, set(tensors), None if frequencies is None else read_tensor(frequencies, meta)
     )
     tokenizer = read_tokenizer(meta, config.max_position_embeddings)
     meta.refuse_rest(("llama.", "tokenizer."))
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    renamed = {huggingface_name(name, meta): read_tensor(t, heads, meta) for name, t in tensors.items()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        there = huggingface_name(name)
+        if there is None:
+            raise meta.refusal(f"it has a tensor {name!r}, for which Llama has no place")
+        heads = heads_of(name, config)
+        weight = read_tensor(tensor, meta)
+        renamed[there] = (weight if heads is None else rows_in_halves(weight, heads)).contiguous()
     return Checkpoint(config, complete(renamed, config, meta), tokenizer)
 
 
@@ -198,18 +191,8 @@ def rope_parameters(meta: Metadata, context: int, frequencies: Tensor | None) ->
     return {"rope_type": "default"} | theta
 
 
-def huggingface_name(name: str, meta: Metadata) -> str:
-    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
-    match name.split("."):
-        case ["blk", layer, part, kind] if part in LAYER_NAMES and kind in ("weight", "bias"):
-            return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
-        case [part, "weight"] if part in TOP_NAMES:
-            return f"{TOP_NAMES[part]}.weight"
-    raise meta.refusal(f"it has a tensor {name!r}, for which Llama has no place")
-
-
-def read_tensor(tensor, heads: dict[str, int], meta: Metadata) -> Tensor:
-    """Dequantize one tensor to fp32, and put the rows of q and k back into Hugging Face's order."""
+def read_tensor(tensor, meta: Metadata) -> Tensor:
+    """Dequantize one tensor to fp32."""
     dequantize = needed("gguf", "reading a GGUF file").dequantize
     try:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
@@ -218,11 +201,7 @@ def read_tensor(tensor, heads: dict[str, int], meta: Metadata) -> Tensor:
         raise meta.refusal(f"{tensor.name} is stored as {kind}, which cannot be read") from None
     if not torch.isfinite(weight).all():
         raise meta.refusal(f"{tensor.name} holds numbers that are infinite or not numbers")
-    for part, n_heads in heads.items():
-        if f".{part}." in tensor.name:
-            pairs = weight.view(n_heads, -1, 2, *weight.shape[1:])  # (heads, head_dim / 2, 2, …): neighbours
-            weight = pairs.transpose(1, 2).reshape(weight.shape)  # the two halves of each head
-    return weight.contiguous()
+    return weight
 
 
 def complete(tensors: dict[str, Tensor], config, meta: Metadata) -> dict[str, Tensor]:
