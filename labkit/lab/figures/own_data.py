@@ -37,7 +37,7 @@ def result_rows(
         axes.annotate(text, (high, y), **beside)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(-0.01 * top, 1.08 * top)
+    axes.set_xlim(-0.01 * top, 1.12 * top)
     if is_share:
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}" if share < 1.01 else "")
     finish(axes, title, x, "")
