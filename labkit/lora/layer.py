@@ -86,11 +86,16 @@ class LoRALinear(StandIn):
 
     def delta(self) -> Tensor:
         """The correction as a matrix, `scaling * B A`, shape (out, in)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        return (self.lora_B @ self.lora_A).mul_(self.scaling)  # in place: new memory costs more than the product
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The one weight that does what `weight`, the base's, (out, in), and the adapter do together."""
-        return weight + self.delta().to(weight.dtype)
+        """The one weight that does what `weight`, the base's, (out, in), and the adapter do together.
+
+        The sum is taken in the dtype of the factors, at least fp32, and rounded once to that of `weight`.
+        """
+        delta = self.delta()
+        merged = weight + delta if torch.is_grad_enabled() else delta.add_(weight)
+        return merged.to(weight.dtype)
 
     @property
     def weight(self) -> Tensor | QuantizedTensor:

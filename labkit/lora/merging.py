@@ -4,7 +4,11 @@ Nothing merges on its own, as `.eval()` does in some libraries: `merge` and `unm
 write. `unmerged` is for a look at the weights from before. `unload` ends the adapter's time: what is left is a
 model without any of our layers, which saves, loads and is adapted as any other.
 
-Agrees with: PEFT `merge_and_unload` and `unload`.
+The sum is taken in fp32 and rounded once, to the dtype of the weight. Four bits are another matter: a small
+correction does not move a weight from one of sixteen levels to the next. `labkit.lora.survival` measures what
+is left of it.
+
+Agrees with: PEFT `merge_and_unload` and `unload`; in 16 bits PEFT rounds the correction first, and then the sum.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,16 +29,26 @@ from labkit.lora.mounting import (
     refuse_adapted,
     unmount,
 )
+from labkit.lora.sums import (
+    check_factors,
+    check_weights_held,
+    fp32_weight,
+    merged_base,
+    merged_sum,
+    original_weight,
+)
 from labkit.models.surgery import swap_modules
 from labkit.models.walk import unwrap
-from labkit.quant.layer_kinds import dense_weight, holds_weight, is_four_bit, is_transposed
+from labkit.quant.layer_kinds import is_four_bit, is_transposed
 from labkit.quant.linear import QuantLinear
 from labkit.quant.model import dequantize_model
-from labkit.quant.tensor import quantize
 
 
 @torch.inference_mode(False)  # merged weights made in it could never take part in training
-def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
+@torch.no_grad()
+def merge(
+    model: nn.Module, requantize: bool = False, safe: bool = False, originals: nn.Module | None = None
+) -> nn.Module:
     """Add each correction to its base weight, in place, so the adapter costs nothing in the forward pass.
 
     The weights from before are kept for `unmerge`, which is then exact; that doubles their memory.
@@ -42,13 +56,16 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
     Args:
         model: with adapters.
         requantize: merge into 4-bit bases too: dequantize, add, and quantize again, which changes the output.
+        safe: refuse merged weights that are NaN or infinite, and not only such factors.
+        originals: the base before it was put in 4 bits. With `requantize`, the corrections are added to its
+            weights instead, and each sum is quantized once.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: there is no adapter, it is merged already, or a base is in 4 bits (nothing is changed
-            then).
+        ValueError: there is no adapter, it is merged already, a base is in 4 bits, `originals` is another
+            model, or NaN or infinity would be merged. Nothing is changed then.
     """
     layers = lora_layers(model)
     if not layers:
@@ -66,35 +83,25 @@ def merge(model: nn.Module, requantize: bool = False) -> nn.Module:
             )
     check_weights_held(layers)
     check_standing(model)
-    with torch.no_grad():
-        for layer in layers.values():
-            merge_layer(layer)
+    check_factors(layers)
+    made: dict[str, nn.Module] = {}  # all of them before the first layer changes
+    for name, layer in layers.items():
+        weight = fp32_weight(layer.base) if originals is None else original_weight(originals, name, layer)
+        made[name] = merged_base(layer.base, merged_sum(layer, weight, safe=name if safe else None))
+    for name, layer in layers.items():
+        put_merged(layer, made[name])
     return model
 
 
-def check_weights_held(layers: Mapping[str, LoRALinear]) -> None:
-    """Raise a `ValueError` if a base has no weight that a merged one could be put in place of."""
-    for name, layer in layers.items():
-        if not holds_weight(layer.base):
-            raise ValueError(
-                f"the weight of {name} is computed at each call (a {type(layer.base).__name__}), so nothing can be merged "
-                "into it; remove its parametrization first, with torch.nn.utils.parametrize.remove_parametrizations"
-            )
-
-
-def merge_layer(layer: LoRALinear) -> None:
+def put_merged(layer: LoRALinear, merged: nn.Module) -> None:
     """Put the merged weight where the base's is, and keep that one aside."""
     base = layer.base
-    before: nn.Module
-    merged = layer.merged_weight(dense_weight(base))  # (out, in)
     if isinstance(base, QuantLinear):
-        before = base
-        again = quantize(merged, base.codebook, base.blocksize, base.double_quant)
-        layer.base = QuantLinear.in_place_of(base, again, base.compute_dtype).requires_grad_(False)
+        before: nn.Module = base
+        layer.base = merged
     else:
         before = nn.Module()  # a box, so that the weight moves and is cast with the layer
-        before.weight = base.weight
-        base.weight = nn.Parameter(merged.T if is_transposed(base) else merged, requires_grad=False)
+        before.weight, base.weight = base.weight, merged.weight
     layer.aside = (before,)
 
 
@@ -141,23 +148,34 @@ def unmerged(model: nn.Module) -> Iterator[nn.Module]:
                 base.weight = weight
 
 
-def unload(model: nn.Module, merged: bool = True, dequantize: bool = False) -> nn.Module:
+def unload(
+    model: nn.Module,
+    merged: bool = True,
+    dequantize: bool = False,
+    safe: bool = False,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Take every adapter off for good: a plain model again, with no layer of LoRA and no record of one.
 
-    What was frozen stays frozen. The result can be saved with `save_pretrained`, if no layer is in 4 bits.
+    What was frozen stays frozen. The result can be saved with `save_pretrained`, if no layer is in 4 bits. One
+    layer after the other is merged and lets go of its old weight, so there is never a second copy of the model.
 
     Args:
         model: with adapters; changed in place.
         merged: keep what the mounted adapter does, in the weights, and the modules that trained in full.
             False: the base model as it was, without any of it.
-        dequantize: turn every 4-bit layer into an `nn.Linear`, before merging into it.
+        dequantize: turn every 4-bit layer into an `nn.Linear`, before merging into it: QLoRA's rule.
+        safe: refuse merged weights that are NaN or infinite, and not only such factors; takes the sums twice.
+        dtype: of the whole model afterwards, such as torch.bfloat16: the sums are rounded to it once. None
+            leaves every dtype as it is.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: there is no adapter; for `merged=True` none is mounted, or a base is in 4 bits and
-            `dequantize` is off; for `merged=False` the base's weights were not kept. Nothing is changed then.
+        ValueError: there is no adapter; for `merged=True` none is mounted, a base is in 4 bits and
+            `dequantize` is off, or NaN or infinity would be merged; for `merged=False` the base's weights
+            were not kept. Nothing is changed then.
     """
     adapters, adapter = adapters_of(model), mounted_adapter(model)
     if not adapters.by_name:
@@ -183,21 +201,38 @@ def unload(model: nn.Module, merged: bool = True, dequantize: bool = False) -> n
                 "give dequantize=True for a model in 16 or 32 bits, or merged=False for the 4-bit base alone. (Layers "
                 "of other libraries cannot be dequantized here.)"
             )
-        check_weights_held(adapter.layers)
-        if dequantize:
-            dequantize_model(model)
-        if not adapter.is_merged:
-            merge(model)
-        swap_modules(model, {name: layer.base for name, layer in adapter.layers.items()})
+        merge_for_good(model, adapter.layers, safe, dtype)
     elif adapter is not None:
         check_base_kept(model)
         if adapter.is_merged:
             unmerge(model)
         unmount(model)
-    if dequantize and not merged:
+    if dequantize:
         dequantize_model(model)
     delattr(unwrap(model), RECORD)
-    return model
+    return model if dtype is None else model.to(dtype)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def merge_for_good(
+    model: nn.Module, layers: Mapping[str, LoRALinear], safe: bool, dtype: torch.dtype | None
+) -> None:
+    """Put a plain layer, with the correction in its weight, in place of each of `layers`; 4-bit ones dequantized."""
+    check_weights_held(layers)
+    open_layers = {name: layer for name, layer in layers.items() if not layer.is_merged}
+    check_factors(open_layers)
+    dtypes = {name: dtype or layer.base.weight.dtype for name, layer in open_layers.items()}
+    for name, layer in open_layers.items() if safe else ():
+        merged_sum(layer, fp32_weight(layer.base), dtypes[name], safe=name)
+    for name, layer in open_layers.items():
+        merged = merged_sum(layer, fp32_weight(layer.base), dtypes[name])
+        if isinstance(layer.base, QuantLinear):
+            layer.base = layer.base.to_linear()
+        layer.base.weight = nn.Parameter(
+            merged.T if is_transposed(layer.base) else merged, requires_grad=False
+        )
+    swap_modules(model, {name: layer.base for name, layer in layers.items()})
 
 
 @contextmanager

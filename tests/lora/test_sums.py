@@ -1,0 +1,166 @@
+"""A merge rounds once, keeps to four bits only when told how, and refuses NaN before any layer changes."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+
+from labkit.lora.config import LoRAConfig
+from labkit.lora.inject import add_lora, lora_layers
+from labkit.lora.layer import LoRALinear
+from labkit.lora.merging import merge, unload, unmerge
+from labkit.quant.model import quantize_model
+from labkit.quant.tensor import quantize
+from tests.lora.cases import logits, make_model, peft_model, randomize
+
+PATH = "model.layers.0.mlp.up_proj"
+
+
+def adapted(dtype=torch.float32, variant="lora"):
+    model = make_model().to(dtype)
+    return randomize(add_lora(model, LoRAConfig(r=4, alpha=12, variant=variant)))
+
+
+def over_four_bits(dtype=torch.float32):
+    model = make_model().to(dtype)
+    quantize_model(model, progress=False)
+    return randomize(add_lora(model, LoRAConfig(r=4, alpha=12)))
+
+
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_weights(model, before):
+    now = model.state_dict()
+    return list(now) == list(before) and all(
+        torch.allclose(now[name], tensor, rtol=0, atol=0, equal_nan=True) for name, tensor in before.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_merge_is_the_fp32_sum_rounded_once_and_nearer_to_it_than_pefts(dtype):
+    model = adapted(dtype)
+    theirs = peft_model(make_model().to(dtype))
+    modules = dict(theirs.get_base_model().named_modules())
+    errors = [0.0, 0.0]
+    for name, layer in lora_layers(model).items():
+        modules[name].lora_A["default"].weight.data = layer.lora_A.data.clone()
+        modules[name].lora_B["default"].weight.data = layer.lora_B.data.clone()
+        modules[name].scaling["default"] = layer.scaling
+    sums = {n: (m.base.weight.float() + m.delta()).detach() for n, m in lora_layers(model).items()}
+    merge(model)
+    theirs.merge_adapter()
+    for name, layer in lora_layers(model).items():
+        assert torch.equal(layer.base.weight, sums[name].to(dtype))
+        for i, weight in enumerate((layer.base.weight, modules[name].base_layer.weight)):
+            errors[i] += (weight.double() - sums[name].double()).square().sum().item()
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_merged_again_after_an_unmerge_every_bit_is_the_same(variant):
+    model = adapted(variant=variant)
+    before = weights_of(model)
+    first = weights_of(merge(model))
+    assert not same_weights(model, before)
+    assert same_weights(unmerge(model), before)
+    assert same_weights(merge(model), first)
+
+
+def test_a_second_merge_is_refused_and_changes_nothing():
+    model = merge(adapted())
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="merged already"):
+        merge(model)
+    assert same_weights(model, before)
+
+
+def test_unloaded_into_16_bits_the_sum_is_rounded_once_and_the_whole_model_is_cast():
+    model = adapted()
+    layer = lora_layers(model)[PATH]
+    wanted = (layer.base.weight + layer.delta()).bfloat16()
+    unload(model, dtype=torch.bfloat16)
+    assert torch.equal(model.get_submodule(PATH).weight, wanted)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and logits(model).isfinite().all()
+
+
+def test_qloras_rule_adds_to_the_dequantized_weight_and_rounds_once_to_16_bits():
+    model = over_four_bits(torch.bfloat16)
+    layer = lora_layers(model)[PATH]
+    wanted = (layer.base.weight.dequantize(torch.float32) + layer.delta()).bfloat16()
+    unload(model, dequantize=True)
+    assert type(model.get_submodule(PATH)) is torch.nn.Linear
+    assert torch.equal(model.get_submodule(PATH).weight, wanted)
+
+
+def test_unloading_lets_go_of_each_old_weight_and_writes_to_none_that_a_caller_holds():
+    model = adapted()
+    held = lora_layers(model)[PATH].base.weight
+    before = held.clone()
+    old = [weakref.ref(m.base.weight) for n, m in lora_layers(model).items() if n != PATH]
+    unload(model)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert torch.equal(held, before) and not any(one() is not None for one in old)
+
+
+def test_merged_into_the_original_weight_each_sum_is_quantized_once_and_can_be_undone():
+    model, original = over_four_bits(), make_model()
+    before = logits(model)
+    layer = lora_layers(model)[PATH]
+    wanted = quantize(original.get_submodule(PATH).weight + layer.delta())
+    merge(model, requantize=True, originals=original)
+    assert torch.equal(layer.base.packed, wanted.packed)
+    naive = merge(over_four_bits(), requantize=True)
+    assert not torch.equal(lora_layers(naive)[PATH].base.packed, wanted.packed)
+    assert torch.equal(logits(unmerge(model)), before)
+
+
+def test_originals_of_another_model_are_refused_and_nothing_changes():
+    model = over_four_bits()
+    before = weights_of(model)
+    packed = make_model()
+    quantize_model(packed, progress=False)
+    narrow, shallow = make_model(), make_model()
+    narrow.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
+    shallow.model.layers = shallow.model.layers[:1]
+    cases = [
+        (make_model(seed=1), "of another model"),
+        (narrow, "192 x 64"),
+        (shallow, "has no layer model.layers.1"),
+        (packed, "full precision"),
+        (adapted(), "adapters; give the model before them"),
+    ]
+    for original, message in cases:
+        with pytest.raises(ValueError, match=message):
+            merge(model, requantize=True, originals=original)
+        assert same_weights(model, before) and not lora_layers(model)[PATH].is_merged
+    with pytest.raises(ValueError, match="Leave originals out"):
+        merge(adapted(), originals=make_model())
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("act", [merge, unload])
+def test_factors_that_are_not_finite_are_refused_before_any_layer_changes(act, bad, part):
+    model = adapted()
+    getattr(list(lora_layers(model).values())[-1], part).data[0, 0] = bad
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=rf"{part} of model.layers.1.* holds NaN or infinity"):
+        act(model)
+    assert same_weights(model, before) and len(lora_layers(model)) == 14
+
+
+@pytest.mark.parametrize("act", [merge, unload])
+def test_a_sum_that_fp16_cannot_hold_is_refused_if_asked_and_infinite_if_not(act):
+    model = adapted(torch.float16)
+    list(lora_layers(model).values())[-1].lora_B.data[0] = 1e7
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"above the 6.55e\+04 that float16 ends at"):
+        act(model, safe=True)
+    assert same_weights(model, before)
+    careless = act(copy.deepcopy(model))
+    assert any(not t.isfinite().all() for t in careless.state_dict().values())
+    unload(model.float(), safe=True)
+    assert all(t.isfinite().all() for t in model.state_dict().values())
