@@ -41,7 +41,7 @@ def open_panel(browser, jupyter, name, cells, steps):
 
 
 def button(cell, name):
-    return cell.get_by_role("button", name=name, exact=True)
+    return cell.locator("button", has_text=name)  # its name in the page has the icon in it too
 
 
 def wait_for_steps(page, more_than):
@@ -75,6 +75,7 @@ def test_a_run_is_started_paused_slowed_resumed_and_stopped_by_hand(browser, jup
     page.wait_for_function(
         "before => document.querySelectorAll('.jp-CodeCell')[1].querySelector('img').src !== before",
         arg=empty,
+        timeout=SOON,
     )
     assert read_cell(page, 2).strip() == "42", "other cells run meanwhile"
     assert cell.get_by_text("training", exact=True).count()
