@@ -71,10 +71,7 @@ def check_place(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; an adapter is saved as a folder, so give another name")
-    if Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
-        raise ValueError(
-            f"{path} is the folder that you are in, or around it; give the adapter a folder of its own"
-        )
+    refuse_folder_of_process(path, "the adapter")
     for name in OURS:
         if (path / name).is_dir():
             raise ValueError(f"{path / name} is a folder, which is not of an adapter; give another name")
@@ -84,6 +81,12 @@ def check_place(path: Path) -> None:
         return  # none, or a damaged one
     if not isinstance(recorded, dict) or "base" not in recorded:
         raise ValueError(f"{path / PROVENANCE} is not of an adapter; give the adapter a folder of its own")
+
+
+def refuse_folder_of_process(path: Path, what: str = "the model") -> None:
+    """Raise a `ValueError` if `path` is the folder that the process is in, or around it: it would be gone under its feet."""
+    if Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
+        raise ValueError(f"{path} is the folder that you are in, or around it; give {what} a folder of its own")
 
 
 def link_others(old: Path, new: Path) -> None:
