@@ -22,7 +22,7 @@ def refuse_constant(name: str) -> None:
 
 
 UNREAD = "; what stands behind it is not read"
-JSON_TYPES = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
+JSON_TYPES = {str: "string", bool: "boolean", list: "list", dict: "object", type(None): "null"}
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
@@ -96,7 +96,7 @@ def parse_object(text: str, number: int, findings: Findings, unread: str = "") -
 
 def type_of(value: object) -> str:
     """What JSON calls the type of a value."""
-    return JSON_TYPES.get(type(value), "a number")
+    return f"a JSON {JSON_TYPES.get(type(value), 'number')}"
 
 
 def explain(text: str, error: json.JSONDecodeError, number: int, findings: Findings, unread: str) -> None:
