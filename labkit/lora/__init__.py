@@ -12,6 +12,7 @@ from labkit.lora.combining import combine
 from labkit.lora.config import LoRAConfig
 from labkit.lora.count import adapter_report, trainable
 from labkit.lora.dora import DoRALinear
+from labkit.lora.extraction import compress_adapter, extract_adapter
 from labkit.lora.fingerprint import AdapterMismatch, fingerprint
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.layer import LoRAEmbedding, LoRALinear
@@ -19,6 +20,7 @@ from labkit.lora.merging import adapter_strength, merge, unload, unmerge, unmerg
 from labkit.lora.mounting import Adapter, ModelAdapters, adapters_of, mounted_adapter
 from labkit.lora.plain import to_plain_lora
 from labkit.lora.qlora import add_qlora
+from labkit.lora.survival import Survival, merged_survival, survival
 from labkit.lora.targets import matching_layers
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "ModelAdapters",
+    "Survival",
     "active_adapter",
     "adapter_configs",
     "adapter_report",
@@ -39,12 +42,16 @@ __all__ = [
     "add_qlora",
     "base_only",
     "combine",
+    "compress_adapter",
+    "extract_adapter",
     "fingerprint",
     "lora_layers",
     "matching_layers",
     "merge",
+    "merged_survival",
     "mounted_adapter",
     "remove_adapter",
+    "survival",
     "to_plain_lora",
     "trainable",
     "unload",

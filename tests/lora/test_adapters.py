@@ -126,8 +126,8 @@ def test_errors_name_what_there_is():
         combine(model, {"baker": 1}, "both")
     with pytest.raises(ValueError, match="use how='cat'"):
         combine(model, {"poet": 1, "clerk": 1}, "both", "linear")
-    with pytest.raises(ValueError, match="how='svd'"):
-        combine(model, {"poet": 1, "clerk": 1}, "both", "svd")
+    with pytest.raises(ValueError, match="how='average'"):
+        combine(model, {"poet": 1, "clerk": 1}, "both", "average")
     with pytest.raises(ValueError, match="no adapter yet; begin with"):
         add_adapter(make_model(), "poet", LoRAConfig(r=2))
     with pytest.raises(ValueError, match="more than a correction"):
