@@ -86,7 +86,9 @@ class LoRALinear(StandIn):
 
     def delta(self) -> Tensor:
         """The correction as a matrix, `scaling * B A`, shape (out, in)."""
-        return (self.lora_B @ self.lora_A).mul_(self.scaling)  # in place: new memory costs more than the product
+        return (self.lora_B @ self.lora_A).mul_(
+            self.scaling
+        )  # in place: new memory costs more than the product
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The one weight that does what `weight`, the base's, (out, in), and the adapter do together.

@@ -8,7 +8,7 @@ The sum is taken in fp32 and rounded once, to the dtype of the weight. Four bits
 correction does not move a weight from one of sixteen levels to the next. `labkit.lora.survival` measures what
 is left of it.
 
-Agrees with: PEFT `merge_and_unload` and `unload`; in 16 bits PEFT rounds the correction first, and then the sum.
+Agrees with: PEFT `merge_and_unload` and `unload`. In 16 bits PEFT's `safe_merge` rounds the correction too.
 """
 
 from collections.abc import Iterator, Mapping

@@ -12,7 +12,7 @@ from labkit.lora.layer import LoRALinear
 from labkit.lora.merging import merge, unload, unmerge
 from labkit.quant.model import quantize_model
 from labkit.quant.tensor import quantize
-from tests.lora.cases import logits, make_model, peft_model, randomize
+from tests.lora.cases import give, logits, make_model, peft_model, randomize
 
 PATH = "model.layers.0.mlp.up_proj"
 
@@ -40,21 +40,22 @@ def same_weights(model, before):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_16_bit_merge_is_the_fp32_sum_rounded_once_and_nearer_to_it_than_pefts(dtype):
+def test_a_16_bit_merge_rounds_once_like_pefts_and_pefts_safe_merge_rounds_twice(dtype):
+    """PEFT's `safe_merge` rounds the correction to the weight's dtype first, and so loses more of it."""
     model = adapted(dtype)
-    theirs = peft_model(make_model().to(dtype))
-    modules = dict(theirs.get_base_model().named_modules())
+    sums = {n: (m.base.weight.float() + m.delta()).detach() for n, m in lora_layers(model).items()}
+    theirs = {}
+    for safe in (False, True):
+        peft = peft_model(make_model().to(dtype))
+        give(model, peft)
+        peft.merge_adapter(safe_merge=safe)
+        theirs[safe] = dict(peft.get_base_model().named_modules())
+    merge(model, safe=True)
     errors = [0.0, 0.0]
     for name, layer in lora_layers(model).items():
-        modules[name].lora_A["default"].weight.data = layer.lora_A.data.clone()
-        modules[name].lora_B["default"].weight.data = layer.lora_B.data.clone()
-        modules[name].scaling["default"] = layer.scaling
-    sums = {n: (m.base.weight.float() + m.delta()).detach() for n, m in lora_layers(model).items()}
-    merge(model)
-    theirs.merge_adapter()
-    for name, layer in lora_layers(model).items():
-        assert torch.equal(layer.base.weight, sums[name].to(dtype))
-        for i, weight in enumerate((layer.base.weight, modules[name].base_layer.weight)):
+        mine, once, twice = layer.base.weight, *(theirs[s][name].base_layer.weight for s in (False, True))
+        assert torch.equal(mine, sums[name].to(dtype)) and torch.equal(mine, once)
+        for i, weight in enumerate((mine, twice)):
             errors[i] += (weight.double() - sums[name].double()).square().sum().item()
     assert errors[0] < errors[1]
 
