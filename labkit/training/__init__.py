@@ -9,7 +9,7 @@ from labkit.training.config import TrainConfig, learning_rate
 from labkit.training.control import TrainControl
 from labkit.training.evaluate import generate, held_out_loss, text_loss
 from labkit.training.history import History, TrainingDiverged, TrainingWarning
-from labkit.training.judging import choose_metric, measure
+from labkit.training.judging import choose_metric
 from labkit.training.loop import train
 from labkit.training.loss import supervised_loss
 from labkit.training.metrics import bits_learned, classification_accuracy, score_json
@@ -29,7 +29,6 @@ __all__ = [
     "held_out_loss",
     "learning_rate",
     "make_optimizer",
-    "measure",
     "measure_speed",
     "parameter_groups",
     "score_json",
