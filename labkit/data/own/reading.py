@@ -47,7 +47,7 @@ def read_records(
     Args:
         path: of the file.
         tokenizer: to measure lengths, and to see whether template and tokenizer write every answer in full.
-        test: the file, or the records, that the model will be tested on: looked at in the same way, and for leaks.
+        test: what the model will be tested on: a file, read in the same way, or records; looked at for leaks.
         columns: the names of prompt and completion, in CSV or JSON; default: ("prompt", "completion").
         max_length: tokens; default: the tokenizer's context. A longer record is a warning, for training leaves it out.
         faulty: "raise" (default) or "leave out".
