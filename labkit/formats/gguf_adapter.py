@@ -76,7 +76,9 @@ def save_gguf_adapter(
     config = unwrap(model).config
     tensors = []
     for layer_name, (A, B) in factors.items():
-        tensors += pair_of(adapter.layers[layer_name], layer_name, A, B, wanted[layer_name] / alpha, numbers, config)
+        tensors += pair_of(
+            adapter.layers[layer_name], layer_name, A, B, wanted[layer_name] / alpha, numbers, config
+        )
     return write_gguf(path, "llama", values, tensors)
 
 

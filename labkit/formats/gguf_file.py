@@ -120,4 +120,6 @@ def check_replaceable(path: Path) -> None:
         return
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise FileExistsError(f"{path} is there, and is no GGUF file; it is left as it is. Give another name")
+            raise FileExistsError(
+                f"{path} is there, and is no GGUF file; it is left as it is. Give another name"
+            )

@@ -96,7 +96,9 @@ def save_merged(
             merged_card(path.name, base, dtype_name, adapter and adapter.config, facts), encoding="utf-8"
         )
         files = {file.name: reading.sha256(file) for file in sorted(made.iterdir())}
-        (made / PROVENANCE).write_text(json.dumps({MERGED: made_from, "files": files}, indent=2), encoding="utf-8")
+        (made / PROVENANCE).write_text(
+            json.dumps({MERGED: made_from, "files": files}, indent=2), encoding="utf-8"
+        )
     return path
 
 

@@ -58,14 +58,22 @@ def known(facts: CardFacts) -> list[str]:
     """The parts of a card that state data, results and settings."""
     parts = ["## Data"]
     if facts.files:
-        parts.append(table(("file", "sha256"), [(f"`{file}`", f"`{digest}`") for file, digest in facts.files.items()]))
+        parts.append(
+            table(("file", "sha256"), [(f"`{file}`", f"`{digest}`") for file, digest in facts.files.items()])
+        )
     if facts.counts:
         parts.append(", ".join(f"{n:,} records {what}" for what, n in facts.counts.items()) + ".")
     parts.append(f"**Source and licence of the data:** {FILL_IN}.")
     if facts.results:
         parts += ["## Results on held-out records", table(("measure", "base", "adapted"), facts.results)]
     if facts.baselines:
-        parts += ["Without a language model, or without training one:", table(("baseline", "result"), facts.baselines)]
+        parts += [
+            "Without a language model, or without training one:",
+            table(("baseline", "result"), facts.baselines),
+        ]
     if facts.settings:
-        parts += ["## Settings", table(("setting", "value"), [(k, str(v)) for k, v in facts.settings.items()])]
+        parts += [
+            "## Settings",
+            table(("setting", "value"), [(k, str(v)) for k, v in facts.settings.items()]),
+        ]
     return parts

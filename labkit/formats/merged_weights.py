@@ -99,7 +99,8 @@ def merged_weights(model: nn.Module) -> list[MergedWeight]:
             found.append(weight)
         elif not torch.equal(weight.compute(), other.compute()):
             raise not_as_described(
-                inner, f"{name} is tied to {other.name} in it, and has values of its own; call untie_embeddings first"
+                inner,
+                f"{name} is tied to {other.name} in it, and has values of its own; call untie_embeddings first",
             )
     return found
 
@@ -108,7 +109,9 @@ def check_mergeable(model: nn.Module) -> None:
     """Raise a `ValueError` if `model` is not of transformers, or has adapters that cannot be merged here."""
     inner = unwrap(model)
     if not hasattr(inner, "config") or not type(inner).__module__.startswith("transformers."):
-        raise ValueError(f"{type(inner).__name__} is no model of transformers, whose formats are written here")
+        raise ValueError(
+            f"{type(inner).__name__} is no model of transformers, whose formats are written here"
+        )
     others = [one for one in adapters_in(model) if one != "LoRA"]
     if others:
         raise ValueError(

@@ -86,7 +86,9 @@ def check_place(path: Path) -> None:
 def refuse_folder_of_process(path: Path, what: str = "the model") -> None:
     """Raise a `ValueError` if `path` is the folder that the process is in, or around it: it would be gone under its feet."""
     if Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
-        raise ValueError(f"{path} is the folder that you are in, or around it; give {what} a folder of its own")
+        raise ValueError(
+            f"{path} is the folder that you are in, or around it; give {what} a folder of its own"
+        )
 
 
 def link_others(old: Path, new: Path) -> None:

@@ -82,9 +82,7 @@ def read_gguf(path: Path) -> Checkpoint:
     meta.expect("split.count", (0, 1), "it is one of several files; join them with llama.cpp's gguf-split")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     frequencies = tensors.pop(FREQUENCIES, None)
-    config = llama_config(
-        meta, set(tensors), None if frequencies is None else read_tensor(frequencies, meta)
-    )
+    config = llama_config(meta, set(tensors), None if frequencies is None else read_tensor(frequencies, meta))
     tokenizer = read_tokenizer(meta, config.max_position_embeddings)
     meta.refuse_rest(("llama.", "tokenizer."))
     renamed = {}
