@@ -1,9 +1,13 @@
-"""Adapters on disk as other libraries read them: PEFT folders with a model card, and bitsandbytes' 4-bit layers."""
+"""Models on disk as other programs read them: PEFT folders, merged models, GGUF files, and bitsandbytes' 4-bit layers."""
 
 from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.formats.alternatives import load_alternative, save_alternative
 from labkit.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from labkit.formats.card import CardFacts, save_with_card
+from labkit.formats.gguf_adapter import save_gguf_adapter
+from labkit.formats.gguf_model import save_gguf
+from labkit.formats.merged import save_merged
+from labkit.formats.modelfile import save_modelfile
 
 __all__ = [
     "CardFacts",
@@ -12,6 +16,10 @@ __all__ = [
     "load_alternative",
     "save_adapter",
     "save_alternative",
+    "save_gguf",
+    "save_gguf_adapter",
+    "save_merged",
+    "save_modelfile",
     "save_with_card",
     "to_bitsandbytes",
 ]

@@ -93,7 +93,8 @@ def save_merged(
         tokenizer.save_pretrained(made)
         dtype_name = str(kind).removeprefix("torch.")
         (made / CARD).write_text(
-            merged_card(path.name, base, dtype_name, adapter and adapter.config, facts), encoding="utf-8"
+            merged_card(path.name, base, dtype_name, adapter.config if adapter else None, facts),
+            encoding="utf-8",
         )
         files = {file.name: reading.sha256(file) for file in sorted(made.iterdir())}
         (made / PROVENANCE).write_text(

@@ -46,9 +46,10 @@ def save_modelfile(
             raise ValueError(
                 f"{adapter} is not in the folder of {model}; a Modelfile names both beside itself"
             )
+    beside = None if adapter is None else Path(adapter).name
     made = {
-        model.parent / MODELFILE: modelfile(model.name, tokenizer, adapter and Path(adapter).name, context),
-        model.parent / LM_STUDIO: lm_studio(model.name, adapter and Path(adapter).name),
+        model.parent / MODELFILE: modelfile(model.name, tokenizer, beside, context),
+        model.parent / LM_STUDIO: lm_studio(model.name, beside),
     }
     for path, text in made.items():
         if (
