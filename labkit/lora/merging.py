@@ -11,7 +11,7 @@ is left of it.
 Agrees with: PEFT `merge_and_unload` and `unload`. In 16 bits PEFT's `safe_merge` rounds the correction too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,7 @@ from labkit.lora.inject import lora_layers
 from labkit.lora.layer import LoRALinear
 from labkit.lora.mounting import (
     RECORD,
+    Adapter,
     adapters_of,
     check_base_kept,
     check_standing,
@@ -201,7 +202,7 @@ def unload(
                 "give dequantize=True for a model in 16 or 32 bits, or merged=False for the 4-bit base alone. (Layers "
                 "of other libraries cannot be dequantized here.)"
             )
-        merge_for_good(model, adapter.layers, safe, dtype)
+        merge_for_good(model, adapter, safe, dtype)
     elif adapter is not None:
         check_base_kept(model)
         if adapter.is_merged:
@@ -215,24 +216,29 @@ def unload(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def merge_for_good(
-    model: nn.Module, layers: Mapping[str, LoRALinear], safe: bool, dtype: torch.dtype | None
-) -> None:
-    """Put a plain layer, with the correction in its weight, in place of each of `layers`; 4-bit ones dequantized."""
-    check_weights_held(layers)
-    open_layers = {name: layer for name, layer in layers.items() if not layer.is_merged}
-    check_factors(open_layers)
-    dtypes = {name: dtype or layer.base.weight.dtype for name, layer in open_layers.items()}
-    for name, layer in open_layers.items() if safe else ():
+def merge_for_good(model: nn.Module, adapter: Adapter, safe: bool, dtype: torch.dtype | None) -> None:
+    """Put a plain layer, with the correction in its weight, in place of each of the adapter's; 4-bit ones dequantized.
+
+    Where an interrupt ends it, the layers that are done are plain, the others as before, and the outputs the
+    same: another call goes on there.
+    """
+    check_weights_held(adapter.layers)
+    plain = {name: layer.base for name, layer in adapter.layers.items() if layer.is_merged}
+    layers = {name: layer for name, layer in adapter.layers.items() if not layer.is_merged}
+    check_factors(layers)
+    dtypes = {name: dtype or layer.base.weight.dtype for name, layer in layers.items()}
+    for name, layer in layers.items() if safe else ():
         merged_sum(layer, fp32_weight(layer.base), dtypes[name], safe=name)
-    for name, layer in open_layers.items():
-        merged = merged_sum(layer, fp32_weight(layer.base), dtypes[name])
-        if isinstance(layer.base, QuantLinear):
-            layer.base = layer.base.to_linear()
-        layer.base.weight = nn.Parameter(
-            merged.T if is_transposed(layer.base) else merged, requires_grad=False
-        )
-    swap_modules(model, {name: layer.base for name, layer in layers.items()})
+    try:
+        for name, layer in layers.items():
+            merged = merged_sum(layer, fp32_weight(layer.base), dtypes[name])
+            base = layer.base.to_linear() if isinstance(layer.base, QuantLinear) else layer.base
+            base.weight = nn.Parameter(merged.T if is_transposed(base) else merged, requires_grad=False)
+            plain[name] = base
+    finally:
+        swap_modules(model, plain)
+        for name in plain:
+            del adapter.modules[name]
 
 
 @contextmanager

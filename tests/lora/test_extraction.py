@@ -135,6 +135,7 @@ def test_compressed_it_is_the_best_of_its_rank_and_the_adapter_stays(variant):
         compress_adapter(model, "clerk", "smaller")
 
 
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter to LoRA")
 @pytest.mark.parametrize("rank", [2, 0.8])
 def test_compression_is_pefts_convert_to_lora(rank):
     model = randomize(add_lora(make_model(), LoRAConfig(r=8, alpha=8), "poet"))

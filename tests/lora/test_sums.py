@@ -106,6 +106,54 @@ def test_unloading_lets_go_of_each_old_weight_and_writes_to_none_that_a_caller_h
     assert torch.equal(held, before) and not any(one() is not None for one in old)
 
 
+def test_unloading_never_holds_a_second_copy_of_the_model(monkeypatch):
+    model = adapted()
+    old = [weakref.ref(layer.base.weight) for layer in lora_layers(model).values()]
+    alive = []
+    merged_weight = LoRALinear.merged_weight
+
+    def counted(layer, weight):
+        alive.append(sum(one() is not None for one in old))
+        return merged_weight(layer, weight)
+
+    monkeypatch.setattr(LoRALinear, "merged_weight", counted)
+    unload(model)
+    assert alive == list(range(14, 0, -1)), "each is let go of before the next is merged"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_interrupted_unloading_computes_the_same_and_goes_on_where_it_was(monkeypatch, quantized):
+    model = over_four_bits() if quantized else adapted()
+    before, whole = logits(model), weights_of(unload(copy.deepcopy(model), dequantize=quantized))
+    calls = iter(range(14))
+    merged_weight = LoRALinear.merged_weight
+
+    def interrupted(layer, weight):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return merged_weight(layer, weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRALinear, "merged_weight", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unload(model, dequantize=quantized)
+    assert len(lora_layers(model)) == 9
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    assert same_weights(unload(model, dequantize=quantized), whole)
+
+
+def test_a_merge_in_fp32_leaves_the_logits_of_a_trained_model_within_1e_5(tiny):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    randomize(add_lora(model, LoRAConfig(r=16)))
+    for layer in lora_layers(model).values():
+        layer.lora_B.data *= 0.05 * layer.base.weight.norm() / layer.delta().norm()
+    ids = tokenizer("The customer was charged twice and wants the money back.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        unmerged = model(ids).logits
+        merged = merge(model)(ids).logits
+    assert (merged - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
+
+
 def test_merged_into_the_original_weight_each_sum_is_quantized_once_and_can_be_undone():
     model, original = over_four_bits(), make_model()
     before = logits(model)
