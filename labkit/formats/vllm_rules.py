@@ -40,7 +40,7 @@ LETTER = re.compile(r"(\.lora_(?:embedding_)?)([AB])$")  # which factor a tensor
 FACTOR = re.compile(r"\.lora_(?:[AB]\.weight|embedding_[AB])$")
 DTYPES = ("float16", "bfloat16")
 REFUSED, WRONG, NOTED = "refused", "wrong", "noted"
-MERGED = "merge it with labkit.unload(model), and serve the merged model"
+MERGED = "write the merged model with labkit.formats.save_merged(model, tokenizer, folder), and serve that"
 
 
 class Objection(NamedTuple):

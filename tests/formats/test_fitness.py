@@ -81,8 +81,8 @@ def test_an_adapter_of_labkit_fits_and_the_server_scales_it_as_here(tmp_path, co
 
 UNFIT = {
     "DoRA": ({"variant": "dora"}, (REFUSED, "dora"), "compress_adapter"),
-    "a module in full": ({"modules_to_save": ["model.norm"]}, (REFUSED, "saved"), "unload"),
-    "the head in full": ({"modules_to_save": ["lm_head"]}, (REFUSED, "saved"), "unload"),
+    "a module in full": ({"modules_to_save": ["model.norm"]}, (REFUSED, "saved"), "save_merged"),
+    "the head in full": ({"modules_to_save": ["lm_head"]}, (REFUSED, "saved"), "save_merged"),
     "a lower rank": ({"rank_pattern": {"up_proj": 4}}, (WRONG, "scaling"), "combine"),
     "another scale": ({"alpha_pattern": {"q_proj": 99}}, (WRONG, "scaling"), "combine"),
 }
