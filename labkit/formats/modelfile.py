@@ -4,7 +4,7 @@ llama.cpp reads the chat template in the file. Ollama has templates in a languag
 that it knows. So the `Modelfile` says one itself where the tokenizer's is ChatML, with the system message that it
 begins with; a model without a template gets the bare prompt.
 
-Agrees with: Ollama's `docs/modelfile.md`, by reading. Neither program is run here.
+Neither program is run here.
 """
 
 from pathlib import Path
