@@ -1,6 +1,7 @@
 """The training panel without a browser: the run in the background, its figure, and who may train when."""
 
 import threading
+import time
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -54,8 +55,12 @@ def panel_of(tiny, monkeypatch=None, **more):
 
 
 def wait_until_it_stands(panel):
-    with panel.between_steps():
-        assert panel.run.control.state == "paused"
+    """A paused run stands before its first step too, which its thread may not have come to yet."""
+    for _ in range(1000):
+        if panel.run.control.state == "paused":
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run is {panel.run.control.state}, and was to stand")
 
 
 def test_headless_the_recorded_run_is_drawn_and_nothing_is_trained(tiny, recorded):
