@@ -97,21 +97,33 @@ def run_all_cells(browser, url: str):
     return page
 
 
+PROMPT = "document.querySelectorAll('.jp-CodeCell')[number].querySelector('.jp-InputPrompt').innerText"
+
+
 def run_cell(page, number: int):
-    """Run one cell; returns it."""
-    cell = page.locator(".jp-CodeCell").nth(number)
-    cell.locator(".cm-content").click()
-    page.keyboard.press("Control+Enter")
-    return cell
+    """Run one cell; returns it. A page that is not done loading may pass over the keys: then they are pressed again."""
+    cell, before = page.locator(".jp-CodeCell").nth(number), page.evaluate(f"number => {PROMPT}", number)
+    from playwright.sync_api import TimeoutError as TooLong
+
+    for _ in range(6):
+        cell.locator(".cm-content").click()
+        page.keyboard.press("Control+Enter")
+        try:
+            page.wait_for_function(
+                f"([number, before]) => {PROMPT} !== before", arg=[number, before], timeout=15_000
+            )
+            return cell
+        except TooLong:
+            continue
+    raise AssertionError(f"cell {number} was never sent to the kernel")
 
 
 def read_cell(page, number: int) -> str:
     """Run one cell, and return what it printed when it was done."""
-    prompt = "document.querySelectorAll('.jp-CodeCell')[number].querySelector('.jp-InputPrompt').innerText"
-    before = page.evaluate(f"number => {prompt}", number)
+    before = page.evaluate(f"number => {PROMPT}", number)
     cell = run_cell(page, number)
     page.wait_for_function(
-        f"([number, before]) => {{ const now = {prompt}; return now !== before && /\\d/.test(now) }}",
+        f"([number, before]) => {{ const now = {PROMPT}; return now !== before && /\\d/.test(now) }}",
         arg=[number, before],
         timeout=60_000,
     )
