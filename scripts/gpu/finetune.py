@@ -36,7 +36,10 @@ TRAINING = {  # lesson 08's rate, and batch and epochs of the GPU profile; tiny-
     "smollm2-135m": TrainConfig(lr=2e-3, batch_size=8, epochs=3.0, progress=False),
     "tiny-llama": TrainConfig(lr=6e-3, batch_size=8, epochs=6.0, progress=False),
 }
-ANSWER_TOKENS = {"smollm2-135m": TICKET_TOKENS, "tiny-llama": 84}  # a few more than the longest right answer has
+ANSWER_TOKENS = {
+    "smollm2-135m": TICKET_TOKENS,
+    "tiny-llama": 84,
+}  # a few more than the longest right answer has
 SEEDS = {"smollm2-135m": (0,), "tiny-llama": (0, 1, 2)}
 FIRST_STEPS = 8
 ENOUGH = 25  # seconds after which no further seed is begun

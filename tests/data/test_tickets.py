@@ -65,7 +65,15 @@ def test_the_announced_difficulties_are_there(splits):
     tags = collections.Counter(tag for t in rows for tag in t["tags"])
     assert all(
         tags[tag] >= 100
-        for tag in ("two_orders", "other_number", "two_products", "other_person", "dates", "implied_contact", "typos")
+        for tag in (
+            "two_orders",
+            "other_number",
+            "two_products",
+            "other_person",
+            "dates",
+            "implied_contact",
+            "typos",
+        )
     )
     for field in ("customer", "product", "order"):
         assert sum(t["label"][field] is None for t in rows) >= 60
