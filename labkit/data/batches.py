@@ -72,7 +72,9 @@ def pack(examples: list[Encoded], masked: bool = True) -> Batch:
         examples: at least one.
         masked: begin the positions of each example at 0, so that it sees none before it.
     """
-    ids, targets, positions = [], [], []
+    ids: list[int] = []
+    targets: list[int] = []
+    positions: list[int] = []
     for example in examples:
         ids += example.prompt + example.completion
         # the token before an example's first is another's last: nothing is predicted from it
