@@ -24,7 +24,7 @@ from labkit.data.encoding import Encoded, encode_all
 from labkit.data.records import records_of, shortened
 from labkit.data.tokens import prompt_ids
 from labkit.models.walk import unwrap
-from labkit.training.greedy import greedy, needs_solitude, stops_of
+from labkit.training.greedy import Stops, greedy, needs_solitude, stops_of
 from labkit.training.limits import check_fits, check_ids, context_of, padding_id, virtual_tokens_of
 from labkit.training.loss import supervised_loss
 from labkit.training.readiness import check_causal, own_modes
@@ -170,8 +170,7 @@ def generate(
                 mask[row, width - len(ids[i]) :] = 1
             new = greedy(model, tokenizer, padded.to(device), mask.to(device), stops, max_new_tokens, pad_id)
             for i, row_ids in zip(chosen, new.tolist()):
-                text = text_after(ids[i], stops.cut(row_ids), tokenizer)
-                answers[i] = (text.partition(stops.text)[0] if stops.text else text).strip()
+                answers[i] = answer_of(ids[i], row_ids, stops, tokenizer)
             bar.update(len(chosen))
     return answers
 
@@ -210,6 +209,12 @@ def batches_of_prompts(
     size = 1 if _needs_solitude.get(inner) else batch_size
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def answer_of(prompt: list[int], written: list[int], stops: Stops, tokenizer) -> str:
+    """The answer in what was written behind a prompt: up to its end, without the space around it."""
+    text = text_after(prompt, stops.cut(written), tokenizer)
+    return (text.partition(stops.text)[0] if stops.text else text).strip()
 
 
 def text_after(prompt: list[int], answer: list[int], tokenizer) -> str:

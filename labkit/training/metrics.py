@@ -22,6 +22,7 @@ from torch import nn
 from labkit.data.batches import collate
 from labkit.data.docstrings import PACKAGES
 from labkit.data.encoding import encode
+from labkit.files.reading import unique_keys
 from labkit.training.evaluate import check_measurable, loss_of_examples
 from labkit.training.limits import padding_id
 from labkit.training.readiness import own_modes
@@ -117,22 +118,10 @@ def parse_json(text: str) -> dict | None:
     one that has a key twice.
     """
     try:
-        value = json.loads(text, object_pairs_hook=fields_of)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def fields_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of its fields, of which `json` would keep the last where a key comes twice.
-
-    Raises:
-        ValueError: a key comes twice.
-    """
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a key comes twice")
-    return fields
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from labkit.checks import check_whole
 from labkit.data.encoding import Encoded
 from labkit.models.walk import unwrap
 from labkit.training.evaluate import (
+    answer_of,
     batches_of_prompts,
     check_causal_once,
     generate,
     ids_of_prompts,
-    text_after,
 )
 from labkit.training.greedy import Stops, stops_of
 from labkit.training.limits import padding_id, virtual_tokens_of
@@ -75,8 +75,7 @@ def generate_shared(
                 rows = [ids[i][shared:] for i in chosen]
                 written = greedy_after(step, shared, rows, stops, max_new_tokens, pad_id, tokenizer)
                 for i, new in zip(chosen, written):
-                    text = text_after(ids[i], stops.cut(new), tokenizer)
-                    answers[i] = (text.partition(stops.text)[0] if stops.text else text).strip()
+                    answers[i] = answer_of(ids[i], new, stops, tokenizer)
                 bar.update(len(chosen))
     return answers
 

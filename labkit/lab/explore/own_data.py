@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from labkit.data.encoding import encode
 from labkit.data.own.shingles import asked_and_answered
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import item_and_strength, panel
 from labkit.lab.explore.tickets import token_probabilities
 from labkit.lab.figures.own_data import written_answer
 from labkit.lab.interactive import is_interactive
@@ -71,15 +71,5 @@ def record_explorer(model, tokenizer, records: Sequence[dict]) -> None:
         display(figure)
         plt.close(figure)
 
-    controls = {}
-    if is_interactive():
-        from ipywidgets import FloatSlider, IntSlider
-
-        wide = {
-            "layout": {"width": "28em"},
-            "style": {"description_width": "7em"},
-            "continuous_update": False,
-        }
-        controls["record"] = IntSlider(0, 0, len(records) - 1, description="record", **wide)
-        controls["strength"] = FloatSlider(1.0, min=0, max=2, step=0.1, description="adapter ×", **wide)
+    controls = item_and_strength("record", len(records), "record") if is_interactive() else {}
     panel(draw, controls, [{"record": 0, "strength": 1.0}])

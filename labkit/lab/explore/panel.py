@@ -23,3 +23,18 @@ def panel(draw: Callable, controls: dict, static: Sequence[dict]) -> None:
     from ipywidgets import VBox, interactive_output
 
     display(VBox(list(controls.values())), interactive_output(draw, controls))
+
+
+def item_and_strength(name: str, count: int, description: str) -> dict:
+    """Sliders for one of `count` items, called `name`, and for the strength of an adapter, 0 to 2."""
+    from ipywidgets import FloatSlider, IntSlider
+
+    wide = {
+        "layout": {"width": "28em"},
+        "style": {"description_width": "7em"},
+        "continuous_update": False,
+    }
+    return {
+        name: IntSlider(0, 0, count - 1, description=description, **wide),
+        "strength": FloatSlider(1.0, min=0, max=2, step=0.1, description="adapter ×", **wide),
+    }

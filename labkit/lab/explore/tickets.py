@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from labkit.data.batches import collate
 from labkit.data.encoding import Encoded, encode
 from labkit.data.tickets import ticket_chat
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import item_and_strength, panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora.merging import adapter_strength
@@ -97,15 +97,5 @@ def ticket_explorer(
     right = [parse_json(answer) == ticket["label"] for ticket, answer in zip(tickets, answers)]
     shown = [right.index(verdict) for verdict in (True, False) if verdict in right]  # the first of each
     static = [{"ticket": ticket, "strength": 1.0} for ticket in shown]
-    controls = {}
-    if is_interactive():
-        from ipywidgets import FloatSlider, IntSlider
-
-        wide = {
-            "layout": {"width": "28em"},
-            "style": {"description_width": "7em"},
-            "continuous_update": False,
-        }
-        controls["ticket"] = IntSlider(0, 0, len(tickets) - 1, description="test ticket", **wide)
-        controls["strength"] = FloatSlider(1.0, min=0, max=2, step=0.1, description="adapter ×", **wide)
+    controls = item_and_strength("ticket", len(tickets), "test ticket") if is_interactive() else {}
     panel(draw, controls, static)
