@@ -15,8 +15,9 @@ of its lists.
 
     python -m labkit.sweep experiments/rank.toml [--jobs 2]     # makes or completes data/results/rank.jsonl
 
-A grid's setting comes before a fixed one, and all are checked before anything runs. A killed sweep loses the runs
-under way: start it again, and it does what is missing. A run that diverges or cannot run is a result too.
+A grid's setting, `seeds` of its own too, comes before a common one, and all are checked before anything runs. A
+killed sweep loses the runs under way: start it again, and it does what is missing. A run that diverges or cannot
+run is a result too.
 """
 
 import itertools
@@ -63,6 +64,7 @@ def expand(experiment: dict) -> list[RunConfig]:
 
     Args:
         experiment: {"seeds": [...], "fixed": {setting: value}, "grid": [{setting: [values]}, ...]}.
+            A grid may have `seeds` of its own.
 
     Raises:
         ValueError: a part that no experiment has or of another kind, a setting unknown or out of its range, an empty
@@ -74,11 +76,13 @@ def expand(experiment: dict) -> list[RunConfig]:
         experiment.get("fixed", {}),
         experiment.get("grid", [{}]),
     )
-    for seed in seeds:
-        check_whole("seeds: seed", seed, at_least=0)
     configs: list[RunConfig] = []
     for number, grid in enumerate(grids, 1):
-        axes = {name: v if isinstance(v, list) else [v] for name, v in {**grid, "seed": seeds}.items()}
+        own = grid.get("seeds", seeds)
+        for seed in own if isinstance(own, list) else [own]:
+            check_whole("seeds: seed", seed, at_least=0)
+        settings = {name: v for name, v in grid.items() if name != "seeds"} | {"seed": own}
+        axes = {name: v if isinstance(v, list) else [v] for name, v in settings.items()}
         empty = [name for name, values in axes.items() if not values]
         if empty:
             raise ValueError(f"grid {number} has no runs: {', '.join(empty)} is an empty list")
@@ -121,7 +125,8 @@ def check_parts(experiment: dict) -> None:
         if "seed" in table:
             place = f"grid {number}" if number else "[fixed]"
             raise ValueError(
-                f"seed={table['seed']!r} in {place}; seeds of all runs stand at the top: seeds = […]"
+                f"seed={table['seed']!r} in {place}; seeds of all runs stand at the top, or in a grid those of its "
+                "runs: seeds = […]"
             )
 
 

@@ -28,6 +28,11 @@ def test_a_grid_is_the_product_of_its_lists_with_the_seeds_innermost():
     assert all(c.task == "facts" and c.examples == 8 for c in made)
 
 
+def test_a_grid_may_have_seeds_of_its_own():
+    made = grid.expand({"seeds": [0], "grid": [{"lr": [1e-3, 1e-2]}, {"lr": [1e-3], "seeds": [1, 2]}]})
+    assert [(c.lr, c.seed) for c in made] == [(1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-3, 2)]
+
+
 @pytest.mark.parametrize(
     "experiment, message",
     [
@@ -49,6 +54,8 @@ def test_a_grid_is_the_product_of_its_lists_with_the_seeds_innermost():
         ({"seeds": [0, 0.5, 1]}, "seeds: seed=0.5 must be a whole number"),
         ({"seeds": [True]}, "seeds: seed=True must be a whole number"),
         ({"seeds": [1, 1]}, "runs 1 and 2 are the same"),
+        ({"grid": [{"r": [4], "seeds": [0.5]}]}, "seeds: seed=0.5 must be a whole number"),
+        ({"grid": [{"r": [4], "seeds": []}]}, "seed is an empty list"),
         ({"grid": {"r": [4]}}, r"grid is a table with r; write \[\[grid\]\], in double brackets"),
         ({"grid": [5]}, r"grid is \[5\]; write \[\[grid\]\]"),
         ({"fixed": 5}, r"fixed is 5; write \[fixed\], in single brackets"),

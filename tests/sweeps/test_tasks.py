@@ -45,6 +45,9 @@ def test_tickets_are_judged_field_by_field_and_the_wrong_ones_are_kept(monkeypat
     assert result.wrong == [2] and result.metrics["exact_match"] == 0.75
     assert result.metrics["urgency"] == 0.75 and result.metrics["order"] == 1
     assert "peak_bytes" not in result.metrics and result.metrics["test_loss"] > 1
+    alone = runs.run(RunConfig(task="tickets_loss", model="smollm2-135m", method="none")).metrics
+    assert alone["validation_loss"] == result.metrics["validation_loss"], "the same loss, and no answers"
+    assert "exact_match" not in alone
 
 
 @pytest.mark.slow
