@@ -19,6 +19,7 @@ from labkit.lora.layer import LoRAEmbedding, LoRALinear
 from labkit.lora.merging import adapter_strength, merge, unload, unmerge, unmerged
 from labkit.lora.mounting import Adapter, ModelAdapters, adapters_of, mounted_adapter
 from labkit.lora.plain import to_plain_lora
+from labkit.lora.qat import QATLinear, quantization_aware
 from labkit.lora.qlora import add_qlora
 from labkit.lora.survival import Survival, merged_survival, survival
 from labkit.lora.targets import matching_layers
@@ -31,6 +32,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "ModelAdapters",
+    "QATLinear",
     "Survival",
     "active_adapter",
     "adapter_configs",
@@ -50,6 +52,7 @@ __all__ = [
     "merge",
     "merged_survival",
     "mounted_adapter",
+    "quantization_aware",
     "remove_adapter",
     "survival",
     "to_plain_lora",

@@ -109,11 +109,7 @@ def quantize_model(
     config = QuantConfig.of(config, *others, **settings)
     skip = (skip,) if isinstance(skip, str) else skip
     found = quantizable_layers(model)
-    for wanted in skip:
-        if not any(ends_with(name, wanted) for layer in found for name in layer.names):
-            known = [layer.name for layer in found]
-            raise ValueError(no_match_message(f"skip={wanted!r}", wanted, unwrap(model), known))
-    layers = [one for one in found if not any(ends_with(name, part) for name in one.names for part in skip)]
+    layers = without_skipped(model, found, skip)
     frozen = [layer for layer in layers if not layer.module.weight.requires_grad]
     is_adapted = bool(frozen or adapters_in(model) or any(layer.kind == PACKED for layer in walk(model)))
     layers = frozen if is_adapted else layers
@@ -160,6 +156,19 @@ def quantizable_layers(model: nn.Module) -> list[Layer]:
     chosen = {id(layer.module) for layer in found}
     kept = {id(t) for layer in layers if id(layer.module) not in chosen for t in layer.tensors}
     return [layer for layer in found if id(layer.module.weight) not in kept]
+
+
+def without_skipped(model: nn.Module, found: list[Layer], skip: tuple[str, ...]) -> list[Layer]:
+    """Those of `found` that no name of `skip`, or last part of one, means.
+
+    Raises:
+        ValueError: `skip` matches none of them.
+    """
+    for wanted in skip:
+        if not any(ends_with(name, wanted) for layer in found for name in layer.names):
+            known = [layer.name for layer in found]
+            raise ValueError(no_match_message(f"skip={wanted!r}", wanted, unwrap(model), known))
+    return [one for one in found if not any(ends_with(name, part) for name in one.names for part in skip)]
 
 
 def is_replaceable(layer: Layer) -> bool:
