@@ -78,6 +78,7 @@ FOLDERS = (
     "models",
     "optim",
     "quant",
+    "serving",
     "sweeps",
     "training",
 )

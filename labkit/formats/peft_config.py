@@ -122,7 +122,11 @@ def base_place(model: nn.Module) -> str:
 
     Our own names ("tiny-llama") mean nothing to other libraries: their folders do.
     """
-    name = getattr(getattr(model, "config", None), "name_or_path", "") or ""
+    return place_of_base(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+
+
+def place_of_base(name: str) -> str:
+    """The folder of the base called `name`, if it is on this machine; else `name`."""
     if name in SHIPPED:
         return str(data_folder() / name)
     if name in SOURCES:
