@@ -2,6 +2,7 @@
 
 from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.formats.alternatives import load_alternative, save_alternative
+from labkit.formats.audit import ExportCell, audit_exports, audit_table
 from labkit.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from labkit.formats.card import CardFacts, save_with_card
 from labkit.formats.fitness import check_for_vllm
@@ -13,6 +14,9 @@ from labkit.formats.services import read_preferences, write_for_service
 
 __all__ = [
     "CardFacts",
+    "ExportCell",
+    "audit_exports",
+    "audit_table",
     "check_for_vllm",
     "from_bitsandbytes",
     "load_adapter",

@@ -159,13 +159,16 @@ def check_saved(raw: dict, tensors: Mapping[str, Tensor], path: Path, provenance
         )
 
 
-def check_base(model: nn.Module, path: Path, provenance: dict | None) -> None:
+def check_base(
+    model: nn.Module, path: Path, provenance: dict | None, known: dict[str, str] | None = None
+) -> None:
     """Compare the recorded fingerprint of the base with that of `model`; a folder without one passes.
 
     Args:
         model: the base at hand.
         path: of the folder.
         provenance: its `labkit.json`.
+        known: the fingerprint of `model` with all its modules, where it has been computed before.
 
     Raises:
         AdapterMismatch: saying what differs.
@@ -173,7 +176,8 @@ def check_base(model: nn.Module, path: Path, provenance: dict | None) -> None:
     if provenance is None:
         return
     recorded = provenance["base"]
-    mine = fingerprint(model, provenance.get("replaces", ()))
+    replaces = provenance.get("replaces", ())
+    mine = known if known and not replaces else fingerprint(model, replaces)
     differs = differences(recorded, mine)
     if differs == ["shapes"]:
         raise AdapterMismatch(
