@@ -233,6 +233,7 @@ def refuse_adapted(model: nn.Module, wanted: str) -> None:
     ways = {
         "LoRA": "put a second one beside it with labkit.add_adapter(model, name, config), or take it off with "
         "labkit.unload(model)",
+        "adapters of a bank": "unload them from their AdapterBank",
         "PEFT's adapters": "take them off with PEFT's unload() or merge_and_unload()",
     }
     other = "take it off with labkit.alternatives.methods.remove(model)"

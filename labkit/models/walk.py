@@ -36,6 +36,7 @@ STANDS_IN = {
 }
 OF_PEFT = ("BaseTunerLayer", "AuxiliaryTrainingWrapper", "BasePromptEncoder", "AdaptedAttention")
 ADDED = ("VirtualTokens",)  # children that a method has added to a model, in place of nothing
+AROUND = ("QATLinear",)  # these stay where they are when what they stand in for is exchanged
 EMBEDDING, LINEAR, SUBCLASS, CONV1D, PACKED, EXPERTS, ATTENTION, OTHER = KINDS = (
     "embedding",
     "linear",  # nn.Linear itself
@@ -136,6 +137,10 @@ def path_of(model: nn.Module, name: str) -> str:
             raise KeyError(f"{type(model).__name__} has no module {name}")
         module = module._modules[part]
         parts.append(part)
+    while any(is_a(module, name) for name in AROUND):
+        child = stood_in_for(module)
+        module = module._modules[child]
+        parts.append(child)
     return ".".join(parts)
 
 
@@ -232,6 +237,8 @@ def adapters_in(model: nn.Module) -> list[str]:
         method = module.__dict__.get("added_method")  # see `labkit.alternatives.methods`
         if is_a(module, "LoRALinear") or (aside is not None and aside.by_name):
             found["LoRA"] = None
+        if is_a(module, "BatchedLinear"):  # see `labkit.serving.batched`
+            found["adapters of a bank"] = None
         if method is not None:
             found[type(method.config).__name__.removesuffix("Config")] = None
         if any(is_a(module, name) for name in OF_PEFT):

@@ -1,0 +1,127 @@
+"""An adapter as it is served: the factors of its layers, read from a PEFT folder, and what identifies it.
+
+It is no part of a model: tensors by the names of layers, which a layer looks up when a row asks for them. So hundreds
+of adapters can be there at once, and one comes or goes without touching the others.
+
+What can share a base with others is a sum beside the base's output: plain LoRA and rsLoRA, of any ranks, scalings and
+layers. What changes the base itself cannot, and is refused with the reason: see `why_not_shared`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from labkit.formats.peft_config import check_settings, from_peft
+from labkit.formats.peft_folder import read_folder
+from labkit.formats.peft_settings import canonical, hash_settings, shown
+from labkit.formats.peft_tensors import check_adapter, expected_tensors, tensor_names
+from labkit.formats.provenance import check_base, check_saved, hash_named, read_provenance
+from labkit.lora.config import LoRAConfig
+from labkit.lora.mounting import standing
+from labkit.models.walk import unwrap
+from labkit.serving.segments import Factors
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An adapter in memory.
+
+    Attributes:
+        name: what rows call it.
+        version: a hash of its tensors and of its settings. Two adapters of one name and other weights have two.
+        base: the hash of the fingerprint of its base.
+        config: ranks, scalings and layers.
+        factors: by the own name of a layer.
+    """
+
+    name: str
+    version: str
+    base: str
+    config: LoRAConfig = field(repr=False)
+    factors: Mapping[str, Factors] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(A.nbytes + B.nbytes for A, B, _ in self.factors.values())
+
+
+def identity_of(fingerprint: Mapping[str, str]) -> str:
+    """One hash of the fingerprint of a base."""
+    return sha256(canonical(dict(fingerprint))).hexdigest()
+
+
+def why_not_shared(raw: Mapping[str, object], has_start: bool) -> str | None:
+    """Why an adapter cannot be one of several in a batch, by its `adapter_config.json`; None if it can.
+
+    Args:
+        raw: the configuration.
+        has_start: does its `labkit.json` say that its base was made together with it?
+    """
+    kind, start = raw.get("peft_type"), raw.get("init_lora_weights")
+    if kind != "LORA":
+        return (
+            f"peft_type={shown(kind)}: only LoRA adds to the output of a layer row by row; a soft prompt or a prefix "
+            "changes the length of a row, and other methods what a layer computes. Serve it from a model of its own"
+        )
+    if raw.get("use_dora"):
+        return (
+            "it is DoRA, which divides by the norms of W + s B A: a factor on the base's own output, not a sum beside "
+            "it. Merge it into a copy of the base (labkit.formats.save_merged)"
+        )
+    if raw.get("modules_to_save"):
+        return (
+            f"it brings modules of its own ({shown(raw['modules_to_save'])}), and the base has room for one of each. "
+            "Serve it from a model of its own"
+        )
+    if has_start or start in ("pissa", "olora"):
+        return (
+            f"init={shown(start)} changed the base, which others share. Save it with plain=True, as LoRA on the "
+            "original base"
+        )
+    return None
+
+
+def read_adapter(model: nn.Module, path: str | Path, name: str, base: dict[str, str]) -> LoadedAdapter:
+    """The adapter in the PEFT folder `path`, for `model`, which stays as it is.
+
+    Args:
+        model: the base; other adapters may be in a bank on it.
+        path: folder written by `labkit.save_adapter` or by PEFT.
+        name: what rows are to call it.
+        base: the fingerprint of the base, which takes long to compute.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        labkit.lora.AdapterMismatch: made for another base, or tensors missing, left over or of another shape.
+        ValueError: it cannot share a base, or is damaged, edited, a pickle file or holds NaN.
+    """
+    path = Path(path)
+    raw, tensors = read_folder(path)
+    provenance = read_provenance(path)
+    reason = why_not_shared(raw, provenance is not None and "start" in provenance)
+    if reason is not None:
+        raise ValueError(f"the adapter in {path} cannot share a base with others: {reason}")
+    check_settings(raw, path)
+    check_base(model, path, provenance, base)
+    config, names = from_peft(model, raw, tensors, path)
+    check_adapter(model, config, names, tensors, path)
+    check_saved(raw, tensors, path, provenance)
+    factors = {layer: factors_of(model, config, layer, tensors) for layer in names}
+    version = sha256(f"{hash_named(tensors)} {hash_settings(raw)}".encode()).hexdigest()
+    return LoadedAdapter(name, version, identity_of(base), config, factors)
+
+
+def factors_of(model: nn.Module, config: LoRAConfig, layer: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """What a folder holds for one layer, copied out of the file to where the layer computes."""
+    base = unwrap(standing(model, layer))
+    names, wanted = tensor_names(layer, base), expected_tensors(model, config, [layer])
+    device = next(iter(base.state_dict().values())).device
+    A, B = (
+        torch.empty(wanted[key].shape, dtype=wanted[key].dtype, device=device).copy_(tensors[key])
+        for key in (names["lora_A"], names["lora_B"])
+    )
+    return Factors(A, B, config.for_layer(layer).scaling)
