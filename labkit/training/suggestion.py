@@ -2,7 +2,7 @@
 speed that was measured, and the minutes there are.
 
     passes   as many as show about `SEEN` records, repeats counted; at least one and at most `MOST_PASSES`
-    batch    the largest of 8, 4, 2 that leaves `ENOUGH_STEPS` steps
+    batch    the largest of 8, 4, 2 with which the passes make `ENOUGH_STEPS` steps
     steps    passes x records / batch, or as many as the minutes hold, whichever is less
     minutes  (tokens in steps + half the tokens in held-out measurements) / speed, and a tenth kept back
 
@@ -89,7 +89,7 @@ def suggest_settings(
     n, wanted, notes = len(fit), min(MOST_PASSES, max(1, round(SEEN / len(fit)))), []
     reasons = {
         "steps": "",
-        "batch_size": f"the largest of 2, 4 and 8 that leaves {ENOUGH_STEPS} steps",
+        "batch_size": f"the largest of 2, 4 and 8 with which {passes_of(wanted)} make {ENOUGH_STEPS} steps",
         "lr": "the rate of lesson 08, for r = 16; not swept on these records",
         "max_length": f"the longest record has {longest} tokens: none is left out",
         "r": "rank 16 in every linear layer, α = 2r: where lesson 04 says to start",

@@ -144,7 +144,7 @@ def test_the_page_has_both_answers_and_the_gold_one_and_marks_what_is_wrong(lear
     parts = box_of(learned, [ticket]).answer(ticket["message"], lambda parts: shown.append(list(parts)))
     page = parts["fields"]
     assert page.count("underline wavy") == 1 and ">gold<" in page and "&quot;delivery&quot;" in page
-    assert "the answer is no JSON object" in page and "question" in page
+    assert "the answer is not a JSON object" in page and "question" in page
     assert shown == [["message", "fields", "adapted"], ["message", "fields", "adapted", "base"]]
     unknown = box_of(learned, [ticket]).answer("The boat is broken")
     assert ">gold<" not in unknown["fields"] and "underline" not in unknown["fields"]

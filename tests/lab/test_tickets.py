@@ -287,7 +287,7 @@ def test_answer_table_marks_wrong_fields_and_escapes_html():
     page = explore.answer_table(
         "<b>hi</b>", {"base": "no json", "adapted": '{"a": "x", "b": 1}'}, {"a": "x", "b": 2}
     ).data
-    assert "&lt;b&gt;hi" in page and "no JSON" in page
+    assert "&lt;b&gt;hi" in page and "not JSON" in page
     assert page.count("underline wavy") == 1
 
 

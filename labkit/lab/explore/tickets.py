@@ -36,7 +36,7 @@ def answer_table(message: str, answers: dict[str, str], gold: dict) -> HTML:
     for who, text in {**answers, "gold": json.dumps(gold)}.items():
         parsed = parse_json(text)
         if parsed is None:
-            cells = f"<td colspan='{len(gold)}' style='text-align:left'><i>no JSON:</i> "
+            cells = f"<td colspan='{len(gold)}' style='text-align:left'><i>not JSON:</i> "
             cells += f"{html.escape(text[:160])}</td>"
         else:
             cells = "".join(field_cell(parsed.get(name, "(missing)"), gold[name]) for name in gold)
