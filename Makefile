@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab interpreter test test-fast campaign run bench gpu lint docs classroom lock clean
+.PHONY: help named setup model lab interpreter peers test test-fast campaign run bench gpu lint docs classroom lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -27,10 +27,16 @@ interpreter: setup
 	@$(PY) -c "import triton" 2>/dev/null || $(PIP) --retries 1 --no-deps --require-hashes --requirement requirements/interpreter.lock; \
 	$(PY) -c "import triton" 2>/dev/null || echo "warning: Triton is not installed here: the kernels for a GPU are NOT tested"
 
-test: model interpreter ## set everything up and run all tests, notebooks included, on WORKERS processes
+# llama.cpp and OpenAI's types, which exported files are held against; once, and tests go on without them
+PEERS := $(PY) -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('openai', 'xllamacpp'))))"
+peers: setup
+	@$(PEERS) || $(PIP) --retries 1 --no-deps --require-hashes --requirement requirements/peers.lock; \
+	$(PEERS) || echo "warning: xllamacpp or openai is not installed here: exported files are NOT tested against llama.cpp and OpenAI's types"
+
+test: model interpreter peers ## set everything up and run all tests, notebooks included, on WORKERS processes
 	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=2400 $(ARGS)
 
-test-fast: model interpreter ## run everything but notebooks and slow tests, on WORKERS processes
+test-fast: model interpreter peers ## run everything but notebooks and slow tests, on WORKERS processes
 	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' tests labkit $(ARGS)
 
 campaign: model  ## kill, starve and mistreat everything, for up to half an hour; make test plays a slice of it

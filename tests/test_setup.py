@@ -47,14 +47,14 @@ def constraints():
 
 def test_every_direct_dependency_is_pinned(project, constraints):
     extras = project["optional-dependencies"]
-    assert set(extras) == {"notebook", "lab", "test", "bench", "classroom", "docs"}
+    assert set(extras) == {"notebook", "lab", "test", "bench", "peers", "classroom", "docs"}
     direct = [Requirement(line) for lines in [project["dependencies"], *extras.values()] for line in lines]
     assert [one.name for one in direct if constraints.get(one.name.lower()) not in one.specifier] == []
     assert constraints["torch"] == "2.13.0"
 
 
 def test_what_is_locked_is_what_is_pinned_and_every_entry_has_hashes(constraints):
-    entries = locked("all", "torch", "bench", "classroom")
+    entries = locked("all", "torch", "bench", "classroom", "peers")
     versions = {name.replace("_", "-"): version for name, version in constraints.items()}
     assert all(hashes for _, hashes in entries.values())
     assert set(entries) - {("soupsieve", "2.10")} >= {i for i in versions.items() if i[0] != "uv"}
