@@ -8,7 +8,17 @@ from labkit.lora.config import LoRAConfig
 from labkit.training.config import TrainConfig
 
 # what `labkit.sweeps.tasks` has; named here, because a task is measured by runs
-TASK_NAMES = ("austen", "spectra", "sql", "sql_more", "tickets", "tickets_loss", "facts", "docstrings")
+TASK_NAMES = (
+    "austen",
+    "spectra",
+    "sql",
+    "sql_more",
+    "tickets",
+    "tickets_loss",
+    "tickets_varied",
+    "facts",
+    "docstrings",
+)
 DTYPES = ("float32", "bfloat16")
 METHODS = ("full", "lora", "qlora", "subspace", "ia3", *SIZED_METHODS, "none")
 MAX_LENGTH = 192  # tokens of an example; longer ones are left out

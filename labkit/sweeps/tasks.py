@@ -6,6 +6,7 @@
     sql_more    the same, with as many databases to train on again
     tickets     support messages to JSON: share that is right in every field
     tickets_loss    the same training, judged by the held-out loss alone: a third of the time
+    tickets_varied  the same task; each pass has the training tickets with other names, brands and order numbers
     facts       random numbers to remember: bits learned
     docstrings  which package a docstring is from: accuracy
 
@@ -30,6 +31,7 @@ from labkit.data.encoding import encode
 from labkit.data.facts import make_facts
 from labkit.data.passages import load_austen, load_held_out
 from labkit.data.tickets import TICKET_FIELDS, TICKET_TOKENS, load_tickets, ticket_chat
+from labkit.data.variation import varied
 from labkit.hardware import best_device
 from labkit.lora.count import trainable
 from labkit.memory.measurement import measure
@@ -98,6 +100,14 @@ def measure_sql(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, flo
 
 def ticket_records(config: RunConfig) -> list[dict]:
     return [ticket_chat(t) for t in load_tickets("train")]
+
+
+def varied_ticket_records(config: RunConfig) -> list[dict]:
+    """The training tickets, and after them as many variations of them as the steps of the run can see."""
+    tickets = load_tickets("train")
+    passes = math.ceil(config.steps * config.batch_size / len(tickets))
+    copies = [tickets] + [varied(tickets, seed) for seed in range(1, passes)]
+    return [ticket_chat(t) for copy in copies for t in copy]
 
 
 def measure_tickets(model: nn.Module, tokenizer, config: RunConfig) -> dict[str, Any]:
@@ -172,6 +182,13 @@ TASKS = {
         ticket_records,
         measure_tickets_loss,
         lambda config: [load_tickets(s) for s in ("train", "validation")],
+    ),
+    "tickets_varied": SweepTask(
+        varied_ticket_records,
+        measure_tickets,
+        lambda config: (
+            [load_tickets(s) for s in ("train", "validation", "test")] + [varied(load_tickets("train"), 1)]
+        ),
     ),
     "facts": SweepTask(
         lambda config: make_facts(config.examples, config.seed),

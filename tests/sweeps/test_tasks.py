@@ -50,6 +50,14 @@ def test_tickets_are_judged_field_by_field_and_the_wrong_ones_are_kept(monkeypat
     assert "exact_match" not in alone
 
 
+def test_varied_tickets_are_as_many_as_a_run_sees_and_the_first_are_the_originals():
+    n = len(load_tickets("train"))
+    config = RunConfig(task="tickets_varied", model="smollm2-135m", batch_size=4, steps=n // 2)
+    records = TASKS["tickets_varied"].records(config)
+    assert len(records) == 2 * n and records[:n] == tasks.ticket_records(config)
+    assert sum(old == new for old, new in zip(records[:n], records[n:])) < 0.01 * n
+
+
 @pytest.mark.slow
 def test_a_run_of_the_task_spectra_records_numbers_with_their_controls(monkeypatch):
     few = {split: tasks.load_austen(split)[:8] for split in ("train", "validation")}
