@@ -127,14 +127,13 @@ def of_layers(raw: Mapping, tensors: Mapping[str, Tensor], base: Base) -> Iterat
         for name in sorted(stored & set(base.modules) - meant)
     )
     for name in sorted(stored & meant):
-        yield from of_factors(name, rank_of(raw, name), tensors, base)
+        yield from of_factors(name, raw, tensors, base)
     for key in tensors:
-        name = key.removeprefix(PREFIX).rpartition(".")[0].removesuffix(".base_layer")
-        if (
-            STORED.fullmatch(key) is None
-            and name not in base.modules
-            and not any(part in name for part in whole)
-        ):
+        name, _, part = key.removeprefix(PREFIX).rpartition(".")
+        of_base = (
+            part == "weight" and name.removesuffix(".base_layer") in base.modules
+        )  # as PEFT saves embeddings
+        if STORED.fullmatch(key) is None and not of_base and not any(one in name for one in whole):
             yield f"{key} is neither a LoRA weight, nor of a module in modules_to_save"
 
 
@@ -144,17 +143,26 @@ def rank_of(raw: Mapping, name: str) -> int:
     return next((rank for key, rank in ranks.items() if pattern_matches(key, name)), raw["r"])
 
 
-def of_factors(name: str, rank: int, tensors: Mapping[str, Tensor], base: Base) -> Iterator[str]:
-    """Factors of one layer that are missing or of another shape."""
-    inputs, outputs = base.modules[name]
-    embedding = f"{PREFIX}{name}.lora_embedding_A" in tensors
-    kind, end = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
-    for letter, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-        key = f"{PREFIX}{name}.{kind}{letter}{end}"
-        if key not in tensors:
-            yield f"{key} is missing"
-        elif tuple(tensors[key].shape) != shape:
-            yield f"{key} has shape {tuple(tensors[key].shape)}, not {shape} as in {base.name}"
+def of_factors(name: str, raw: Mapping, tensors: Mapping[str, Tensor], base: Base) -> Iterator[str]:
+    """Tensors of one layer that are missing, left over, or of another shape."""
+    (inputs, outputs), rank, layer = base.modules[name], rank_of(raw, name), f"{PREFIX}{name}."
+    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}
+    if f"{layer}lora_embedding_A" in tensors:
+        shapes = {"lora_embedding_A": (rank, inputs), "lora_embedding_B": (outputs, rank)}
+    elif raw.get("use_dora"):
+        shapes["lora_magnitude_vector"] = (outputs,)
+    for part, shape in shapes.items():
+        if layer + part not in tensors:
+            yield f"{layer}{part} is missing"
+        elif (there := tuple(tensors[layer + part].shape)) != shape:
+            yield f"{layer}{part} has shape {there}, not {shape} as in {base.name}"
+    for key in tensors:
+        if (
+            (match := STORED.fullmatch(key))
+            and match[1] + "." == layer
+            and key.removeprefix(layer) not in shapes
+        ):
+            yield f"{key} is left over: its settings say another variant"
 
 
 def check_base(folder: Path, base: Base, provenance: Mapping | None, trust_base: bool) -> str:

@@ -76,7 +76,9 @@ def init(chosen: argparse.Namespace, clock: Callable[[], datetime]) -> Answer:
 def form_of(name: str, form: str) -> torch.nn.Module:
     """The base `name` in a dtype, or with the linear layers in 4 bits (NF4) as `labkit.quantize_model` makes it."""
     model, _ = models.load(name, dtype="float32" if form == "nf4" else form)
-    return quantize_model(model, progress=False) if form == "nf4" else model
+    if form == "nf4":
+        quantize_model(model, progress=False)
+    return model
 
 
 def publish(chosen: argparse.Namespace, clock: Callable[[], datetime]) -> Answer:

@@ -19,6 +19,7 @@ from labkit.formats.peft_settings import shown
 LONGEST = 63
 NAME = re.compile(r"[a-z](?:[a-z0-9-]*[a-z0-9])?")
 VERSION = re.compile(r"v([1-9][0-9]{0,8})")
+LIKE_A_VERSION = re.compile(r"v[0-9]+")
 RESERVED = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")  # which Windows opens as devices
 ALLOWED = f"a-z, 0-9 and '-', a letter first, no '-' last, at most {LONGEST} characters"
 USUAL_ALIAS = "production"
@@ -63,7 +64,7 @@ def is_name(text: str) -> bool:
     return (
         len(text) <= LONGEST
         and NAME.fullmatch(text) is not None
-        and VERSION.fullmatch(text) is None
+        and LIKE_A_VERSION.fullmatch(text) is None
         and RESERVED.fullmatch(text) is None
     )
 
@@ -74,7 +75,7 @@ def wrong_with(name: str) -> str:
         return "is empty"
     if len(name) > LONGEST:
         return f"has {len(name):,} characters"
-    if VERSION.fullmatch(name):
+    if LIKE_A_VERSION.fullmatch(name):
         return "would be read as the number of a version"
     if RESERVED.fullmatch(name):
         return "is a device on Windows"
