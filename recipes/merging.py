@@ -193,12 +193,13 @@ def combined(config: RunConfig) -> dict[str, float]:
 
 
 def plan() -> list[tuple[str, Callable[[RunConfig], dict[str, float]], RunConfig]]:
-    """All runs: the file, what is measured, and the config; one seed after the other."""
+    """All runs: the file, what is measured, and the config."""
     runs: list[tuple[str, Callable[[RunConfig], dict[str, float]], RunConfig]] = []
     for seed in SEEDS:
         rates = (LORA.lr, LORA.lr / 2, LORA.lr * 2) if seed == 0 else (LORA.lr,)
         runs += [("served", served, replace(one, seed=seed)) for one in (LORA, QLORA)]
         runs += [("served_qat", served_qat, replace(LORA, lr=lr, seed=seed)) for lr in rates]
+    for seed in SEEDS:
         runs += [("combined", combined, replace(PAIR, seed=seed))]
         runs += [("extracted", extracted, replace(FULL, seed=seed))]
     return runs
