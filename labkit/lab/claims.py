@@ -11,7 +11,7 @@ from IPython.display import display
 
 from labkit.checks import check_choice
 
-VERDICTS = ("confirmed", "refuted", "depends", "not testable here")
+VERDICTS = ("confirmed", "refuted", "depends", "not seen here", "not testable here")
 MIME = "application/vnd.labkit.claim+json"
 
 

@@ -25,6 +25,7 @@ from labkit.lab.check.lora import (
     lora_gradients,
     merged_weight,
 )
+from labkit.lab.check.merging import cat_factors, gguf_rows, moved_codes, survival_share
 from labkit.lab.check.own_data import budget_steps, near_copy, share_interval
 from labkit.lab.check.paging import belady_victim, lru_faults, read_moment, state_bytes
 from labkit.lab.check.quantization import (
@@ -61,6 +62,7 @@ __all__ = [
     "bottleneck_parameters",
     "break_even_rank",
     "budget_steps",
+    "cat_factors",
     "checkpoint_bytes",
     "constant_bytes",
     "count_intruders",
@@ -75,6 +77,7 @@ __all__ = [
     "forgetting_rise",
     "gain_within",
     "gap_share",
+    "gguf_rows",
     "greedy_token",
     "ia3_merge",
     "interval95",
@@ -87,6 +90,7 @@ __all__ = [
     "lora_plus_rates",
     "lru_faults",
     "merged_weight",
+    "moved_codes",
     "near_copy",
     "nearest_code",
     "normal_float",
@@ -110,6 +114,7 @@ __all__ = [
     "step_flops",
     "step_peak",
     "strict_match",
+    "survival_share",
     "target_parameters",
     "training_flops",
     "unpack_nibbles",

@@ -8,6 +8,7 @@ from labkit.lab.explore.breakdown import peak_explorer
 from labkit.lab.explore.double_quantization import constants_explorer
 from labkit.lab.explore.forgetting import plane_explorer
 from labkit.lab.explore.lora import strength_explorer
+from labkit.lab.explore.merging import mixing_explorer, survival_explorer
 from labkit.lab.explore.messages import message_box
 from labkit.lab.explore.own_data import answers_beside, record_explorer
 from labkit.lab.explore.paging import paging_explorer
@@ -30,6 +31,7 @@ __all__ = [
     "constants_explorer",
     "cost_explorer",
     "message_box",
+    "mixing_explorer",
     "paging_explorer",
     "peak_explorer",
     "plane_explorer",
@@ -37,6 +39,7 @@ __all__ = [
     "record_explorer",
     "show_supervision",
     "strength_explorer",
+    "survival_explorer",
     "sweep_explorer",
     "ticket_explorer",
     "token_probabilities",

@@ -4,6 +4,7 @@ from labkit.lab.figures.alternatives import block_picture
 from labkit.lab.figures.bill import bill_bars
 from labkit.lab.figures.breakdown import peak_areas, peak_bar
 from labkit.lab.figures.forgetting import plane
+from labkit.lab.figures.merging import crossings
 from labkit.lab.figures.own_data import result_rows, written_answer
 from labkit.lab.figures.paging import residency_map
 from labkit.lab.figures.training import run_figure
@@ -11,6 +12,7 @@ from labkit.lab.figures.training import run_figure
 __all__ = [
     "bill_bars",
     "block_picture",
+    "crossings",
     "peak_areas",
     "peak_bar",
     "plane",
