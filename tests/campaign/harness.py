@@ -19,7 +19,14 @@ FULL = os.environ.get("LABKIT_CAMPAIGN") == "full"
 # processes come from a server that has imported these once, so that a round costs milliseconds and not seconds
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["torch", "transformers.models.llama.modeling_llama", "labkit", "labkit.sweeps", "tests.conftest"]
+    [
+        "torch",
+        "transformers.models.llama.modeling_llama",
+        "labkit",
+        "labkit.sweeps",
+        "labkit.serving",
+        "tests.conftest",
+    ]
 )
 
 
