@@ -20,33 +20,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from labkit.checks import check_number, nearest
-from labkit.hardware import fast_paths
 from labkit.lora.fingerprint import fingerprint
 from labkit.lora.mounting import refuse_adapted, standing
 from labkit.models.stand_in import StandIn
 from labkit.models.surgery import swap_modules
 from labkit.models.walk import unwrap
-from labkit.serving.fast import add_in_place
+from labkit.serving.fast import add_in_place, is_fast
 from labkit.serving.loaded import LoadedAdapter, identity_of, read_adapter
-from labkit.serving.segments import Segment, add_segments, look_up, shrink, sort_rows
+from labkit.serving.segments import Part, Segment, add_segments, look_up, shrink, sort_rows
 
 PLANS = 8  # that a bank keeps: a batch that is decoded has the same rows for many steps
 
 Row = str | tuple[str, float] | None  # an adapter's name; and a strength; or the base alone
-
-
-class Part(NamedTuple):
-    """What one layer does for the rows of a batch."""
-
-    order: Tensor  # (adapted rows,)
-    together: slice | None  # the same rows, where they stand together and in order
-    segments: list[Segment]
 
 
 class Plan:
@@ -111,13 +101,12 @@ class BatchedLinear(StandIn):
                 "adapter for each: x must have these rows first, and then their tokens"
             )
         y = self.base(x)
-        order, together, segments = plan.part(self.name, x.device)
-        if not segments:
+        part = plan.part(self.name, x.device)
+        if not part.segments:
             return y
-        B = segments[0].factors.B
-        if fast_paths() and y.dtype == B.dtype and y.is_contiguous() and x.is_floating_point():
-            return add_in_place(y, x, order if together is None else together, segments)
-        return add_segments(y, x, order, segments, self.down)
+        if is_fast(y, x, part):
+            return add_in_place(y, x, part)
+        return add_segments(y, x, part.order, part.segments, self.down)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """A x, (rows, tokens, r)."""

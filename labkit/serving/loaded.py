@@ -116,12 +116,15 @@ def read_adapter(model: nn.Module, path: str | Path, name: str, base: dict[str, 
 
 
 def factors_of(model: nn.Module, config: LoRAConfig, layer: str, tensors: Mapping[str, Tensor]) -> Factors:
-    """What a folder holds for one layer, copied out of the file to where the layer computes."""
+    """What a folder holds for one layer, copied out of the file to where the layer computes.
+
+    Columns of B lie one after another: a correction is a sum of them.
+    """
     base = unwrap(standing(model, layer))
     names, wanted = tensor_names(layer, base), expected_tensors(model, config, [layer])
     device = next(iter(base.state_dict().values())).device
-    A, B = (
-        torch.empty(wanted[key].shape, dtype=wanted[key].dtype, device=device).copy_(tensors[key])
-        for key in (names["lora_A"], names["lora_B"])
-    )
-    return Factors(A, B, config.for_layer(layer).scaling)
+    A, B = tensors[names["lora_A"]], tensors[names["lora_B"]]
+    dtype = wanted[names["lora_A"]].dtype
+    down = torch.empty(A.shape, dtype=dtype, device=device).copy_(A)
+    up = torch.empty(B.T.shape, dtype=dtype, device=device).copy_(B.T)
+    return Factors(down, up.T, config.for_layer(layer).scaling)

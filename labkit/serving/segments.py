@@ -15,6 +15,7 @@ Source: S-LoRA (Sheng et al. 2023), section 5; Punica (Chen et al. 2023). Agrees
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -37,6 +38,23 @@ class Segment(NamedTuple):
     start: int
     stop: int
     factors: Factors  # the scaling times the strength
+
+
+@dataclass
+class Part:
+    """What one layer does for the rows of a batch.
+
+    Attributes:
+        order: (adapted rows,) the rows, as the segments count them.
+        together: the same rows as a slice, where they stand together and in order; else None.
+        segments: which of them use what.
+        table: the same for `labkit.serving.few_rows`, once that has made it.
+    """
+
+    order: Tensor
+    together: slice | None
+    segments: list[Segment]
+    table: tuple | None = None
 
 
 class Sorted(NamedTuple):

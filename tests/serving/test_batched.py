@@ -100,8 +100,30 @@ def test_a_mixed_batch_equals_pefts(bank, folders):
 )
 def test_the_fast_path_agrees_with_the_reference_however_rows_stand(bank, rows):
     ours = mixed(bank, rows)
-    with mock.patch("labkit.serving.batched.fast_paths", lambda: False):
+    with mock.patch("labkit.serving.fast.fast_paths", lambda: False):
         torch.testing.assert_close(ours, mixed(bank, rows), **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [ROWS, ["sql"] * 8], ids=["mixed", "one for all"])
+def test_single_tokens_are_what_they_are_alone(bank, folders, rows):
+    ours = mixed(bank, rows, IDS[:, :1])
+    alone, _ = models.load("tiny-llama", dtype=torch.float32)
+    for name in set(rows) - {None}:
+        labkit.load_adapter(alone, folders[name], name)
+    for i, name in enumerate(rows):
+        labkit.use_adapter(alone, name)
+        torch.testing.assert_close(ours[i : i + 1], log_probs(alone, IDS[i : i + 1, :1]), **CLOSE)
+
+
+def test_gradients_flow_to_the_input_through_either_path(bank, either_path):
+    x = torch.randn(3, 1, 256, requires_grad=True)
+    layer = bank.model.model.layers[0].self_attn.q_proj
+    A, B, scaling = bank.adapters["sql"].factors["model.layers.0.self_attn.q_proj"]
+    with bank.rows([None, "sql", ("support", 0)]):
+        (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    weight = layer.base.weight
+    expected = torch.stack([weight, weight + scaling * B @ A, weight]).sum(1, keepdim=True)
+    torch.testing.assert_close(grad, expected, **CLOSE)
 
 
 def test_the_strength_of_a_row_is_the_factor_of_its_correction(bank, folders):
