@@ -4,7 +4,7 @@
 
     served.jsonl        LoRA and QLoRA, each served in all the ways of `serve`, after 2, 10 and 40 steps
     served_qat.jsonl    the same for an adapter trained in `labkit.lora.quantization_aware`
-    extracted.jsonl     a full fine-tune of the linear layers, as an adapter of rank 1 … 128, by SVD
+    extracted.jsonl     a full fine-tune of the linear layers, as an adapter of rank 1 to 128, by SVD
     combined.jsonl      two adapters, for prose (Austen) and definitions (Bierce), combined in every way
 
 One line per run, as `labkit.sweeps` writes it: `labkit.sweeps.load_recorded("merging/served")` reads it. A run that
@@ -48,10 +48,10 @@ from labkit.training.loop import train
 
 SEEDS = (0, 1, 2)
 SNAPSHOTS = (2, 10, 40)  # steps: the update grows with them, and with it the share that a 4-bit merge keeps
-RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+RANKS = (1, 2, 4, 8, 16, 32, 128)
 PASSAGES = 20  # held out, where many models are measured on them
 EXAMPLES = 100  # of each of two domains
-WEIGHTS, DENSITY = (0.5, 1.0), 0.5  # of each adapter in a combination; the share that pruning keeps
+DENSITY = 0.5  # the share that pruning keeps
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -59,7 +59,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 LORA = RunConfig(lr=1.2e-2, steps=SNAPSHOTS[-1], batch_size=4)
 QLORA = replace(LORA, method="qlora", products="float32")
 FULL = RunConfig(method="full", embeddings=False, lr=2e-3, steps=100, batch_size=4)
-PAIR = replace(LORA, steps=30, examples=EXAMPLES)
+PAIR = replace(LORA, steps=20, examples=EXAMPLES)
 
 
 @cache
@@ -182,10 +182,10 @@ def combined(config: RunConfig) -> dict[str, float]:
             layer.lora_A.data, layer.lora_B.data = layers[path].lora_A.data, layers[path].lora_B.data
         measure(name)
     for how in COMBINATIONS:
-        density = None if how in ("cat", "linear", "svd") else DENSITY
-        for weight in WEIGHTS:
+        prunes = how not in ("cat", "linear", "svd")
+        for weight in (1.0,) if prunes else (0.5, 1.0):
             weights = dict.fromkeys(training, weight)
-            combine(model, weights, "combined", how, density=density, seed=config.seed)
+            combine(model, weights, "combined", how, density=DENSITY if prunes else None, seed=config.seed)
             measure(f"{how}_{weight:g}")
             use_adapter(model, "austen")
             remove_adapter(model, "combined")
@@ -193,13 +193,12 @@ def combined(config: RunConfig) -> dict[str, float]:
 
 
 def plan() -> list[tuple[str, Callable[[RunConfig], dict[str, float]], RunConfig]]:
-    """All runs: the file, what is measured, and the config."""
+    """All runs: the file, what is measured, and the config; one seed after the other."""
     runs: list[tuple[str, Callable[[RunConfig], dict[str, float]], RunConfig]] = []
     for seed in SEEDS:
         rates = (LORA.lr, LORA.lr / 2, LORA.lr * 2) if seed == 0 else (LORA.lr,)
         runs += [("served", served, replace(one, seed=seed)) for one in (LORA, QLORA)]
         runs += [("served_qat", served_qat, replace(LORA, lr=lr, seed=seed)) for lr in rates]
-    for seed in SEEDS:
         runs += [("combined", combined, replace(PAIR, seed=seed))]
         runs += [("extracted", extracted, replace(FULL, seed=seed))]
     return runs
