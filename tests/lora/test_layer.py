@@ -98,3 +98,15 @@ def test_with_b_random_the_output_is_the_bases_and_the_first_gradient_goes_to_a(
     assert layer.lora_B.std().item() == pytest.approx(1 / (3 * fan_in) ** 0.5, rel=0.1), (
         "uniform, by its fan-in"
     )
+
+
+@pytest.mark.parametrize("alpha", [8, 2, 1, 6, 0.7])  # s = 2, 1/2, 1/4, 1.5, .175
+def test_the_correction_and_its_gradients_have_the_bits_of_s_times_BA(alpha, small_llama):
+    layer = next(iter(lora_layers(add_lora(small_llama, LoRAConfig(r=4, alpha=alpha))).values()))
+    randomize_B(small_llama)
+    A, B, s = layer.lora_A, layer.lora_B, layer.scaling
+    expected = s * (B @ A)
+    assert torch.equal(layer.delta(), expected)
+    weights = torch.randn_like(expected)
+    found = torch.autograd.grad((layer.delta() * weights).sum(), [A, B])
+    assert all(map(torch.equal, found, torch.autograd.grad((expected * weights).sum(), [A, B])))
