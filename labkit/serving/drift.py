@@ -62,13 +62,13 @@ def find_drift(before: Sequence[float], now: Sequence[float], bins: int = 10, al
         for values in (one, other)
     ]
     used = counts[0] + counts[1] > 0
-    index = psi(*(count[used] for count in counts))
+    index = psi(counts[0][used], counts[1][used])
     threshold = psi_threshold(len(one), len(other), int(used.sum()), alpha / 2)
     p_value = float(stats.ks_2samp(one, other, method="asymp").pvalue)
     return Drift(index, threshold, p_value, index > threshold or p_value < alpha / 2)
 
 
-def psi(before: Sequence[int], now: Sequence[int]) -> float:
+def psi(before: Sequence[int] | np.ndarray, now: Sequence[int] | np.ndarray) -> float:
     """The population stability index of counts by bin, or by class.
 
     Raises:
