@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from labkit.checks import check_number, check_whole
+from labkit.checks import check_number, check_whole, needed
 
 SMOOTHING = 0.5  # added to each bin: an empty one would make the index infinite
 
@@ -64,6 +63,7 @@ def find_drift(before: Sequence[float], now: Sequence[float], bins: int = 10, al
     used = counts[0] + counts[1] > 0
     index = psi(counts[0][used], counts[1][used])
     threshold = psi_threshold(len(one), len(other), int(used.sum()), alpha / 2)
+    stats = needed("scipy.stats", "the test of Kolmogorov and Smirnov")
     p_value = float(stats.ks_2samp(one, other, method="asymp").pvalue)
     return Drift(index, threshold, p_value, index > threshold or p_value < alpha / 2)
 
@@ -98,4 +98,5 @@ def psi_threshold(n: int, m: int, bins: int, alpha: float) -> float:
     >>> round(psi_threshold(50, 50, 10, 0.05), 2), round(psi_threshold(50_000, 50_000, 10, 0.05), 4)
     (0.68, 0.0007)
     """
+    stats = needed("scipy.stats", "the quantile of a chi-squared number")
     return float((1 / n + 1 / m) * stats.chi2.ppf(1 - alpha, max(bins - 1, 1)))

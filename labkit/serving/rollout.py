@@ -52,9 +52,7 @@ def assign(user: str, shares: Mapping[str, float], salt: str = "") -> str:
         reached += share
         if point < reached:
             return version
-    return next(
-        version for version in reversed(shares) if shares[version] > 0
-    )  # rounding left a gap before 1
+    return [version for version, share in shares.items() if share > 0][-1]  # rounding left a gap before 1
 
 
 def place_of(user: str, salt: str) -> float:
