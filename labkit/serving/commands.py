@@ -67,6 +67,7 @@ def opened(chosen: argparse.Namespace, clock: Callable[[], datetime]) -> Registr
 
 
 def init(chosen: argparse.Namespace, clock: Callable[[], datetime]) -> Answer:
+    contents.check_free(chosen.registry)  # before models are loaded
     base = Base.of(chosen.base, *(form_of(chosen.base, form) for form in dict.fromkeys(chosen.forms)))
     registry = Registry.create(chosen.registry, base, wait=chosen.wait, clock=clock)
     value = {"root": str(registry.root), "base": base.name, "forms": list(base.forms)}

@@ -20,8 +20,19 @@ from labkit.files.reading import open_regular, sha256
 from labkit.files.writing import bring_to_disk, new_folder
 from labkit.formats.peft_folder import CONFIG, WEIGHTS, link_or_copy
 
-CONTENTS, ADAPTERS = "contents", "adapters"
+DATABASE, CONTENTS, ADAPTERS = "registry.sqlite", "contents", "adapters"
 KEPT = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model")  # an adapter, its card, its tokenizer
+
+
+def check_free(root: Path) -> None:
+    """Raise a `FileExistsError` if there is a registry in the folder `root`, or what is left of one."""
+    database_file = root / DATABASE
+    begun = database_file.is_file() and database_file.stat().st_size == 0  # by a process that was killed
+    if (database_file.exists() and not begun) or (root / CONTENTS).exists() or (root / ADAPTERS).exists():
+        raise FileExistsError(
+            f"{root} holds a registry, or the files of one; it is left as it is. Give another folder, or put back a copy "
+            f"of {DATABASE} if that was lost"
+        )
 
 
 class Changed(RuntimeError):

@@ -27,8 +27,6 @@ from labkit.serving.publication import Publication, insert, prepare
 from labkit.serving.version_card import write_card
 from labkit.serving.versions import Move, Version, base_of, version_of
 
-DATABASE = "registry.sqlite"
-
 
 class Registry:
     """The registry in the folder `root`.
@@ -51,7 +49,7 @@ class Registry:
     def __init__(self, root: str | Path, wait: float = 10.0, clock: Callable[[], datetime] = times.utc_now):
         check_number("wait", wait, at_least=0)
         self.root, self.wait, self.clock = Path(root).absolute(), wait, clock
-        self.path = self.root / DATABASE
+        self.path = self.root / contents.DATABASE
         with self.reading() as db:
             self.base: Base = base_of(db.execute("SELECT * FROM base").fetchone())
 
@@ -64,15 +62,11 @@ class Registry:
             labkit.files.CannotWrite: no permission, or no space.
         """
         root = Path(root).absolute()
-        if any((root / name).exists() for name in (contents.CONTENTS, contents.ADAPTERS)):
-            raise FileExistsError(
-                f"{root} holds a registry, or the files of one; it is left as it is. Give another folder, or put back "
-                f"a copy of {DATABASE} if that was lost"
-            )
+        contents.check_free(root)
         root.mkdir(parents=True, exist_ok=True)
         row = (base.name, json.dumps(base.forms), json.dumps(dict(base.modules)))
         statement = "INSERT INTO base (only, name, forms, modules) VALUES (1, ?, ?, ?)"
-        database.create(root / DATABASE, others.get("wait", 10.0), statement, row)
+        database.create(root / contents.DATABASE, others.get("wait", 10.0), statement, row)
         return cls(root, **others)
 
     def reading(self):

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from labkit.serving import Registry, UnknownAdapter, contents, publication, verify
+from labkit.serving import Registry, UnknownAdapter, contents, database, publication, verify
 from labkit.serving.contents import content_of, hash_files
 from tests.serving.cases import BASE, START, make_registry, write_adapter
 
@@ -232,5 +232,12 @@ def test_a_second_registry_is_not_made_over_the_first(filled, tmp_path):
     with pytest.raises(FileExistsError, match="put back a copy of registry.sqlite if that was lost"):
         make_registry(filled.root)
     empty = make_registry(tmp_path / "empty")
-    with pytest.raises(FileExistsError, match="there is a registry in"):
+    with pytest.raises(FileExistsError, match="holds a registry"):
         make_registry(empty.root)
+    with pytest.raises(FileExistsError, match="there is a registry in .* already; it is left as it is"):
+        database.create(empty.path, 1.0, "SELECT ?", (1,))  # as of two who make one at once, the second
+
+
+def test_a_registry_that_was_begun_and_not_made_can_be_made(tmp_path):
+    (tmp_path / "registry.sqlite").touch()
+    assert make_registry(tmp_path).versions() == []
