@@ -8,7 +8,7 @@ from labkit.doctor.case import RECORDS, Case, mean_loss
 from labkit.doctor.findings import Finding, Missing, healthy, sick
 
 LEARNED = 0.05  # of the base's loss
-APART = 2.0  # times as hard as training records, beyond what the base finds
+APART = 3.0  # times as hard as training records, beyond what the base finds
 GAP = 0.05  # nats per token, below which a ratio says nothing
 LEAKED = 0.02  # of the held-out records
 COMPARED = 2000  # training records whose text is compared with held-out ones

@@ -87,8 +87,8 @@ PROBES = (
     Probe(
         "generalization",
         "loss on held-out records by that on training records, beside the base's ratio",
-        f"over 2, with a gap over 0.05 nats; more than {LEAKED:.0%} of held-out records in training",
-        "the base has seen neither, so its ratio says how much harder they are; twice that is memory",
+        f"over 3, with a gap over 0.05 nats; more than {LEAKED:.0%} of held-out records in training",
+        "the base has seen neither, so its ratio says how much harder they are; other phrasings double it, memory does more",
         look_at_generalization,
     ),
     Probe(
