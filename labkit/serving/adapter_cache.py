@@ -59,7 +59,8 @@ class AdapterCache:
         self.resident: OrderedDict[Hashable, int] = OrderedDict()  # key → bytes, least recently used first
         self.loading: dict[Hashable, int] = {}
         self.failed: dict[Hashable, Exception] = {}
-        self.fresh: set[Hashable] = set()  # loaded, and not used since
+        self.fresh: set[Hashable] = set()  # loaded, and not used since: who asked for it has not come yet
+        self.unwanted: set[Hashable] = set()  # being loaded for nobody
         self.uses: Counter[Hashable] = Counter()
         self.pinned: set[Hashable] = set()
         self.lock = threading.RLock()
@@ -90,6 +91,7 @@ class AdapterCache:
             if key in self.resident:
                 return RESIDENT
             if key in self.loading:
+                self.unwanted.discard(key)
                 return LOADING
             size = size_of(path)
             if size > self.budget:
@@ -130,13 +132,16 @@ class AdapterCache:
         except Exception as error:  # kept for who asks
             with self.lock:
                 del self.loading[key]
+                self.unwanted.discard(key)
                 self.failed[key] = error
                 self.counts.failures += 1
             return
         with self.lock:
             del self.loading[key]
             self.resident[key] = size
-            self.fresh.add(key)
+            if key not in self.unwanted:
+                self.fresh.add(key)
+            self.unwanted.discard(key)
 
     def acquire(self, key: str) -> Any:
         """The adapter, which stays until it is released.
@@ -164,6 +169,8 @@ class AdapterCache:
         """Say that who requested a load no longer waits for it: it may leave like any other."""
         with self.lock:
             self.fresh.discard(key)
+            if key in self.loading:
+                self.unwanted.add(key)
 
     def pin(self, key: str, keep: bool = True) -> None:
         """Keep an adapter in memory once it is there; `keep=False` lets it go again."""

@@ -17,7 +17,6 @@ Source: Orca (Yu et al. 2022), iteration-level scheduling.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +51,7 @@ class Engine:
     Args:
         bank: a base and its adapters; the engine loads and unloads them.
         resolve: by the name of an adapter, its `Source` (or a registry's version); raises `LookupError` for none.
-            A mapping of names to PEFT folders will do.
+            A mapping from names to sources will do.
         limits: what is taken on.
         adapters: which adapters are in memory; by default with 256 MiB.
         clock: seconds that only go up.
@@ -93,19 +92,8 @@ class Engine:
         """
         self.check_fits(request)
         source = None if request.adapter is None else self.resolve(request.adapter)
-        now, stream = self.clock(), Stream(request, listener)
-        seconds = min(
-            (s for s in (request.seconds, self.limits.seconds) if s is not None), default=float("inf")
-        )
-        row = ServedRow(
-            stream,
-            path=None if source is None else Path(source.path),
-            key=None if source is None else f"{source.label} {source.content}",
-            queued=now,
-            deadline=now + seconds,
-            ids=list(request.prompt),
-            generator=request.sampling.generator(),
-        )
+        stream = Stream(request, listener)
+        row = ServedRow.of(stream, source, self.clock(), self.limits.seconds)
         with self.changed:
             if self.is_draining:
                 raise Draining("the engine is ending, and takes no more requests")
@@ -139,7 +127,12 @@ class Engine:
     def run(self) -> None:
         """Step until the engine is drained, and sleep while there is nothing to do."""
         while not (self.is_draining and self.is_idle):
-            if not self.step():
+            try:
+                computed = self.step()
+            except Exception as error:  # nobody waits forever for an answer that does not come
+                self.end_all(error)
+                continue
+            if not computed:
                 with self.changed:
                     self.changed.wait(None if not len(self.waiting) and not self.is_draining else PAUSE)
 
@@ -158,9 +151,7 @@ class Engine:
     def end_what_is_over(self) -> None:
         """End what was cancelled, and what has taken too long."""
         now = self.clock()
-        with self.changed:
-            rows = [*self.waiting, *self.writing, *([self.reading] if self.reading else [])]
-        for row in rows:
+        for row in self.all_rows():
             if row.stream.wanted_end:
                 self.end(row, row.stream.wanted_end)
             elif now > row.deadline:
@@ -274,6 +265,15 @@ class Engine:
             if row.key is not None:
                 self.adapters.release(row.key)
         row.stream.put(row.completion(reason, error, self.clock()))
+
+    def end_all(self, error: Exception) -> None:
+        """End every request with an error of the engine's own."""
+        for row in self.all_rows():
+            self.end(row, ERROR, error)
+
+    def all_rows(self) -> list[ServedRow]:
+        with self.changed:
+            return [*self.waiting, *self.writing, *([self.reading] if self.reading else [])]
 
     def fail(self, row: ServedRow, error: Exception) -> None:
         """End a request that went wrong, and leave nothing of it where another one will be."""

@@ -127,7 +127,7 @@ class PrefixCache:
 
     def find(self, identity: Identity, ids: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
         """The blocks with which `ids` begin, in their order; at least one token is left to compute."""
-        found = []
+        found: list[list[tuple[Tensor, Tensor]]] = []
         while (stop := (len(found) + 1) * BLOCK) < len(ids):
             block = self.blocks.get((identity, tuple(ids[:stop])))
             if block is None:

@@ -131,9 +131,10 @@ class Stream:
         self.done, self.wanted_end = threading.Event(), ""
 
     def __iter__(self) -> Iterator[NewToken]:
-        """The tokens as they come; read them once."""
+        """The tokens as they come, to one reader; once they are read, there are none left."""
         while not isinstance(event := self.events.get(), Completion):
             yield event
+        self.events.put(event)
 
     def result(self, timeout: float | None = None) -> Completion:
         """The whole answer; waits for it.

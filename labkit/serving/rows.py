@@ -1,7 +1,9 @@
 """A request within the engine, and what the engine takes on."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,6 +76,21 @@ class ServedRow:
     reused: int = 0
     written: list[NewToken] = field(default_factory=list)
     first_token: float | None = None
+
+    @classmethod
+    def of(cls, stream: Stream, source: Any, now: float, seconds: float | None) -> "ServedRow":
+        """A row for a request that comes now, with its adapter's source (None for the base) and the engine's limit."""
+        request = stream.request
+        limits = [limit for limit in (request.seconds, seconds) if limit is not None]
+        return cls(
+            stream,
+            path=None if source is None else Path(source.path),
+            key=None if source is None else f"{source.label} {source.content}",
+            queued=now,
+            deadline=now + min(limits, default=math.inf),
+            ids=list(request.prompt),
+            generator=request.sampling.generator(),
+        )
 
     @property
     def request(self) -> GenerationRequest:

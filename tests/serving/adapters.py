@@ -17,13 +17,15 @@ CONFIGS = {
 }
 
 
-def make_folder(model: nn.Module, path: Path, config: labkit.LoRAConfig, seed: int) -> Path:
-    """The folder of an adapter of `model`, which is left as it was."""
+def make_folder(
+    model: nn.Module, path: Path, config: labkit.LoRAConfig, seed: int, scale: float = 0.5
+) -> Path:
+    """The folder of an adapter of `model`, which is left as it was; `scale` is that of its numbers."""
     labkit.add_lora(model, config)
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
         for factor in (layer.lora_A, layer.lora_B):
-            factor.data.normal_(std=0.5 / factor.shape[1] ** 0.5, generator=generator)
+            factor.data.normal_(std=scale / factor.shape[1] ** 0.5, generator=generator)
     labkit.save_adapter(model, path)
     labkit.remove_adapter(model, "default")
     return path

@@ -2,7 +2,7 @@
 
 import random
 import threading
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from labkit.serving.adapter_cache import AdapterCache, che_hit_rate, size_of
-
-
-class AtOnce(Executor):
-    """Runs what is submitted in the thread that submits it."""
-
-    def submit(self, function, *arguments):
-        function(*arguments)
-        return Future()
+from tests.serving.engines import AtOnce
 
 
 class FakeBank:
@@ -140,6 +133,21 @@ def test_a_load_happens_on_another_thread_once_and_nobody_waits_for_it(folder_of
     gate.set()
     cache.close()
     assert cache.request("a", folder_of(400)) == "resident" and cache.counts.misses == 1
+
+
+def test_what_is_loaded_for_nobody_may_leave(folder_of):
+    gate, loader = threading.Event(), ThreadPoolExecutor(1)
+    cache = AdapterCache(FakeBank(gate), budget=1000, loader=loader)
+    for key in "ab":
+        assert cache.request(key, folder_of(400)) == "loading"
+        cache.abandon(key)
+    assert cache.request("b", folder_of(400)) == "loading", "and b is wanted again"
+    gate.set()
+    loader.submit(int).result(20)
+    assert cache.request("c", folder_of(800)) == "full"
+    assert cache.request("c", folder_of(600)) != "full"
+    cache.close()
+    assert list(cache.resident) == ["b", "c"]
 
 
 def test_a_failed_load_is_told_once_and_then_tried_again(folder_of):
