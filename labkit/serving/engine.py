@@ -248,8 +248,8 @@ class Engine:
         row.ids.append(token.id)
         row.written.append(token)
         row.stream.put(token)
-        if len(row.written) == row.request.max_new_tokens:
-            self.end(row, LENGTH)
+        if row.stream.wanted_end or len(row.written) == row.request.max_new_tokens:
+            self.end(row, row.stream.wanted_end or LENGTH)
 
     def end(self, row: ServedRow, reason: str, error: Exception | None = None) -> None:
         """Take a request out, wherever it is, and hand over its answer."""

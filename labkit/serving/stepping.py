@@ -28,12 +28,13 @@ class Stepper:
     """
 
     def __init__(self, bank: AdapterBank, slots: int):
-        self.bank, self.cache = bank, RowCache(slots)
+        self.bank, self.cache = bank, RowCache(2)  # of the rows that the model is checked with
         parameter = next(bank.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.vocabulary = bank.model.get_input_embeddings().weight.shape[0]
         bank.model.eval()
         self.check_model()
+        self.cache = RowCache(slots)
 
     @torch.no_grad()
     def step(

@@ -140,7 +140,7 @@ def test_time_is_up_on_the_engines_clock_waiting_or_writing(served):
     assert waiting.result(0).finish_reason == "timeout" and not waiting.result(0).ids
     engine.clock.now = 10.5
     engine.step()
-    assert written.result(0).finish_reason == "timeout" and len(written.result(0).ids) == 4
+    assert written.result(0).finish_reason == "timeout" and len(written.result(0).ids) == 3
     assert (written.result(0).queued, written.result(0).finished, engine.is_idle) == (0.0, 10.5, True)
 
 
