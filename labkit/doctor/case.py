@@ -4,7 +4,7 @@ Bounded: at most 100 records are read, and of these as many go through the model
 runs in evaluation mode, one record at a time, so padding plays no part.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,7 +68,7 @@ class Case:
     valley: tuple[float, float] | None = None
 
     @cached_property
-    def records(self) -> list[dict]:
+    def records(self) -> list[Mapping]:
         """The training records that are looked at."""
         return list(records_of(self.data if self.data is not None else [], "data"))[:RECORDS]
 
@@ -100,7 +100,7 @@ class Case:
             raise Missing(f"no held-out record can be read: {problems[0] if problems else 'there is none'}")
         return examples
 
-    def encoded(self, records: Sequence[dict]) -> tuple[list[Encoded], list[str]]:
+    def encoded(self, records: Sequence[Mapping]) -> tuple[list[Encoded], list[str]]:
         """Records as token ids, and the problems of those that cannot be."""
         context, examples, problems = context_of(self.model), [], []
         for i, record in enumerate(records):
@@ -180,7 +180,8 @@ class Case:
         step = max(1, len(examples) // PASSES)
         spread = list(examples[::step])[:PASSES]
         size = sum(p.numel() for p in self.model.parameters())
-        chosen, tokens = [], 0
+        chosen: list[Encoded] = []
+        tokens = 0
         for example in spread:
             tokens += len(example)
             if len(chosen) >= 2 and size * tokens > WORK:

@@ -47,10 +47,9 @@ class Row:
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens before the answer, without padding: all of them, up to where a row of padding ends."""
-        before = self.ids[: self.answer]
-        padding = before[0] if self.start > 1 and len(set(before[: self.start])) == 1 else None
-        return before[self.start :] if padding is not None else before
+        """The tokens before the answer, without padding. A first token that is there twice is none."""
+        doubled = self.ids[: self.start] == self.example.prompt[:1]
+        return self.ids[0 if doubled else self.start : self.answer]
 
 
 def rows_of(fed: Any) -> list[tuple[list[int], list[int]]]:
@@ -80,12 +79,10 @@ def rows_of(fed: Any) -> list[tuple[list[int], list[int]]]:
 
 def as_lists(values: Any) -> list[list[int]]:
     """Rows of whole numbers, of a tensor or of lists; a single row becomes one of one."""
-    rows = (
-        values.tolist()
-        if isinstance(values, Tensor)
-        else [list(v) if not isinstance(v, int) else v for v in values]
-    )
-    return [rows] if rows and isinstance(rows[0], int) else rows
+    rows = values.tolist() if isinstance(values, Tensor) else list(values)
+    if rows and isinstance(rows[0], int):
+        return [rows]
+    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
 
 
 def matched(rows: Sequence[tuple[list[int], list[int]]], examples: Sequence[Encoded]) -> list[Row]:

@@ -89,7 +89,8 @@ def fed_batches(records: list[dict], seed: int, steps: int, wrong: Callable | No
     """The batches of a run, in a random order; `wrong` spoils the targets, given ids, targets and the examples."""
     tokenizer = tiny_llama()[1]
     examples = [encode(record, tokenizer) for record in records]
-    generator, batches = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Batch] = []
     while len(batches) < steps:
         order = torch.randperm(len(examples), generator=generator).tolist()
         for start in range(0, len(order), BATCH):

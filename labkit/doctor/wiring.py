@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from labkit.data.batches import IGNORE, collate
+from labkit.data.encoding import Encoded
 from labkit.doctor.case import Case
 from labkit.doctor.findings import Finding, Missing, healthy, sick
 from labkit.lora.mounting import adapters_of, mounted_adapter
@@ -101,7 +102,8 @@ def partly_covered(case: Case) -> Finding | None:
 
 def gradients_of(case: Case, trained: list[nn.Parameter]) -> list[torch.Tensor | None]:
     """The gradients of a loss on a few short records, in training mode, as a trainer computes it."""
-    model, chosen, tokens = case.model, [], 0
+    model, tokens = case.model, 0
+    chosen: list[Encoded] = []
     for example in sorted(case.chosen(case.examples), key=len):
         tokens += len(example)
         if chosen and tokens > LENGTH:

@@ -1,12 +1,15 @@
 """The specimens by name, and the probe that should find each first."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from labkit.data.facts import make_facts
 from labkit.doctor.specimens import (
@@ -37,11 +40,17 @@ def with_history(model: nn.Module, history=None, **given) -> Specimen:
 
 
 def checkpointing(seed: int, folder: Path) -> Specimen:
-    """Reentrant checkpointing, and no input that requires a gradient: the blocks get none."""
+    """Reentrant checkpointing by hand, with no input that requires a gradient: the blocks get none."""
     model = adapted(seed)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    history, optimizer = teach(model, fed_batches(train_records(), seed, 2))
-    return with_history(model, history, optimizer=optimizer)
+    for block in model.model.layers:
+        block.forward = functools.partial(recomputed, block.forward)
+    history, _ = teach(model, fed_batches(train_records(), seed, 2))
+    return with_history(model, history)
+
+
+def recomputed(forward: Callable, hidden: Tensor, **rest):
+    """The output of a block, of which nothing is kept for the backward pass."""
+    return checkpoint(lambda hidden: forward(hidden, **rest), hidden, use_reentrant=True)
 
 
 def frozen(seed: int, folder: Path) -> Specimen:
@@ -197,7 +206,8 @@ def lost_root(seed: int, folder: Path) -> Specimen:
 def stale_cache(seed: int, folder: Path) -> Specimen:
     """A prefix cache that is found by its text alone, whatever adapter computed it."""
     model, history = trained(seed)
-    forward, kept = model.forward, {}
+    forward = model.forward
+    kept: dict[tuple[int, ...], Any] = {}
 
     def remembering(input_ids=None, past_key_values=None, use_cache=None, **rest):
         out = forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **rest)
@@ -253,10 +263,7 @@ SICK: dict[str, tuple[str, Callable[[int, Path], Specimen]]] = {
     "base as reference": ("reference", base_as_reference),
     "end never learned": ("stopping", unlearned_end),
 }
-HEALTHY: dict[str, Callable[[int, Path], Specimen]] = {
-    f"healthy {variant}": (lambda seed, folder, variant=variant: healthy(seed, variant))
-    for variant in VARIANTS
-}
+HEALTHY = tuple(f"healthy {variant}" for variant in VARIANTS)
 
 
 def breed(name: str, seed: int, folder: Path) -> Specimen:
@@ -267,8 +274,9 @@ def breed(name: str, seed: int, folder: Path) -> Specimen:
         seed: of the adapter and the order of the records.
         folder: where an adapter may be saved; it must not exist.
     """
-    make = SICK[name][1] if name in SICK else HEALTHY[name]
-    return make(seed, folder)
+    if name in HEALTHY:
+        return healthy(seed, name.removeprefix("healthy "))
+    return SICK[name][1](seed, folder)
 
 
 def expected(name: str) -> str | None:
