@@ -1,14 +1,13 @@
 """Keys and values of the rows that are being written, and of prefixes that may come again.
 
-Keys and values are what a text became *in one model*. An adapter changes them as soon as it touches any layer below, so
-those of the same text under another adapter, another version of it, another strength or the base are other numbers. A
-cache that is looked up by text alone hands one tenant's state to another, without any error: the answers are merely
-wrong. So a prefix is found by the `Identity` of what computed it *and* the tokens, never by tokens alone.
+Keys and values are what a text became *in one model*. Those of the same text under another adapter, another version of
+it, another strength or the base are other numbers. A cache that is looked up by text alone hands one tenant's state to
+another, without any error: the answers are merely wrong. So a prefix is found by the `Identity` of what computed it
+*and* the tokens. A reload of other weights under the same name is another identity: it has a hash of the weights.
 
 A prefix is kept in blocks of 16 tokens, each found by all tokens up to its end. Prompts that begin alike share blocks.
 
-Source: PagedAttention (Kwon et al. 2023), section 4.3; the block hashes of vLLM's prefix caching, which take in the
-adapter's name. Here it is a hash of its weights, so that a reload under the same name is another one.
+Source: PagedAttention (Kwon et al. 2023), section 4.3; vLLM's prefix caching.
 """
 
 from collections import OrderedDict

@@ -6,9 +6,9 @@ pair of products:
 
     y[rows] += s (x[rows] A^T) B^T
 
-Rows without an adapter are in no segment: their output is the base's, bit for bit. Padding the factors to one shape
-would make one product of all segments, but it would have to copy every A and B at each step: at 16 rows as much memory
-traffic as the base itself. Segments read each factor where it is.
+Rows without an adapter are in no segment: their output is the base's, bit for bit. Factors of one
+shape could be one batched product, but each A and B would have to be copied into it at every step: at 16 rows, as much
+memory traffic as the base itself. Segments read each factor where it is.
 
 Source: S-LoRA (Sheng et al. 2023), section 5; Punica (Chen et al. 2023). Agrees with: PEFT `tuners/lora/layer.py`,
 `_mixed_batch_forward`.
