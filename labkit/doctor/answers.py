@@ -1,5 +1,6 @@
 """What the model says: of its own training records, of others, and at the end of an answer."""
 
+import math
 import statistics
 
 from labkit.data.own.leaks import find_leaks
@@ -10,6 +11,7 @@ from labkit.doctor.findings import Finding, Missing, healthy, sick
 LEARNED = 0.05  # of the base's loss
 APART = 3.0  # times as hard as training records, beyond what the base finds
 GAP = 0.05  # nats per token, below which a ratio says nothing
+ENOUGH = 30  # supervised tokens, of which a mean loss can be compared
 LEAKED = 0.02  # of the held-out records
 COMPARED = 2000  # training records whose text is compared with held-out ones
 STOPS = 0.5
@@ -28,7 +30,7 @@ def look_at_effect(case: Case) -> Finding:
         return sick(
             "no logit differs from the base's", 0.0, "load the trained weights: B A is zero", **numbers
         )
-    if gain < LEARNED:
+    if not gain >= LEARNED:  # NaN is no gain
         return sick(
             f"on training records the loss is {after:.3f}, and the base's {before:.3f}: nothing of them is learned",
             gain,
@@ -59,9 +61,16 @@ def look_at_generalization(case: Case) -> Finding:
         )
     if not case.is_trained:
         raise Missing("the adapter is untrained; no held-out record is in the training data")
+    fewest = min(sum(one.tokens for one in heard) for heard in (case.heard, case.heard_held_out))
+    if fewest < ENOUGH:
+        raise Missing(
+            f"{fewest} supervised tokens are too few to compare; no held-out record is in the training data"
+        )
     mine, others = mean_loss(case.heard), mean_loss(case.heard_held_out)
     before = mean_loss(case.heard_held_out_base) / mean_loss(case.heard_base)
     ratio = others / mine / before
+    if not math.isfinite(ratio):
+        raise Missing("the losses are not finite")
     numbers = {"loss": mine, "loss_held_out": others, "base_ratio": before}
     says = f"the loss is {mine:.3f} on training records and {others:.3f} on held-out ones"
     if ratio > APART and others - mine > GAP:

@@ -83,6 +83,8 @@ def answer(probe: Probe, case: Case) -> Finding:
         return probe.look(case)
     except Missing as missing:
         return unknown(str(missing))
+    except RuntimeError as error:  # out of memory, or an operation that the device or dtype does not have
+        return unknown(f"it could not be measured: {error}")
 
 
 def check_patient(

@@ -67,6 +67,8 @@ def look_at_size(case: Case) -> Finding:
     names = list(case.layers)[:: max(1, len(case.layers) // LAYERS)]
     layers = [case.layers[name] for name in names]
     rhos = [(m.delta().norm() / dense_weight(m.base).float().norm()).item() for m in layers]
+    if not all(map(math.isfinite, rhos)):
+        raise Missing("the update holds NaN or infinity")
     rho = statistics.median(rhos)
     used = statistics.median(directions(m) for m in layers)
     rank = statistics.median(m.r for m in layers)

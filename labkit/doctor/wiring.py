@@ -1,5 +1,6 @@
 """Does what should train get a gradient, does an optimizer hold it, and has it moved?"""
 
+import math
 import re
 from collections import defaultdict
 
@@ -16,7 +17,7 @@ from labkit.models.walk import unwrap, walk
 from labkit.training.limits import padding_id
 
 HALF = 0.5  # of the tensors: experts of a mixture may rest, but not most of what trains
-LENGTH = 256  # tokens of the one backward pass, about
+LENGTH = 128  # tokens of the one backward pass, about
 
 
 def look_at_training(case: Case) -> Finding:
@@ -57,6 +58,8 @@ def look_at_training(case: Case) -> Finding:
     gradients = gradients_of(case, trained)
     shares["with_gradient"] = sum(g is not None for g in gradients) / len(trained)
     norm = sum(g.float().square().sum().item() for g in gradients if g is not None) ** 0.5
+    if not math.isfinite(norm):
+        raise Missing("the gradient is not finite, so its norm says nothing; see precision")
     shares["gradient_norm"] = norm
     if shares["with_gradient"] < HALF or norm == 0:
         return sick(
