@@ -8,9 +8,10 @@ import torch
 from labkit.data.tickets import load_tickets
 from labkit.data.tokens import prompt_ids
 from labkit.formats import llama_cpp
+from labkit.paths import data_folder
 from labkit.training.evaluate import generate
 from recipes import tickets_llama_cpp
-from recipes.tickets_llama_cpp import FILES, compare, load_in_llama_cpp, record
+from recipes.tickets_llama_cpp import FILES, RESULTS, compare, load_in_llama_cpp, record
 from tests.formats.test_merged import adapted
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed here: pip install xllamacpp")
@@ -62,3 +63,13 @@ def test_what_is_recorded_is_not_asked_again(model, tmp_path, monkeypatch):
     assert [(line["file"], line["ticket"]) for line in lines] == [(f, i) for f in FILES[:2] for i in range(3)]
     assert lines[0] == {"file": "merged F32", "ticket": 0, "answer": "{}", "adapter": "mine"}
     assert asked == ["merged F32", "merged F32", "adapter F32"]
+
+
+def test_in_the_recorded_answers_fp32_files_have_the_models_own_tokens_unless_two_tie():
+    lines = [json.loads(line) for line in (data_folder() / RESULTS).read_text().splitlines()]
+    assert len({(line["file"], line["ticket"]) for line in lines}) == len(lines)
+    whole = [line for line in lines if line["file"] in ("merged F32", "adapter F32")]
+    assert {line["file"] for line in whole} == {"merged F32", "adapter F32"}
+    assert all(line["same"] or line["gap"] < 1e-3 for line in whole)
+    assert max(line["largest"] for line in whole) < 1e-3
+    assert all(line["largest"] > 0.01 for line in lines if line["file"].startswith("merged Q4"))
