@@ -104,8 +104,9 @@ def compare(name: str, rounds: int) -> None:
     run = {"base": plain, "base, again": plain, "ours": ours, "PEFT": pefts}
     for distinct in DISTINCT:
         rows = [names[i % distinct] for i in range(ROWS)]
-        apart = (ours(rows, input_ids=ids).logits - pefts(rows, input_ids=ids).logits).abs().max()
-        print(f" {distinct} adapters; logits at most {apart:.1e} apart")
+        logits, of_peft, bases = (call(rows, input_ids=ids).logits for call in (ours, pefts, plain))
+        apart, away = (logits - of_peft).abs().max(), (logits - bases).abs().max()
+        print(f" {distinct} adapters; logits at most {apart:.1e} apart, and {away:.1e} from the base's")
         caches = {
             key: call(rows, input_ids=past, use_cache=True).past_key_values for key, call in run.items()
         }
