@@ -19,8 +19,8 @@ from torch import nn
 from labkit.checks import check_positive, is_number
 from labkit.data.records import records_of
 from labkit.doctor.case import Case
-from labkit.doctor.findings import Finding, Missing, Probe, unknown
-from labkit.doctor.probes import PROBES
+from labkit.doctor.findings import Finding, Missing, unknown
+from labkit.doctor.probes import PROBES, Probe
 from labkit.doctor.report import Report
 from labkit.doctor.untouched import untouched
 from labkit.formats.peft_folder import read_folder

@@ -1,16 +1,12 @@
-"""What a probe is, and what it says.
+"""What a probe says.
 
 A probe measures one number and compares it with a threshold that it can give a reason for. It has three answers:
 `healthy`, `sick`, and `cannot say`, which names what is missing. It never guesses: a number that was not measured is
 not a healthy one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from labkit.doctor.case import Case
 
 HEALTHY, SICK, UNKNOWN = "healthy", "sick", "cannot say"
 
@@ -32,25 +28,6 @@ class Finding:
     number: float | None = None
     cure: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A question to a fine-tuned model.
-
-    Attributes:
-        name: one word.
-        measures: what its number is.
-        threshold: from where on it is sick.
-        why: the reason for that threshold.
-        look: answers it.
-    """
-
-    name: str
-    measures: str
-    threshold: str
-    why: str
-    look: Callable[["Case"], Finding]
 
 
 class Missing(Exception):

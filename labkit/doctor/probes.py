@@ -4,14 +4,38 @@ What goes in comes first, for a model that learns from wrong labels shows every 
 trains at all, in numbers that can hold it, at a rate that suits it. What the model says comes last.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from labkit.doctor.answers import LEAKED, LEARNED, look_at_effect, look_at_generalization, look_at_stopping
-from labkit.doctor.findings import Probe
+from labkit.doctor.case import Case
+from labkit.doctor.findings import Finding
 from labkit.doctor.inputs import CUT, look_at_labels, look_at_template
 from labkit.doctor.origins import look_at_origin
 from labkit.doctor.rounding import look_at_precision
 from labkit.doctor.sameness import look_at_cache, look_at_reference
 from labkit.doctor.sizes import look_at_rate, look_at_size
 from labkit.doctor.wiring import look_at_training
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question to a fine-tuned model.
+
+    Attributes:
+        name: one word.
+        measures: what its number is.
+        threshold: from where on it is sick.
+        why: the reason for that threshold.
+        look: answers it.
+    """
+
+    name: str
+    measures: str
+    threshold: str
+    why: str
+    look: Callable[[Case], Finding]
+
 
 PROBES = (
     Probe(

@@ -6,7 +6,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.doctor.findings import HEALTHY, SICK, UNKNOWN, Finding, Probe
+from labkit.doctor.findings import HEALTHY, SICK, UNKNOWN, Finding
+from labkit.doctor.probes import Probe
 
 MARKS = {HEALTHY: "ok", SICK: "SICK", UNKNOWN: "?"}
 WIDTH = 108
