@@ -23,13 +23,9 @@ def look_at_precision(case: Case) -> Finding:
     halves = any(p.dtype in HALVES for p in case.model.parameters())
     ended = case.history is not None and any(not math.isfinite(loss) for loss in case.history.losses)
     if broken or (ended and halves):
-        what = (
-            f"{broken[0]} and {len(broken) - 1} more tensors hold NaN or infinity"
-            if broken
-            else "the loss became NaN"
-        )
+        where = f"NaN or infinity in {len(broken)} tensors, such as {broken[0]}" if broken else ""
         return sick(
-            what,
+            where or "the loss became NaN",
             1.0,
             "train the adapter in fp32 (Adam's eps of 1e-8 is zero in fp16), or in bf16, with clipping"
             if halves

@@ -158,6 +158,21 @@ def test_arguments_of_the_wrong_kind_are_errors(moved, wrong, says):
         doctor(*moved, **wrong)
 
 
+def test_nan_in_a_weight_is_what_is_found_first(moved):
+    model, tokenizer = moved
+    with torch.no_grad():
+        next(iter(lora_layers(model).values())).lora_B[0, 0] = float("nan")
+    report = doctor(model, tokenizer, FEW, held_out=held_records()[:8])
+    assert report.first == "precision"
+    assert report["effect"].outcome == report["cache"].outcome == SICK
+    assert report["size"].outcome == report["generalization"].outcome == UNKNOWN
+
+
+def test_losses_over_a_few_tokens_are_not_compared(moved):
+    report = doctor(*moved, FEW, held_out=held_records()[:1])
+    assert "too few to compare" in report["generalization"].says
+
+
 def test_a_flat_loss_is_no_fall():
     """Noise around a constant has no significant fall; a loss that does fall has."""
     from labkit.doctor.case import Case
