@@ -55,7 +55,8 @@ DENSITY = 0.5  # the share that pruning keeps
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
-# rates: the best of `experiments/rank.toml` and `four_bit.toml`, for QAT bracketed here; of `full.toml`
+# rates: the best at 100 steps of `experiments/rank.toml` and `four_bit.toml`, and of `full.toml`, whose highest it is;
+# for QAT half and twice the rate are tried too, at the first seed
 LORA = RunConfig(lr=1.2e-2, steps=SNAPSHOTS[-1], batch_size=4)
 QLORA = replace(LORA, method="qlora", products="float32")
 FULL = RunConfig(method="full", embeddings=False, lr=2e-3, steps=100, batch_size=4)
