@@ -107,8 +107,8 @@ def at_rate(times: float) -> Callable[[int, Path], Specimen]:
 
 
 def large_alpha(seed: int, folder: Path) -> Specimen:
-    """Alpha raised 16 times, and the learning rate left as it was; of an unknown run."""
-    model = adapted(seed, alpha=256)
+    """Alpha raised 64 times, and the learning rate left as it was; of an unknown run."""
+    model = adapted(seed, alpha=1024)
     teach(model, fed_batches(train_records(), seed, STEPS))
     return with_history(model)
 
@@ -248,7 +248,7 @@ SICK: dict[str, tuple[str, Callable[[int, Path], Specimen]]] = {
     "doubled start token": ("template", doubled_start),
     "learning rate times 10": ("rate", at_rate(10)),
     "learning rate by 10": ("rate", at_rate(0.1)),
-    "alpha times 16": ("size", large_alpha),
+    "alpha times 64": ("size", large_alpha),
     "rank too low": ("size", low_rank),
     "fp16 all the way": ("precision", half_precision),
     "stalled in bf16": ("precision", stalled),
