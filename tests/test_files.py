@@ -71,6 +71,20 @@ def test_leftovers_of_a_living_writer_and_of_other_names_stay(tmp_path: Path):
         assert scratch.exists() and (tmp_path / ".b.0123abcd.part").exists()
 
 
+def test_a_writer_whose_new_scratch_folder_another_takes_away_makes_a_new_one(tmp_path: Path, monkeypatch):
+    mkdir, made = Path.mkdir, []
+
+    def and_gone(path: Path, *arguments, **keywords):
+        mkdir(path, *arguments, **keywords)
+        made.append(path)
+        if len(made) == 2:  # the parent, then the first scratch folder, which has no lock yet
+            writing.clear_leftovers(tmp_path / "a" / "b")
+
+    monkeypatch.setattr(Path, "mkdir", and_gone)
+    with writing.scratch_beside(tmp_path / "a" / "b") as scratch:
+        assert scratch == made[2] and scratch.exists() and not made[1].exists()
+
+
 def test_only_one_at_a_time_may_hold_a_lock(tmp_path: Path):
     with (
         writing.only_one(tmp_path / "lock", "taken"),

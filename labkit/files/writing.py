@@ -155,8 +155,8 @@ def scratch_beside(place: Path) -> Iterator[Path]:
         lock = FileLock(scratch / LOCK)
         try:
             lock.acquire(timeout=0)
-        except Timeout:
-            continue  # another writer took it for a leftover, between mkdir and here
+        except (Timeout, FileNotFoundError):
+            continue  # another writer took it for a leftover, between mkdir and here, and holds it or has taken it away
         except OSError:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
