@@ -17,8 +17,13 @@ QUICK = {
 
 
 def cases(quick: bool) -> list:
-    names = [name for name in (*HEALTHY, *SICK) if (name in QUICK) is quick]
-    return [pytest.param(name, seed, id=f"{name}-{seed}") for name in names for seed in (0, 1)]
+    """A name and a seed; the quick ones are those of seed 0 that train for a few steps."""
+    found = [(name, seed) for name in (*HEALTHY, *SICK) for seed in (0, 1)]
+    return [
+        pytest.param(name, seed, id=f"{name}-{seed}")
+        for name, seed in found
+        if (name in QUICK and seed == 0) is quick
+    ]
 
 
 def first_finding(name: str, seed: int, tmp_path) -> str | None:
@@ -33,7 +38,7 @@ def test_the_right_probe_finds_it_first(name, seed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "seed"), cases(quick=False))
-def test_the_right_probe_finds_what_has_to_be_trained(name, seed, tmp_path):
+def test_the_right_probe_finds_first_what_takes_longer_to_breed(name, seed, tmp_path):
     assert first_finding(name, seed, tmp_path) == expected(name)
 
 
