@@ -1,8 +1,11 @@
 """The next token of a row: the most likely one, or one drawn, the same in any company.
 
-A request has a seed and a generator of its own. For each token one number u is drawn from it, and the token is the one
-at which the sum of probabilities, the most likely first, passes u. So what a request draws depends on nothing but its
-seed and its logits.
+A request has a seed and a generator of its own. For each token one number g is drawn for every entry of the vocabulary,
+from Gumbel's distribution, and the token is the one with the largest log p / T + g: a draw from the softmax. In other
+company the logits differ in their last bits. That changes a draw only where two candidates are as close as that; sums
+of probabilities, sorted, change with every two tokens in the tail that change places.
+
+Source: Maddison, Tarlow and Minka (2014), "A* Sampling", section 2.
 """
 
 from dataclasses import dataclass
@@ -64,13 +67,13 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tu
     if sampling.temperature == 0:
         token = int(log_probs.argmax())
         return token, float(log_probs[token])
-    u = torch.rand((), generator=generator, dtype=torch.float64)
-    scaled = (log_probs.double().cpu() / max(sampling.temperature, 1e-6)).softmax(-1)
-    probabilities, tokens = scaled.sort(descending=True, stable=True)
-    if sampling.top_k:
-        probabilities = probabilities[: sampling.top_k]
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities[before < sampling.top_p * probabilities.sum()]
-    sums = probabilities.cumsum(-1)
-    token = int(tokens[torch.searchsorted(sums, u * sums[-1], right=True).clamp(max=len(sums) - 1)])
+    scaled = log_probs.double().cpu() / max(sampling.temperature, 1e-6)
+    if sampling.top_k and sampling.top_k < len(scaled):
+        scaled = scaled.masked_fill(scaled < scaled.topk(sampling.top_k).values[-1], -torch.inf)
+    if sampling.top_p < 1:
+        probabilities, order = scaled.softmax(-1).sort(descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        scaled = scaled.index_fill(0, order[before >= sampling.top_p], -torch.inf)
+    gumbel = -torch.empty_like(scaled).exponential_(generator=generator).log()
+    token = int((scaled + gumbel).argmax())
     return token, float(log_probs[token])
