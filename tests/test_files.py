@@ -72,17 +72,18 @@ def test_leftovers_of_a_living_writer_and_of_other_names_stay(tmp_path: Path):
 
 
 def test_a_writer_whose_new_scratch_folder_another_takes_away_makes_a_new_one(tmp_path: Path, monkeypatch):
-    mkdir, made = Path.mkdir, []
+    acquire, taken = writing.FileLock.acquire, []
 
-    def and_gone(path: Path, *arguments, **keywords):
-        mkdir(path, *arguments, **keywords)
-        made.append(path)
-        if len(made) == 2:  # the parent, then the first scratch folder, which has no lock yet
-            writing.clear_leftovers(tmp_path / "a" / "b")
+    def too_late(lock, *arguments, **keywords):
+        if not taken:  # another writer has cleared the folder, which had no lock yet
+            taken.append(Path(lock.lock_file).parent)
+            taken[0].rmdir()
+            raise FileNotFoundError(lock.lock_file)
+        return acquire(lock, *arguments, **keywords)
 
-    monkeypatch.setattr(Path, "mkdir", and_gone)
-    with writing.scratch_beside(tmp_path / "a" / "b") as scratch:
-        assert scratch == made[2] and scratch.exists() and not made[1].exists()
+    monkeypatch.setattr(writing.FileLock, "acquire", too_late)
+    with writing.scratch_beside(tmp_path / "a") as scratch:
+        assert scratch.exists() and scratch != taken[0]
 
 
 def test_only_one_at_a_time_may_hold_a_lock(tmp_path: Path):
