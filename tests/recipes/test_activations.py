@@ -22,7 +22,9 @@ def test_a_row_tells_the_weights_from_the_activations(tiny, tmp_path):
     assert row["text"] == "The" and row["tokens"] == 1
     assert row["F32"]["rms"] < 0.01 * row["file"]["rms"]
     assert row["rounded"]["rms"] < 0.01 * row["file"]["rms"]
-    assert 0 < row["nudged"]["rms"] <= row["nudged"]["largest"]
+    assert (
+        row["nudged"]["rms"] < 0.01 * row["file"]["rms"]
+    )  # one token, four layers: no code was near an edge
 
 
 def test_what_was_recorded_of_the_shipped_file_is_not_in_its_weights():
