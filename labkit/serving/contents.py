@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from labkit.files.reading import open_regular, sha256
@@ -110,8 +111,9 @@ def store(root: Path, folder: Path, files: Mapping[str, str]) -> Path:
         if wrong_with(made, files):
             raise Changed(f"{folder} changed while it was copied; publish it again when nobody writes there")
     if os.name == "posix":  # elsewhere what is read-only cannot be taken away
-        for name in files:
-            (place / name).chmod((place / name).stat().st_mode & ~0o222)
+        with suppress(FileNotFoundError):  # another process has deleted it: who records it looks again
+            for name in files:
+                (place / name).chmod((place / name).stat().st_mode & ~0o222)
     return place
 
 
