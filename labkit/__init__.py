@@ -71,6 +71,7 @@ FOLDERS = (
     "alternatives",
     "analysis",
     "data",
+    "doctor",
     "files",
     "formats",
     "lora",

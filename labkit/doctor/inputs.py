@@ -91,7 +91,7 @@ def look_at_template(case: Case) -> Finding:
     return sick(
         f"{len(other)} of {len(pairs)} prompts are served otherwise than trained: {difference(*other[0], case.tokenizer)}",
         len(other) / len(pairs),
-        "let one function make the prompt for both: labkit.chat_prompts, or the template saved with the tokenizer",
+        "let one function make the prompt for both: labkit.training.evaluate.chat_prompts, or the template saved with the tokenizer",
     )
 
 

@@ -98,7 +98,7 @@ def partly_covered(case: Case) -> Finding | None:
             return sick(
                 f"{kind} is adapted in {share:.0%} of its {len(names)} places: the targets match less than they seem to",
                 share,
-                "name kinds of layers (q_proj, v_proj, …), and print labkit.lora_layers(model); if it is meant, pass on",
+                "name kinds of layers (q_proj, v_proj, …), and print labkit.lora.inject.lora_layers(model); if it is meant, pass on",
             )
     return None
 

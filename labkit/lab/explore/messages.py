@@ -172,7 +172,9 @@ def fields_table(answers: Mapping[str, Answer], gold: Mapping | None) -> str:
             if one.fields is not None:
                 cells += field_cell(one, name, gold)
             elif i == 0:
-                cells += f"<td rowspan='{len(names)}' style='{CELL}'><i>the answer is not a JSON object</i></td>"
+                cells += (
+                    f"<td rowspan='{len(names)}' style='{CELL}'><i>the answer is not a JSON object</i></td>"
+                )
         if gold is not None:
             cells += f"<td style='{CELL}'>{written(gold[name]) if name in gold else ''}</td>"
         rows += f"<tr>{cells}</tr>"
