@@ -30,7 +30,9 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
 
 
 def test_runs_know_the_family_and_recorded_lines_keep_their_meaning():
-    for path in (data_folder() / "results").glob("*.jsonl"):
+    experiments = sorted((data_folder().parent / "experiments").glob("*.toml"))
+    assert experiments
+    for path in (data_folder() / "results" / f"{one.stem}.jsonl" for one in experiments):
         old = RunConfig.from_dict(json.loads(path.read_text().splitlines()[0])["config"])
         assert old.lora_plus == 1 and old.train_config().lora_plus == 1
     config = RunConfig(variant="dora", lora_plus=16)
