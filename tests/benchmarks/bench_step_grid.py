@@ -2,7 +2,7 @@
 
 Every method takes the same steps on the same random tokens. All of them take one step to warm up; then the
 order is drawn anew for each lap, so that a busy moment falls on none of them in particular. The medians are
-printed, and with `--record` all laps are kept: data/results/step_times.json, which lesson 08 reads.
+printed, and with `--record` all laps are kept: data/results/step_times.json.
 
     python tests/benchmarks/bench_step_grid.py [--laps 7] [--record data/results/step_times.json]
 """
