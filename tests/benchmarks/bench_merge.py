@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench_train_step import peaks
+from bench_train_step import peaks, verdict
 from torch import nn
 
 from labkit import models
@@ -87,11 +87,6 @@ def times(name: str, dtype: str, rounds: int) -> tuple[dict[str, list[float]], f
     return seconds, apart
 
 
-def verdict(method: str, ratio: float) -> str:
-    bound = BOUNDS.get(method)
-    return "" if bound is None else f"  (promised {bound:.2f}×: {'kept' if ratio <= bound else 'NOT KEPT'})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -116,7 +111,7 @@ def main() -> None:
             ratio = median / statistics.median(seconds[PEER])
             print(
                 f"{method:24} median {1000 * median:6.0f} ms ({ratio:.2f}×), fastest {1000 * min(taken):6.0f} ms"
-                f"{verdict(method, ratio)}"
+                f"{verdict(BOUNDS.get(method), ratio)}"
             )
         print(f"largest difference of a merged weight from PEFT's: {apart:.1e}")
 

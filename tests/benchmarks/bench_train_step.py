@@ -146,6 +146,11 @@ def peaks(command: list[str], names: Iterable[str]) -> dict[str, float]:
     return {name: float(run(name).stdout.split()[-1]) for name in names}
 
 
+def verdict(bound: float | None, ratio: float) -> str:
+    """Whether a promised ratio was kept; nothing where none was promised."""
+    return "" if bound is None else f"  (promised {bound:.2f}×: {'kept' if ratio <= bound else 'NOT KEPT'})"
+
+
 @dataclass
 class Runs:
     """What the steps of one method took."""

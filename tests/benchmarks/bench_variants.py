@@ -25,6 +25,7 @@ from bench_train_step import (
     peaks,
     put_in_bitsandbytes,
     times,
+    verdict,
 )
 
 from labkit import models
@@ -95,11 +96,6 @@ def batch_for(name: str) -> Batch:
     return Batch(batch.ids % vocabulary, targets)
 
 
-def verdict(method: str, ratio: float) -> str:
-    bound = BOUNDS.get(method)
-    return "" if bound is None else f"  (promised {bound:.2f}×: {'kept' if ratio <= bound else 'NOT KEPT'})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -124,7 +120,7 @@ def main() -> None:
             for method in methods:
                 ratio = peak[method] / peak[peer]
                 print(
-                    f"{method:26} peak {peak[method]:6.0f} MB ({ratio:.2f}×){verdict(method, ratio)}",
+                    f"{method:26} peak {peak[method]:6.0f} MB ({ratio:.2f}×){verdict(BOUNDS.get(method), ratio)}",
                     flush=True,
                 )
         if arguments.only != "memory":
@@ -133,7 +129,7 @@ def main() -> None:
                 ratio = run.median / runs[peer].median
                 print(
                     f"{method:26} median {run.median:6.3f} s ({ratio:.2f}×), fastest {min(run.seconds):6.3f} s, "
-                    f"loss {run.loss:.4f}{verdict(method, ratio)}",
+                    f"loss {run.loss:.4f}{verdict(BOUNDS.get(method), ratio)}",
                     flush=True,
                 )
 

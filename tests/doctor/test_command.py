@@ -3,22 +3,16 @@
 import json
 
 import pytest
-import torch
 
 from labkit.doctor.command import FAILED, SICK, SOUND, main
-from labkit.doctor.specimens import adapted, train_records
+from labkit.doctor.specimens import train_records
 from labkit.doctor.zoo import other_base
 from labkit.formats.adapters import save_adapter
-from labkit.lora.inject import lora_layers
 
 
 @pytest.fixture
-def folder(tmp_path):
-    model = adapted(0, r=2)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.normal_(std=0.02)
-    return save_adapter(model, tmp_path / "adapter")
+def folder(moved, tmp_path):
+    return save_adapter(moved[0], tmp_path / "adapter")
 
 
 def test_a_sound_folder_ends_with_0(folder, capsys):

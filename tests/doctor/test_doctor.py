@@ -18,16 +18,6 @@ from labkit.training.history import History
 FEW = train_records()[:3]
 
 
-@pytest.fixture
-def moved(tiny):
-    """(model, tokenizer): tiny-llama with an adapter whose B is not zero."""
-    model = adapted(0, r=2)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.normal_(std=0.02)
-    return model, tiny[1]
-
-
 def test_the_model_leaves_as_it_came(moved):
     model, tokenizer = moved
     model.train()

@@ -13,7 +13,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib import pyplot as plt
 
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import WIDE, panel
 from labkit.lab.figures.forgetting import OLD, look, plane
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish, seed_dots
@@ -93,14 +93,13 @@ def plane_explorer(runs: pd.DataFrame, gain: float = 0.7) -> None:
     if is_interactive():
         from ipywidgets import Dropdown, FloatSlider, SelectMultiple
 
-        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
         methods = {"options": families, "value": families, "description": "methods"}
         gains = {"min": 0.3, "max": 1.2, "step": 0.05, "value": gain, "description": "equal gain"}
         controls = {
-            "families": SelectMultiple(rows=min(10, len(families)), **methods, **wide),
-            "steps": Dropdown(options=[*lengths, ALL], description="steps", **wide),
-            "old": Dropdown(options=list(OLD), description="old domain", **wide),
-            "gain": FloatSlider(continuous_update=False, **gains, **wide),
+            "families": SelectMultiple(rows=min(10, len(families)), **methods, **WIDE),
+            "steps": Dropdown(options=[*lengths, ALL], description="steps", **WIDE),
+            "old": Dropdown(options=list(OLD), description="old domain", **WIDE),
+            "gain": FloatSlider(continuous_update=False, **gains, **WIDE),
         }
     static = [
         {"families": families, "steps": lengths[0], "old": name, "gain": gain}

@@ -9,7 +9,7 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from torch import nn
 
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import SLOW, WIDE, panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora.inject import lora_layers
@@ -126,9 +126,6 @@ def strength_explorer(model: nn.Module, tokenizer, records: Sequence[dict]) -> N
     if is_interactive():
         from ipywidgets import Dropdown, FloatSlider
 
-        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
-        controls["layer"] = Dropdown(options=list(names), value=ALL, description="layer", **wide)
-        controls["strength"] = FloatSlider(
-            1.0, min=0, max=2, step=0.05, description="adapter ×", continuous_update=False, **wide
-        )
+        controls["layer"] = Dropdown(options=list(names), value=ALL, description="layer", **WIDE)
+        controls["strength"] = FloatSlider(1.0, min=0, max=2, step=0.05, description="adapter ×", **SLOW)
     panel(draw, controls, [{"layer": ALL, "strength": 1.0}])

@@ -7,7 +7,7 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import SLOW, WIDE, panel
 from labkit.lab.figures.merging import crossings
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
@@ -95,12 +95,10 @@ def survival_explorer(weight: Tensor, delta: Tensor) -> None:
     if is_interactive():
         from ipywidgets import Dropdown, SelectionSlider
 
-        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
-        slow = wide | {"continuous_update": False}
         controls = {
-            "rho": SelectionSlider(options=RATIOS, value=0.05, description="ρ", **slow),
-            "kind": Dropdown(options=FORMATS, description="stored as", **wide),
-            "blocksize": SelectionSlider(options=BLOCKSIZES, value=64, description="block size", **slow),
+            "rho": SelectionSlider(options=RATIOS, value=0.05, description="ρ", **SLOW),
+            "kind": Dropdown(options=FORMATS, description="stored as", **WIDE),
+            "blocksize": SelectionSlider(options=BLOCKSIZES, value=64, description="block size", **SLOW),
         }
     panel(draw, controls, [{"rho": rho, "kind": "nf4", "blocksize": 64} for rho in (0.03, 0.12)])
 
@@ -163,11 +161,10 @@ def mixing_explorer(model: nn.Module, tokenizer, records: Mapping[str, Sequence[
     if is_interactive():
         from ipywidgets import Dropdown, FloatSlider
 
-        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
-        slow = wide | {"continuous_update": False, "min": 0, "max": 1.5, "step": 0.25}
+        weight = SLOW | {"min": 0, "max": 1.5, "step": 0.25}
         controls = {
-            "first": FloatSlider(1.0, description=names[0], **slow),
-            "second": FloatSlider(1.0, description=names[1], **slow),
-            "how": Dropdown(options=METHODS, description="combined by", **wide),
+            "first": FloatSlider(1.0, description=names[0], **weight),
+            "second": FloatSlider(1.0, description=names[1], **weight),
+            "how": Dropdown(options=METHODS, description="combined by", **WIDE),
         }
     panel(draw, controls, [{"first": 1.0, "second": 1.0, "how": "cat"}])

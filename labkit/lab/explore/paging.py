@@ -7,7 +7,7 @@ import torch
 from IPython.display import display
 from torch import Tensor
 
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import SLOW, WIDE, panel
 from labkit.lab.figures.paging import residency_map
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
@@ -88,15 +88,14 @@ def paging_explorer(parameters: Mapping[str, Tensor]) -> None:
     if is_interactive():
         from ipywidgets import Dropdown, SelectionSlider
 
-        wide = {"style": {"description_width": "7em"}, "layout": {"width": "28em"}}
         budgets = {
             "options": [(f"{s:.0%}", s) for s in reversed(SHARES)],
             "value": 0.5,
             "description": "budget",
         }
         controls = {
-            "optimizer": Dropdown(options=list(OPTIMIZERS), description="optimizer", **wide),
-            "share": SelectionSlider(continuous_update=False, **budgets, **wide),
-            "policy": Dropdown(options=POLICIES, description="policy", **wide),
+            "optimizer": Dropdown(options=list(OPTIMIZERS), description="optimizer", **WIDE),
+            "share": SelectionSlider(**budgets, **SLOW),
+            "policy": Dropdown(options=POLICIES, description="policy", **WIDE),
         }
     panel(draw, controls, [{"optimizer": "AdamW", "share": 0.5, "policy": policy} for policy in POLICIES])

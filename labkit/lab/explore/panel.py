@@ -6,6 +6,10 @@ from IPython.display import display
 
 from labkit.lab.interactive import is_interactive
 
+# how a control looks; a slow one redraws when it is let go
+WIDE = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
+SLOW = WIDE | {"continuous_update": False}
+
 
 def panel(draw: Callable, controls: dict, static: Sequence[dict]) -> None:
     """Show `draw(**values)` with a widget for each of its arguments; headless, for the values in `static`.
@@ -29,12 +33,7 @@ def item_and_strength(name: str, count: int, description: str) -> dict:
     """Sliders for one of `count` items, called `name`, and for the strength of an adapter, 0 to 2."""
     from ipywidgets import FloatSlider, IntSlider
 
-    wide = {
-        "layout": {"width": "28em"},
-        "style": {"description_width": "7em"},
-        "continuous_update": False,
-    }
     return {
-        name: IntSlider(0, 0, count - 1, description=description, **wide),
-        "strength": FloatSlider(1.0, min=0, max=2, step=0.1, description="adapter ×", **wide),
+        name: IntSlider(0, 0, count - 1, description=description, **SLOW),
+        "strength": FloatSlider(1.0, min=0, max=2, step=0.1, description="adapter ×", **SLOW),
     }

@@ -5,7 +5,7 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import WIDE, panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.quant.blockwise import dequantize_blocks, quantize_blocks
@@ -90,10 +90,9 @@ def codebook_explorer(weights: dict[str, Tensor]) -> None:
     if is_interactive():
         from ipywidgets import Dropdown, SelectionSlider
 
-        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
-        slider = {"continuous_update": False, **wide}
-        controls["weight"] = Dropdown(options=list(weights), description="weight", **wide)
-        controls["codebook"] = Dropdown(options=NAMES, value="nf4", description="codebook", **wide)
+        slider = {"continuous_update": False, **WIDE}
+        controls["weight"] = Dropdown(options=list(weights), description="weight", **WIDE)
+        controls["codebook"] = Dropdown(options=NAMES, value="nf4", description="codebook", **WIDE)
         controls["blocksize"] = SelectionSlider(
             options=BLOCKSIZES, value=64, description="block size", **slider
         )

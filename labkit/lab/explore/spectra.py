@@ -15,7 +15,7 @@ from labkit.analysis.spectra import (
     svd,
     truncate,
 )
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import WIDE, panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 
@@ -87,12 +87,11 @@ def update_explorer(
     if is_interactive():
         from ipywidgets import Dropdown, SelectionSlider
 
-        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
         named = [(short_name(name), name) for name in layers]
-        controls["method"] = Dropdown(options=methods, description="method", **wide)
-        controls["layer"] = Dropdown(options=named, description="layer", **wide)
+        controls["method"] = Dropdown(options=methods, description="method", **WIDE)
+        controls["layer"] = Dropdown(options=named, description="layer", **WIDE)
         controls["k"] = SelectionSlider(
-            options=RANKS, value=8, description="k kept", continuous_update=False, **wide
+            options=RANKS, value=8, description="k kept", continuous_update=False, **WIDE
         )
     panel(draw, controls, static)
 

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from labkit.lab.explore.lora import short_name
-from labkit.lab.explore.panel import panel
+from labkit.lab.explore.panel import SLOW, WIDE, panel
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lora.config import LoRAConfig
@@ -161,13 +161,11 @@ def variant_explorer(
     if is_interactive():
         from ipywidgets import Dropdown, SelectionSlider
 
-        wide = {"layout": {"width": "28em"}, "style": {"description_width": "7em"}}
-        slow = wide | {"continuous_update": False}
         controls = {
-            "layer": Dropdown(options=list(names), description="layer", **wide),
-            "variant": Dropdown(options=list(VARIANTS), description="variant", **wide),
-            "r": SelectionSlider(options=RANKS, value=8, description="rank", **slow),
-            "alpha": SelectionSlider(options=ALPHAS, value=16, description="alpha", **slow),
+            "layer": Dropdown(options=list(names), description="layer", **WIDE),
+            "variant": Dropdown(options=list(VARIANTS), description="variant", **WIDE),
+            "r": SelectionSlider(options=RANKS, value=8, description="rank", **SLOW),
+            "alpha": SelectionSlider(options=ALPHAS, value=16, description="alpha", **SLOW),
         }
     first = next(iter(names))
     panel(draw, controls, [{"layer": first, "variant": v, "r": 8, "alpha": 16} for v in ("DoRA", "PiSSA")])
