@@ -64,6 +64,35 @@ def test_without_an_exchange_in_one_step_an_old_folder_comes_back_after_a_kill(t
     assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a" / "text").read_text() == "new"
 
 
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_folder_that_another_writes_or_takes_away_at_the_last_moment_is_replaced(
+    tmp_path: Path, monkeypatch, in_one_step: bool
+):
+    exchange, replace, others = writing.exchange, os.replace, ["come", "go"]
+
+    def meddle() -> None:
+        """What another process does between a look at the place and the move to it."""
+        if others and others.pop(0) == "come":
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "text").write_text("another's")
+        elif (tmp_path / "a" / "text").exists() and others == []:
+            replace(tmp_path / "a", tmp_path / "gone")
+
+    def meddled(act):
+        def acted(one, other):
+            meddle()
+            return act(one, other)
+
+        return acted
+
+    monkeypatch.setattr(writing, "exchange", meddled(exchange) if in_one_step else lambda one, other: False)
+    monkeypatch.setattr(os, "replace", meddled(replace))
+    with writing.new_folder(tmp_path / "a") as made:
+        (made / "text").write_text("mine")
+    assert others == [] and (tmp_path / "a" / "text").read_text() == "mine"
+    assert (tmp_path / "gone" / "text").read_text() == "another's"
+
+
 def test_leftovers_of_a_living_writer_and_of_other_names_stay(tmp_path: Path):
     with writing.scratch_beside(tmp_path / "a") as scratch:
         (tmp_path / ".b.0123abcd.part").mkdir()

@@ -38,6 +38,7 @@ IN_THE_WAY = {
     errno.EBUSY: "it is the root of a disk, or in use; name a folder inside it",
     errno.EXDEV: "it is the root of another disk; name a folder inside it",
 }
+MOVED_MEANWHILE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # another has put a folder there, or taken it away
 
 
 class CannotWrite(OSError):
@@ -96,11 +97,7 @@ def new_folder(path: str | Path, take_along: Callable[[Path, Path], None] | None
         if take_along is not None and place.exists():
             take_along(place, made)
         bring_to_disk(made)
-        if not place.exists():
-            os.replace(made, place)
-        elif not exchange(made, place):
-            os.replace(place, scratch / OLD)
-            os.replace(made, place)
+        put_in_place(made, place, scratch / OLD)
         old = next((folder for folder in (scratch / OLD, made) if folder.exists()), None)
         if take_along is not None and old is not None:
             take_along(old, place)  # what has come since
@@ -205,6 +202,25 @@ def number_in(message: str) -> int | None:
     _, found, rest = message.partition("(os error ")
     digits = rest.partition(")")[0]
     return int(digits) if found and digits.isdigit() else None
+
+
+def put_in_place(made: Path, place: Path, old: Path) -> None:
+    """Move the folder `made` to `place`. A folder there ends up at `made`, or at `old` where two cannot change places.
+
+    Others may write and take away the same folder meanwhile: whoever comes last stays.
+    """
+    while True:
+        try:
+            if place.exists():
+                if exchange(made, place):
+                    return
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(place, old)
+            os.replace(made, place)
+            return
+        except OSError as error:
+            if error.errno not in MOVED_MEANWHILE or not made.exists():
+                raise
 
 
 def settle(file: Path, scratch: Path) -> None:

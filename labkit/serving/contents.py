@@ -119,9 +119,10 @@ def store(root: Path, folder: Path, files: Mapping[str, str]) -> Path:
 
 def wrong_with(place: Path, files: Mapping[str, str]) -> str:
     """What is wrong with the content in `place`, in words; "" if it is whole."""
-    if not place.is_dir():
+    try:
+        there = set(os.listdir(place))
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
-    there = set(os.listdir(place))
     for name, expected in files.items():
         if name not in there:
             return f"lacks {name}"

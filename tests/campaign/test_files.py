@@ -1,12 +1,15 @@
 """Kills and a full disk for the two ways in which labkit writes: a file and a folder."""
 
 import os
+import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from labkit.files import writing
-from tests.campaign.harness import kill_after, moments, rounds, small_disk
+from tests.campaign.harness import kill_after, moments, rounds, small_disk, start
 
 
 def rewrite(folder: Path, letter: str) -> None:
@@ -39,6 +42,31 @@ def test_a_kill_leaves_the_old_or_the_new_and_the_next_writer_clears_the_rest(tm
         pass
     assert leftovers > 0, "no kill fell into a write"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_writers_of_one_folder_and_one_who_takes_it_away_do_not_disturb_each_other(tmp_path: Path):
+    crowd = [start(write_often, tmp_path, letter) for letter in "ab"] + [start(remove_often, tmp_path)]
+    for process in crowd:
+        process.join()
+    assert [process.exitcode for process in crowd] == [0, 0, 0]
+    with writing.new_folder(tmp_path / "folder") as made:
+        (made / "one").write_text("end")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder"]
+
+
+def write_often(root: Path, letter: str) -> None:
+    for _ in range(rounds(100, 2000)):
+        with writing.new_folder(root / "folder") as made:
+            (made / "one").write_text(letter)
+
+
+def remove_often(root: Path) -> None:
+    """Take the folder away whenever it is there, in one step, as those who delete do."""
+    for n in range(rounds(200, 4000)):
+        with suppress(FileNotFoundError):
+            os.replace(root / "folder", root / f"gone{n}")
+            shutil.rmtree(root / f"gone{n}")
+        time.sleep(0.002)
 
 
 def test_a_full_disk_leaves_the_old_file_and_gives_one_sentence(tmp_path: Path):
