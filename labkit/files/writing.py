@@ -38,7 +38,7 @@ IN_THE_WAY = {
     errno.EBUSY: "it is the root of a disk, or in use; name a folder inside it",
     errno.EXDEV: "it is the root of another disk; name a folder inside it",
 }
-MOVED_MEANWHILE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # another has put a folder there, or taken it away
+MOVED_MEANWHILE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # put there, or taken away, by another
 
 
 class CannotWrite(OSError):
