@@ -66,7 +66,7 @@ def save_merged(
 
     Raises:
         FileExistsError: `path` holds something else.
-        ValueError: adapters that cannot be merged, a model that is not what its config describes, NaN, or numbers too
+        ValueError: adapters that cannot be merged, a tokenizer with tokens that have no embedding, a model that is not what its config describes, NaN, or numbers too
             large for `dtype`. Nothing is written.
         labkit.files.CannotWrite: no space, no permission; what was there is intact.
     """
@@ -75,6 +75,7 @@ def save_merged(
     check_mergeable(model)
     check_place(path)
     weights, inner = merged_weights(model), unwrap(model)
+    check_tokens(inner, tokenizer)
     kind = floating_dtype(dtype) or weights[0].compute().dtype
     adapter = mounted_adapter(model)
     base = (facts.base if facts else None) or base_place(inner)
@@ -134,6 +135,19 @@ def check_place(path: Path) -> None:
     if not path.is_dir():
         raise FileExistsError(f"{path} is a file; a merged model is a folder, so give another name")
     refuse_others(path)
+
+
+def check_tokens(model: nn.Module, tokenizer) -> None:
+    """Raise a `ValueError` if the tokenizer makes tokens that the model has no embedding for; spare rows are common."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "base", embedding).weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ValueError(
+            f"the tokenizer has a token {highest:,}, and the model's embedding {rows:,} rows, from 0. Call "
+            f"model.resize_token_embeddings({highest + 1}) before training, or use the tokenizer that the model was "
+            "trained with"
+        )
 
 
 def refuse_others(old: Path, new: Path | None = None) -> None:

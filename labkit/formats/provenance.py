@@ -181,7 +181,8 @@ def check_base(
     differs = differences(recorded, mine)
     if differs == ["shapes"]:
         raise AdapterMismatch(
-            f"the adapter in {path} was made for a model of other layers or sizes than this {mine['class']}"
+            f"the adapter in {path} was made for a model, a {recorded['class']}, of other layers or sizes than this "
+            f"{mine['class']}. Load the base that it was trained on"
         )
     if differs:
         hashes = ", ".join(f"{part} {recorded[part][:8]}… against {mine[part][:8]}… here" for part in differs)

@@ -25,6 +25,7 @@ from labkit.lora.layer import LoRAEmbedding, LoRALinear
 from labkit.lora.low_rank import check_rank, decompose, decompose_product, rank_for, truncate
 from labkit.lora.mounting import Adapter, Place, adapters_of, attach, mounted_adapter
 from labkit.lora.plain import plain_factors
+from labkit.lora.sums import check_factors
 from labkit.lora.task_arithmetic import ELECTIONS, METHODS, add_updates
 
 ON_FACTORS = METHODS
@@ -64,7 +65,7 @@ def combine(
 
     Raises:
         ValueError: the name is taken; an adapter is not there, is merged, or is not of a form that `how` can
-            add; the weights sum to zero; or the value of a setting is not allowed. Nothing is changed then.
+            add, or holds NaN; the weights sum to zero; or the value of a setting is not allowed. Nothing is changed then.
     """
     check_choice("how", how, COMBINATIONS)
     check_new(model, name)
@@ -79,6 +80,7 @@ def combine(
     parts = {n: adapters_of(model).by_name[n] for n in weights}
     for n, part in parts.items():
         check_form(n, part, how)
+        check_factors(part.layers)
     base = {path: module for part in parts.values() for path, module in part.base_modules().items()}
     generator = torch.Generator().manual_seed(seed)
     settings = {"density": density or 1.0, "generator": generator, "election": election}

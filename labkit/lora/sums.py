@@ -33,12 +33,12 @@ def check_weights_held(layers: Mapping[str, LoRALinear]) -> None:
 
 
 def check_factors(layers: Mapping[str, LoRALinear]) -> None:
-    """Raise a `ValueError` if an adapter holds NaN or infinity, which a merge would spread over a whole weight."""
+    """Raise a `ValueError` if an adapter holds NaN or infinity, which spreads over all that it is added to."""
     for name, layer in layers.items():
         bad = [part for part, t in layer.named_parameters(recurse=False) if not t.isfinite().all()]
         if bad:
             raise ValueError(
-                f"{bad[0]} of {name} holds NaN or infinity, as after a run that diverged; nothing was merged. Load an "
+                f"{bad[0]} of {name} holds NaN or infinity, as after a run that diverged; nothing was changed. Load an "
                 "earlier checkpoint of the adapter"
             )
 

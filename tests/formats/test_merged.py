@@ -160,6 +160,14 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path):
         save_merged(model, tokenizer, tmp_path / "m")
 
 
+def test_a_token_without_an_embedding_is_refused_and_nothing_is_written(tmp_path):
+    model, tokenizer = adapted()
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match=r"a token 4,096, and the model's embedding 4,096 rows"):
+        save_merged(model, tokenizer, tmp_path / "m")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_merged_adapter_is_not_added_twice():
     from labkit.lora.merging import merge
 

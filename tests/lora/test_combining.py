@@ -231,6 +231,14 @@ def test_dora_is_refused_where_only_factors_add_up_and_the_way_out_is_named(how)
         combine(two_adapters(r=4, variant="dora"), {"poet": 1, "clerk": 1}, "both", how, **density)
 
 
+def test_an_adapter_that_is_not_finite_is_refused_and_no_other_is_made():
+    model = two_adapters(r=4)
+    lora_layers(model)[PATH].lora_B.data[0, 0] = float("inf")  # of the mounted one, "clerk"
+    with pytest.raises(ValueError, match=f"lora_B of {PATH} holds NaN or infinity"):
+        combine(model, {"poet": 1, "clerk": 1}, "both")
+    assert list(adapter_configs(model)) == ["poet", "clerk"]
+
+
 def test_modules_in_full_and_bases_that_were_not_kept_are_refused():
     with pytest.raises(ValueError, match="trains lm_head in full"):
         combine(two_adapters(modules_to_save=["lm_head"]), {"poet": 1, "clerk": 1}, "both")

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from labkit import models
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora, lora_layers
 from labkit.lora.layer import LoRALinear
@@ -142,16 +143,20 @@ def test_an_interrupted_unloading_computes_the_same_and_goes_on_where_it_was(mon
     assert same_weights(unload(model, dequantize=quantized), whole)
 
 
-def test_a_merge_in_fp32_leaves_the_logits_of_a_trained_model_within_1e_5(tiny):
-    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+@pytest.mark.parametrize("name", ["tiny-llama", pytest.param("smollm2-135m", marks=pytest.mark.slow)])
+def test_a_merge_in_fp32_leaves_the_logits_of_a_trained_model_within_1e_5_of_their_size(name):
+    model, tokenizer = models.load(name, torch.float32)
     randomize(add_lora(model, LoRAConfig(r=16)))
-    for layer in lora_layers(model).values():
-        layer.lora_B.data *= 0.05 * layer.base.weight.norm() / layer.delta().norm()
-    ids = tokenizer("The customer was charged twice and wants the money back.", return_tensors="pt").input_ids
     with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.data *= 0.05 * layer.base.weight.norm() / layer.delta().norm()
+        ids = tokenizer(
+            "The customer was charged twice and wants the money back.", return_tensors="pt"
+        ).input_ids
         unmerged = model(ids).logits
-        merged = merge(model)(ids).logits
-    assert (merged - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
+        merged = unload(model)(ids).logits
+    assert 0 < (merged - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
+    assert not lora_layers(model)
 
 
 def test_merged_into_the_original_weight_each_sum_is_quantized_once_and_can_be_undone():
