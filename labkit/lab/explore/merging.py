@@ -22,6 +22,8 @@ SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = (*FOUR_BITS, *SIXTEEN_BITS)
 BLOCKSIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5)
+NAMED_AT = {"nf4": (4, (-20, 4)), "fp4": (0, (0, 5)), "int4": (5, (6, -8)), "bf16": (4, (-8, 5))}  # ρ, offset
+NAMES = {"bf16": "bf16, fp16"}  # two lines in one place
 METHODS = ("cat", "svd", "linear", "ties", "ties_svd", "dare_linear_svd")
 MIXED = "mixed by the explorer"
 
@@ -72,6 +74,10 @@ def survival_explorer(weight: Tensor, delta: Tensor) -> None:
             chosen = other == kind
             colour = COLOURS["nf4" if chosen else "control"]
             left.plot(RATIOS, shares, color=colour, linewidth=2.5 if chosen else 1, zorder=2 + chosen)
+            if not chosen and other in NAMED_AT:
+                at, side = NAMED_AT[other]
+                words = {"textcoords": "offset points", "fontsize": 9.5, "color": COLOURS["base"]}
+                left.annotate(NAMES.get(other, other), (RATIOS[at], shares[at]), xytext=side, **words)
         now = merged_as(weight, delta, rho, kind, blocksize)
         left.plot(rho, now.share, "o", color=COLOURS["full"], markersize=8, zorder=4)
         left.set_xscale("log")
@@ -167,4 +173,4 @@ def mixing_explorer(model: nn.Module, tokenizer, records: Mapping[str, Sequence[
             "second": FloatSlider(1.0, description=names[1], **weight),
             "how": Dropdown(options=METHODS, description="combined by", **WIDE),
         }
-    panel(draw, controls, [{"first": 1.0, "second": 1.0, "how": "cat"}])
+    panel(draw, controls, [{"first": 1.0, "second": 1.0, "how": how} for how in ("linear", "cat")])

@@ -52,12 +52,10 @@ def crossings(weight: Tensor, delta: Tensor, axes: Axes, title: str, name: str =
     axes.bar(range(len(reached)), reached, color=colours, width=0.8)
     for side in (-1, 1):
         axes.axhline(side, color=COLOURS["full"], linewidth=1, linestyle="--")
-    plain = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-    axes.text(
-        len(reached), 1.06, "another code beyond here", ha="right", va="bottom", fontsize=9.5, bbox=plain
-    )
-    limit = max(1.6, 1.1 * reached.abs().max().item())
+    limit = max(1.6, 1.35 * reached.abs().max().item())  # room for the words above the bars
     axes.set_ylim(-limit, limit)
+    words = {"ha": "right", "va": "top", "fontsize": 9.5, "transform": axes.transAxes}
+    axes.text(0.99, 0.99, "beyond the dashed lines: another code", **words)
     axes.set_xticks([])
     finish(axes, title, f"{len(reached)} weights of a block", "update, in half gaps")
     return moved
