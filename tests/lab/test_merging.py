@@ -211,8 +211,9 @@ def two():
 
 def test_the_mixing_explorer_leaves_the_model_as_it_was(two):
     model, tokenizer, records = two
-    (figure,) = explorers.shown(explore, lambda: explore.mixing_explorer(model, tokenizer, records))
-    assert explorers.title(figure).startswith("cat: 1 × prose + 1 × queries")
+    whole, half = explorers.shown(explore, lambda: explore.mixing_explorer(model, tokenizer, records))
+    assert explorers.title(whole).startswith("cat: 1 × prose + 1 × queries")
+    assert explorers.title(half).startswith("cat: 0.5 × prose + 0.5 × queries")
     assert labkit.active_adapter(model) == "prose" and set(labkit.adapter_configs(model)) == set(records)
     with pytest.raises(ValueError, match="two adapters of the model, which has prose, queries"):
         explore.mixing_explorer(model, tokenizer, {"prose": records["prose"]})

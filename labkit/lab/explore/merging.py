@@ -167,10 +167,10 @@ def mixing_explorer(model: nn.Module, tokenizer, records: Mapping[str, Sequence[
     if is_interactive():
         from ipywidgets import Dropdown, FloatSlider
 
-        weight = SLOW | {"min": 0, "max": 1.5, "step": 0.25}
+        look = SLOW | {"min": 0, "max": 1.5, "step": 0.25}
         controls = {
-            "first": FloatSlider(1.0, description=names[0], **weight),
-            "second": FloatSlider(1.0, description=names[1], **weight),
+            "first": FloatSlider(1.0, description=names[0], **look),
+            "second": FloatSlider(1.0, description=names[1], **look),
             "how": Dropdown(options=METHODS, description="combined by", **WIDE),
         }
-    panel(draw, controls, [{"first": 1.0, "second": 1.0, "how": how} for how in ("linear", "cat")])
+    panel(draw, controls, [{"first": weight, "second": weight, "how": "cat"} for weight in (1.0, 0.5)])
