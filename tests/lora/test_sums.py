@@ -143,7 +143,7 @@ def test_an_interrupted_unloading_computes_the_same_and_goes_on_where_it_was(mon
     assert same_weights(unload(model, dequantize=quantized), whole)
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", pytest.param("smollm2-135m", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny-llama", "smollm2-135m"])
 def test_a_merge_in_fp32_leaves_the_logits_of_a_trained_model_within_1e_5_of_their_size(name):
     model, tokenizer = models.load(name, torch.float32)
     randomize(add_lora(model, LoRAConfig(r=16)))
