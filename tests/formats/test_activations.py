@@ -8,7 +8,8 @@ from labkit.formats.gguf_model import save_gguf
 from labkit.models.gguf import read_gguf
 from tests.formats.llama_cpp import answer, engine
 
-TOKENS = range(300, 308)  # a text each: where an activation is at the edge of a code, a last bit rounds it apart
+# a text each: where an activation is at the edge of a code, a last bit rounds it apart
+TOKENS = range(300, 308)
 
 
 @torch.no_grad()
