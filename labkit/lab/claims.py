@@ -13,9 +13,15 @@ from labkit.checks import check_choice
 
 VERDICTS = ("confirmed", "refuted", "depends", "not seen here", "not testable here")
 MIME = "application/vnd.labkit.claim+json"
+SOURCES = {
+    "S1": "“LoRA and Parameter-Efficient Fine-Tuning”, a practitioner's blog, 2026",
+    "S2": "“Fine-Tuning LLMs: LoRA, QLoRA, and Adapter Methods”, an infrastructure company's article, 2025",
+    "S3": "“AI Explained: LoRA, QLoRA & PEFT”, a five-minute module",
+    "S4": "“Parameter-Efficient Fine-Tuning”, a chapter of an interview guide",
+}
 
 
-def claim(number: str, statement: str, verdict: str, evidence: str) -> None:
+def claim(number: str, statement: str, verdict: str, evidence: str, said: str = "") -> None:
     """Record and show the verdict on a claim.
 
     Args:
@@ -23,15 +29,20 @@ def claim(number: str, statement: str, verdict: str, evidence: str) -> None:
         statement: what people say.
         verdict: one of `VERDICTS`.
         evidence: the numbers just measured, and for "depends" what the verdict depends on.
+        said: who says so: names in `SOURCES`, with spaces between, such as "S1 S4".
 
     Raises:
-        ValueError: an unknown verdict, or no evidence.
+        ValueError: an unknown verdict or source, or no evidence.
     """
     check_choice("verdict", verdict, VERDICTS)
     if not evidence.strip():
         raise ValueError(f"claim {number} needs evidence: the numbers that settle it")
+    for source in said.split():
+        check_choice("said", source, tuple(SOURCES))
+    by = " ".join(f"Said in {SOURCES[source]}." for source in said.split())
     data = {"claim": number, "statement": statement, "verdict": verdict, "evidence": evidence}
-    text = f"**{number}** “{statement}” — **{verdict}.** {evidence}"
+    data |= {"said": said.split()} if said else {}
+    text = f"**{number}** “{statement}” — **{verdict}.** {evidence}" + (f" *{by}*" if by else "")
     display({MIME: data, "text/markdown": text, "text/plain": text}, raw=True)
 
 

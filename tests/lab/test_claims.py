@@ -23,5 +23,15 @@ def test_claims_are_recorded_in_the_output_and_gathered(tmp_path, monkeypatch):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="choose one of"):
         claims.claim("C1", "x", "true", "y")
+    with pytest.raises(ValueError, match="said='S9'"):
+        claims.claim("C1", "x", "confirmed", "y", said="S1 S9")
     with pytest.raises(ValueError, match="needs evidence"):
         claims.claim("C1", "x", "confirmed", " ")
+
+
+def test_a_claim_names_who_makes_it(monkeypatch):
+    shown = []
+    monkeypatch.setattr(claims, "display", lambda data, raw: shown.append(data))
+    claims.claim("C2", "x", "confirmed", "0 == 0.", said="S1 S4")
+    assert shown[0][claims.MIME]["said"] == ["S1", "S4"]
+    assert all(claims.SOURCES[source] in shown[0]["text/markdown"] for source in ("S1", "S4"))
