@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("notebook", "lab", "test", "docs")  # of pyproject.toml, for everyone
+EXTRAS = ("notebook", "lab", "test", "docs", "serve")  # of pyproject.toml, for everyone
 BESIDES = ("bench", "classroom", "peers")  # each in a lock of its own
 WITH_TORCH = ("torch==", "cuda-", "nvidia-", "triton==")
 CPU_BUILDS = (

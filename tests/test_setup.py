@@ -47,7 +47,7 @@ def constraints():
 
 def test_every_direct_dependency_is_pinned(project, constraints):
     extras = project["optional-dependencies"]
-    assert set(extras) == {"notebook", "lab", "test", "bench", "peers", "classroom", "docs"}
+    assert set(extras) == {"notebook", "lab", "test", "bench", "peers", "classroom", "docs", "serve"}
     direct = [Requirement(line) for lines in [project["dependencies"], *extras.values()] for line in lines]
     assert [one.name for one in direct if constraints.get(one.name.lower()) not in one.specifier] == []
     assert constraints["torch"] == "2.13.0"
@@ -72,7 +72,7 @@ def test_the_build_of_the_course_itself_is_pinned(constraints):
 def test_conda_environment_has_the_same_pins(project, constraints):
     conda = pins((ROOT / "environment.yml").read_text())
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["notebook"], *extras["lab"], *extras["test"]]
+    lines = [*project["dependencies"], *extras["notebook"], *extras["lab"], *extras["test"], *extras["serve"]]
     assert set(conda) == {Requirement(line).name.lower() for line in lines}
     assert conda == {name: constraints[name] for name in conda}
 
