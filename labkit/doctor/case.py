@@ -24,6 +24,7 @@ from labkit.lora.layer import LoRALinear
 from labkit.lora.merging import unmerged
 from labkit.lora.mounting import mounted_adapter
 from labkit.models.walk import unwrap
+from labkit.sweeps.valleys import Valley
 from labkit.training.history import History
 from labkit.training.limits import context_of
 
@@ -65,7 +66,7 @@ class Case:
     served: Sequence[Any] | None = None
     optimizer: torch.optim.Optimizer | None = None
     reference: nn.Module | str | None = None
-    valley: tuple[float, float] | None = None
+    valley: tuple[float, float] | Valley | None = None
 
     @cached_property
     def records(self) -> list[Mapping]:

@@ -26,6 +26,7 @@ from labkit.doctor.untouched import untouched
 from labkit.formats.peft_folder import read_folder
 from labkit.lora.mounting import mounted_adapter
 from labkit.models.walk import adapters_in, unwrap
+from labkit.sweeps.valleys import Valley
 from labkit.training.history import History
 
 
@@ -41,7 +42,7 @@ def doctor(
     served: Sequence[Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     reference: nn.Module | str | None = None,
-    valley: tuple[float, float] | None = None,
+    valley: tuple[float, float] | Valley | None = None,
 ) -> Report:
     """Probe a fine-tuned model for what usually goes wrong. Nothing about it is changed.
 
@@ -57,7 +58,8 @@ def doctor(
             special tokens), chats, or token ids.
         optimizer: of the run.
         reference: of preference training: a model, or "base" for the model with its adapter switched off.
-        valley: the lowest and the highest learning rate that a sweep found good, at alpha = 2 r.
+        valley: the learning rates that are good, at alpha = 2 r: a recorded one, of
+            `labkit.sweeps.valleys.recorded_valley`, or the lowest and the highest.
 
     Returns:
         A `Report`.
@@ -105,7 +107,7 @@ def check_patient(
         )
     if not (reference is None or reference == "base" or isinstance(reference, nn.Module)):
         raise ValueError(f"reference={reference!r} must be a model, 'base', or None")
-    if valley is not None:
+    if valley is not None and not isinstance(valley, Valley):
         if not isinstance(valley, (tuple, list)) or len(valley) != 2 or not all(map(is_number, valley)):
             raise ValueError(f"valley={valley!r} must be two learning rates, such as (1e-3, 1e-2)")
         for rate in valley:

@@ -7,8 +7,8 @@ from labkit.doctor.case import Case, mean_loss
 from labkit.doctor.findings import Finding, Missing, healthy, sick
 from labkit.lora.low_rank import decompose_product
 from labkit.quant.layer_kinds import dense_weight
+from labkit.sweeps.valleys import USUAL_SCALING, Valley
 
-USUAL_SCALING = 2.0  # alpha = 2 r, for which the valley holds
 STEPS = 12  # from so many on, the loss of their first third and of their last are compared
 SURE = 2.0  # standard errors
 LAYERS = 24  # that are measured
@@ -25,12 +25,12 @@ def look_at_rate(case: Case) -> Finding:
     )
     effective = peak * scaling / USUAL_SCALING
     if case.valley is not None:
-        low, high = case.valley
+        (low, high), which = ends_of(case.valley)
         if effective > high or effective < low:
             by, side = (effective / high, "above") if effective > high else (low / effective, "below")
             return sick(
-                f"the effective learning rate, lr times scaling / 2, is {effective:.2g}: {by:.3g} times {side} the "
-                f"swept valley from {low:.2g} to {high:.2g}",
+                f"the effective learning rate, lr times scaling / 2, is {effective:.2g}: {by:.3g} times {side} "
+                f"{which}, from {low:.2g} to {high:.2g}",
                 by,
                 f"train with lr between {low * USUAL_SCALING / scaling:.2g} and {high * USUAL_SCALING / scaling:.2g}",
             )
@@ -55,7 +55,16 @@ def look_at_rate(case: Case) -> Finding:
         return healthy(
             f"the loss fell by {fall:.2f} nats; no valley was given to compare lr={peak:.2g} with", sure
         )
-    return healthy(f"the effective learning rate, {effective:.2g}, is in the swept valley", effective)
+    return healthy(
+        f"the effective learning rate, {effective:.2g}, is in {ends_of(case.valley)[1]}", effective
+    )
+
+
+def ends_of(valley: tuple[float, float] | Valley) -> tuple[tuple[float, float], str]:
+    """The ends of a valley, and what it rests on."""
+    if isinstance(valley, Valley):
+        return (valley.low, valley.high), f"the swept valley ({len(valley.losses)} rates recorded)"
+    return (valley[0], valley[1]), "the valley that was given"
 
 
 def look_at_size(case: Case) -> Finding:
