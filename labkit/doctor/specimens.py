@@ -1,8 +1,9 @@
 """Sick fine-tunes, bred in seconds: a real model and real tickets, and one thing done wrong in each.
 
-The task is to copy the order number out of a support message. All are trained by one loop, as people write it by
-hand: it takes labels, an optimizer and a model as it gets them, and asks no questions, so every mistake goes through.
-`labkit.doctor.zoo` names the specimens, and the probe that should be the first to find each.
+Their task is to copy the order number out of a support message; healthy runs are there of prose and of SQL too. All are
+trained by one loop, as people write it by hand: it takes labels, an optimizer and a model as it gets them, and asks no
+questions, so every mistake goes through. `labkit.doctor.zoo` names the specimens, and the probe that should be the first
+to find each.
 """
 
 import copy
@@ -17,16 +18,24 @@ from torch.nn import functional as F
 
 from labkit.data.batches import IGNORE, Batch, collate
 from labkit.data.encoding import encode
+from labkit.data.passages import load_austen
+from labkit.data.sql import load_questions, sql_record
 from labkit.data.tickets import load_tickets
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.lora.qlora import add_qlora
 from labkit.models.loading import load
+from labkit.sweeps.valleys import Valley, recorded_valley
 from labkit.training.history import History
 
 LR, STEPS, BATCH = 5e-3, 24, 4
-VALLEY = (1.5e-3, 1.5e-2)  # of this task and model, at alpha = 2 r
+VALLEY = (
+    1.5e-3,
+    1.5e-2,
+)  # of copying order numbers, at alpha = 2 r; assumed, since no sweep of it is recorded
 VARIANTS = ("lora", "qlora", "dora", "rslora")
+RATES = {"orders": LR, "prose": 1e-2, "sql": LR}
+TASKS = tuple(RATES)
 
 
 @dataclass
@@ -62,6 +71,24 @@ def order_records() -> tuple[list[dict], list[dict]]:
         for ticket in tickets[:160]
     ]
     return [r for i, r in enumerate(records) if i % 4], records[::4]
+
+
+@functools.cache
+def records_for(task: str) -> tuple[list[dict], list[dict]]:
+    """Records of one of `TASKS`: to train on, and held out."""
+    if task == "prose":
+        return load_austen("train")[:120], load_austen("validation")[:40]
+    if task == "sql":
+        parts = (load_questions("train")[::4][:120], load_questions("train")[2::8][:40])
+        train, held = ([sql_record(item, "plain") for item in items] for items in parts)
+        return train, held
+    return order_records()
+
+
+def valley_for(task: str) -> Valley | tuple[float, float]:
+    """The valley that a sweep of the task has recorded; where none has, the assumed one of order numbers."""
+    found = recorded_valley("austen", "tiny-llama", "lora") if task == "prose" else None
+    return found or VALLEY
 
 
 def train_records() -> list[dict]:
@@ -127,29 +154,29 @@ def teach(
     return history, optimizer
 
 
-@functools.cache
-def _trained(seed: int, variant: str) -> tuple[nn.Module, History]:
+@functools.lru_cache(maxsize=8)
+def _trained(seed: int, variant: str, task: str) -> tuple[nn.Module, History]:
     model = adapted(seed, variant)
-    history, _ = teach(model, fed_batches(train_records(), seed, STEPS))
+    history, _ = teach(model, fed_batches(records_for(task)[0], seed, STEPS), RATES[task])
     return model, history
 
 
-def trained(seed: int, variant: str = "lora") -> tuple[nn.Module, History]:
+def trained(seed: int, variant: str = "lora", task: str = "orders") -> tuple[nn.Module, History]:
     """A healthy run; a copy of its own, so that it may be spoiled."""
-    return copy.deepcopy(_trained(seed, variant))
+    return copy.deepcopy(_trained(seed, variant, task))
 
 
-def healthy(seed: int, variant: str) -> Specimen:
+def healthy(seed: int, variant: str, task: str = "orders") -> Specimen:
     """A run with nothing wrong, and all that there is to give."""
-    model, history = trained(seed, variant)
-    train = train_records()
+    model, history = trained(seed, variant, task)
+    train, held = records_for(task)
     tokenizer = tiny_llama()[1]
     given = {
         "history": history,
-        "held_out": held_records(),
+        "held_out": held,
         "fed": fed_batches(train, seed, 4),
         "served": [encode(record, tokenizer).prompt for record in train],
-        "valley": VALLEY,
+        "valley": valley_for(task),
     }
     return Specimen(model, tokenizer, train, given)
 

@@ -39,12 +39,12 @@ def with_history(model: nn.Module, history=None, **given) -> Specimen:
     return Specimen(model, tiny_llama()[1], train_records(), {"history": history} | given)
 
 
-def checkpointing(seed: int, folder: Path) -> Specimen:
+def checkpointing(seed: int, folder: Path, steps: int) -> Specimen:
     """Reentrant checkpointing by hand, with no input that requires a gradient: the blocks get none."""
     model = adapted(seed)
     for block in model.model.layers:
         block.forward = functools.partial(recomputed, block.forward)
-    history, _ = teach(model, fed_batches(train_records(), seed, 2))
+    history, _ = teach(model, fed_batches(train_records(), seed, steps))
     return with_history(model, history)
 
 
@@ -53,20 +53,20 @@ def recomputed(forward: Callable, hidden: Tensor, **rest):
     return checkpoint(lambda hidden: forward(hidden, **rest), hidden, use_reentrant=True)
 
 
-def frozen(seed: int, folder: Path) -> Specimen:
+def frozen(seed: int, folder: Path, steps: int) -> Specimen:
     """Something froze the adapter after it was added; the loop goes on all the same."""
     model = adapted(seed)
     held = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    history, optimizer = teach(model, fed_batches(train_records(), seed, 2), held=held)
+    history, optimizer = teach(model, fed_batches(train_records(), seed, steps), held=held)
     return with_history(model, history, optimizer=optimizer)
 
 
-def other_optimizer(seed: int, folder: Path) -> Specimen:
+def other_optimizer(seed: int, folder: Path, steps: int) -> Specimen:
     """The optimizer was made before the adapter, and holds the tensors of the base."""
     model = adapted(seed)
     held = [p for p in model.parameters() if not p.requires_grad]
-    history, optimizer = teach(model, fed_batches(train_records(), seed, 2), held=held)
+    history, optimizer = teach(model, fed_batches(train_records(), seed, steps), held=held)
     return with_history(model, history, optimizer=optimizer)
 
 
@@ -121,17 +121,17 @@ def low_rank(seed: int, folder: Path) -> Specimen:
     return Specimen(model, tiny_llama()[1], facts, {"history": history})
 
 
-def half_precision(seed: int, folder: Path) -> Specimen:
+def half_precision(seed: int, folder: Path, steps: int) -> Specimen:
     """Adapter and base in fp16, where Adam's eps is zero."""
     model = adapted(seed).half()
-    history, _ = teach(model, fed_batches(train_records(), seed, 3))
+    history, _ = teach(model, fed_batches(train_records(), seed, steps))
     return with_history(model, history)
 
 
-def stalled(seed: int, folder: Path) -> Specimen:
+def stalled(seed: int, folder: Path, steps: int) -> Specimen:
     """The adapter in bf16, at a rate that full fine-tuning would take."""
     model = adapted(seed).to(torch.bfloat16)
-    history, _ = teach(model, fed_batches(train_records(), seed, 3), lr=2e-5)
+    history, _ = teach(model, fed_batches(train_records(), seed, steps), lr=2e-5)
     return with_history(model, history)
 
 
@@ -233,16 +233,21 @@ def unlearned_end(seed: int, folder: Path) -> Specimen:
     return one
 
 
-def labels(name: str) -> Callable[[int, Path], Specimen]:
-    """A few steps over spoiled labels."""
-    return lambda seed, folder: spoiled_labels(name, seed, 2)
+def labels(name: str) -> Callable[[int, Path, int], Specimen]:
+    """Steps over spoiled labels."""
+    return lambda seed, folder, steps: spoiled_labels(name, seed, steps)
 
 
-SICK: dict[str, tuple[str, Callable[[int, Path], Specimen]]] = {
+# what is wrong with these shows after a few steps, so they take as many as they are asked to
+FROM_THE_START: dict[str, tuple[str, Callable[[int, Path, int], Specimen]]] = {
     **{name: ("labels", labels(name)) for name in LABELS},
     "checkpointing trains nothing": ("training", checkpointing),
     "adapter frozen": ("training", frozen),
     "optimizer of other tensors": ("training", other_optimizer),
+    "fp16 all the way": ("precision", half_precision),
+    "stalled in bf16": ("precision", stalled),
+}
+AFTER_A_RUN: dict[str, tuple[str, Callable[[int, Path], Specimen]]] = {
     "targets match one block": ("training", few_targets),
     "other template at serving": ("template", other_template),
     "doubled start token": ("template", doubled_start),
@@ -250,8 +255,6 @@ SICK: dict[str, tuple[str, Callable[[int, Path], Specimen]]] = {
     "learning rate by 10": ("rate", at_rate(0.1)),
     "alpha times 64": ("size", large_alpha),
     "rank too low": ("size", low_rank),
-    "fp16 all the way": ("precision", half_precision),
-    "stalled in bf16": ("precision", stalled),
     "merged into 4 bits": ("precision", coarse_merge),
     "overfit": ("generalization", overfit),
     "test leaked into train": ("generalization", leaked),
@@ -263,22 +266,26 @@ SICK: dict[str, tuple[str, Callable[[int, Path], Specimen]]] = {
     "base as reference": ("reference", base_as_reference),
     "end never learned": ("stopping", unlearned_end),
 }
+SICK = {name: probe for name, (probe, _) in (FROM_THE_START | AFTER_A_RUN).items()}
 HEALTHY = tuple(f"healthy {variant}" for variant in VARIANTS)
 
 
-def breed(name: str, seed: int, folder: Path) -> Specimen:
+def breed(name: str, seed: int, folder: Path, steps: int = 3) -> Specimen:
     """The specimen with this name.
 
     Args:
-        name: a key of `SICK` or `HEALTHY`.
+        name: a key of `SICK` or one of `HEALTHY`.
         seed: of the adapter and the order of the records.
         folder: where an adapter may be saved; it must not exist.
+        steps: of those in `FROM_THE_START`; the others need a whole run.
     """
     if name in HEALTHY:
         return healthy(seed, name.removeprefix("healthy "))
-    return SICK[name][1](seed, folder)
+    if name in FROM_THE_START:
+        return FROM_THE_START[name][1](seed, folder, steps)
+    return AFTER_A_RUN[name][1](seed, folder)
 
 
 def expected(name: str) -> str | None:
     """The probe that should be the first to find it; None of a healthy run."""
-    return SICK[name][0] if name in SICK else None
+    return SICK.get(name)
