@@ -40,7 +40,12 @@ def claim(number: str, statement: str, verdict: str, evidence: str, said: str = 
     for source in said.split():
         check_choice("said", source, tuple(SOURCES))
     by = " ".join(f"Said in {SOURCES[source]}." for source in said.split())
-    data = {"claim": number, "statement": statement, "verdict": verdict, "evidence": evidence}
+    data: dict[str, object] = {
+        "claim": number,
+        "statement": statement,
+        "verdict": verdict,
+        "evidence": evidence,
+    }
     data |= {"said": said.split()} if said else {}
     text = f"**{number}** “{statement}” — **{verdict}.** {evidence}" + (f" *{by}*" if by else "")
     display({MIME: data, "text/markdown": text, "text/plain": text}, raw=True)
