@@ -21,12 +21,12 @@ from labkit.checks import version_of
 from labkit.doctor.examine import doctor
 from labkit.doctor.report import plain
 from labkit.doctor.specimens import TASKS, VARIANTS, Specimen, healthy, held_records
-from labkit.doctor.zoo import SICK, breed
-from labkit.files.reading import parse_json, read_bytes
+from labkit.doctor.zoo import SICK, breed, expected
 from labkit.files.writing import only_one
 from labkit.paths import data_folder
 from labkit.sweeps.records import append, mend_last_line
 from labkit.training.evaluate import generate
+from recipes import jsonl
 
 SEEDS = (10, 11, 12)
 STEPS = 24  # of those that show from the start, so that all loss curves are of one length
@@ -73,7 +73,7 @@ def measure(name: str, seed: int) -> dict:
     return {
         "specimen": name,
         "seed": seed,
-        "expected": SICK.get(name),
+        "expected": expected(name),
         "first": report.first,
         "findings": {
             probe.name: {"outcome": finding.outcome, "number": plain(finding.number)}
@@ -91,10 +91,7 @@ def measure(name: str, seed: int) -> dict:
 
 def recorded(path: Path) -> dict[Key, dict]:
     """The lines that are there, by specimen and seed."""
-    if not path.exists():
-        return {}
-    lines = [parse_json(path, line) for line in read_bytes(path).split(b"\n") if line]
-    return {(line["specimen"], line["seed"]): line for line in lines}
+    return {(line["specimen"], line["seed"]): line for line in jsonl.read(path)}
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ first token and of all. Kill it when you like: it goes on where it was.
 
 import argparse
 import copy
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from labkit.formats.gguf_model import save_gguf
 from labkit.paths import data_folder
 from labkit.sweeps.records import append, mend_last_line
 from labkit.training.evaluate import chat_prompts
+from recipes import jsonl
 
 BASE = "smollm2-135m"
 RESULTS = "results/tickets_llama_cpp.jsonl"
@@ -118,8 +118,7 @@ def record(
         about: what each line says besides.
     """
     mend_last_line(path)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["file"], line["ticket"]) for line in lines}
+    done = {(line["file"], line["ticket"]) for line in jsonl.read(path)}
     for name in files:
         left = [i for i in range(len(prompts)) if (name, i) not in done]
         if not left:

@@ -66,7 +66,8 @@ def save_merged(
 
     Raises:
         FileExistsError: `path` holds something else.
-        ValueError: adapters that cannot be merged, a tokenizer with tokens that have no embedding, a model that is not what its config describes, NaN, or numbers too
+        ValueError: adapters that cannot be merged, a tokenizer with tokens that have no embedding, a model that is
+            not what its config describes, NaN, or numbers too
             large for `dtype`. Nothing is written.
         labkit.files.CannotWrite: no space, no permission; what was there is intact.
     """

@@ -36,7 +36,7 @@ def test_the_same_weights_give_llama_cpps_logits_once_activations_are_rounded(nu
     said = of_llama_cpp(file, vocabulary)
     assert (said - plain).abs().amax(1).min() > 0.03
     with rounded_activations(same, types_of(file)):
-        assert (said - of_model(same)).abs().amax(1).min() < 1e-3
+        assert (said - of_model(same)).abs().amax(1).median() < 1e-3
     assert torch.equal(of_model(same), plain)
 
 
