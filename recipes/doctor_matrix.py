@@ -3,10 +3,10 @@
     python -m recipes.doctor_matrix
 
 A line for each run: all sick specimens of `labkit.doctor.zoo`, and healthy runs of four kinds of adapter on three tasks.
-The seeds are others than those that thresholds were set with (0 and 1). A line has the first finding (`first`) and
-what should be (`expected`), each probe's outcome and number, the losses of the steps, and what the model answers to
-held-out messages: `right` of `asked`, and three of the answers. A run that is recorded is not repeated, so a killed
-recipe goes on where it was. On one thread; about a quarter of an hour of processor time.
+The seeds are others than those that thresholds were set with (0 and 1). A line has the first finding (`first`) with its
+cure, and what should be (`expected`); each probe's outcome, number and sentence; the losses of the steps; and what the
+model answers to held-out messages: `right` of `asked`, and three of the answers. A run that is recorded is not repeated,
+so a killed recipe goes on where it was. On one thread; about a quarter of an hour of processor time.
 """
 
 import argparse
@@ -75,8 +75,9 @@ def measure(name: str, seed: int) -> dict:
         "seed": seed,
         "expected": expected(name),
         "first": report.first,
+        "cure": report[report.first].cure if report.first else "",
         "findings": {
-            probe.name: {"outcome": finding.outcome, "number": plain(finding.number)}
+            probe.name: {"outcome": finding.outcome, "number": plain(finding.number), "says": finding.says}
             for probe, finding in report.findings
         },
         "losses": [loss if math.isfinite(loss) else None for loss in (history.losses if history else [])],

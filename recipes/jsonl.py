@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from labkit.files.reading import parse_json, read_bytes
+from labkit.files.reading import read_json_lines
 from labkit.files.writing import write_text
 
 
@@ -14,6 +14,4 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def read(path: Path) -> list[dict]:
     """The rows of a file; none if it is not there yet."""
-    if not path.exists():
-        return []
-    return [parse_json(path, line) for line in read_bytes(path).split(b"\n") if line]
+    return read_json_lines(path) if path.exists() else []

@@ -8,6 +8,7 @@ to find each.
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,20 +22,19 @@ from labkit.data.encoding import encode
 from labkit.data.passages import load_austen
 from labkit.data.sql import load_questions, sql_record
 from labkit.data.tickets import load_tickets
+from labkit.doctor.case import heard_of, mean_loss
+from labkit.files.reading import read_json_lines
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.lora.qlora import add_qlora
 from labkit.models.loading import load
-from labkit.sweeps.valleys import Valley, recorded_valley
+from labkit.paths import data_folder
+from labkit.sweeps.valleys import Valley, recorded_valley, valley_between
 from labkit.training.history import History
 
 LR, STEPS, BATCH = 5e-3, 24, 4
-VALLEY = (
-    1.5e-3,
-    1.5e-2,
-)  # of copying order numbers, at alpha = 2 r; assumed, since no sweep of it is recorded
 VARIANTS = ("lora", "qlora", "dora", "rslora")
-RATES = {"orders": LR, "prose": 1e-2, "sql": LR}
+RATES = {"orders": LR, "prose": 1e-2, "sql": 1.6e-2}  # each in the valley of its sweep
 TASKS = tuple(RATES)
 
 
@@ -85,10 +85,17 @@ def records_for(task: str) -> tuple[list[dict], list[dict]]:
     return order_records()
 
 
-def valley_for(task: str) -> Valley | tuple[float, float]:
-    """The valley that a sweep of the task has recorded; where none has, the assumed one of order numbers."""
-    found = recorded_valley("austen", "tiny-llama", "lora") if task == "prose" else None
-    return found or VALLEY
+@functools.cache
+def valley_for(task: str) -> Valley | None:
+    """The learning rates that are good for a task: of the recorded sweep of prose, or of these short runs."""
+    if task == "prose":
+        return recorded_valley("austen", "tiny-llama", "lora")
+    found: dict[float, list[float]] = {}
+    for line in read_json_lines(data_folder() / "results" / "doctor_rates.jsonl"):
+        if line["task"] == task:
+            loss = line["held_out_loss"]
+            found.setdefault(line["lr"], []).append(math.inf if loss is None else loss)
+    return valley_between(found, errors=2.0)
 
 
 def train_records() -> list[dict]:
@@ -154,6 +161,21 @@ def teach(
     return history, optimizer
 
 
+def train_at(task: str, lr: float, seed: int) -> tuple[nn.Module, History]:
+    """A LoRA run on one of `TASKS` at a learning rate."""
+    model = adapted(seed)
+    history, _ = teach(model, fed_batches(records_for(task)[0], seed, STEPS), lr)
+    return model, history
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, task: str) -> float:
+    """Nats per supervised token on the held-out records of a task."""
+    tokenizer = tiny_llama()[1]
+    heard = [heard_of(model.eval(), encode(record, tokenizer)) for record in records_for(task)[1]]
+    return mean_loss(heard)
+
+
 @functools.lru_cache(maxsize=8)
 def _trained(seed: int, variant: str, task: str) -> tuple[nn.Module, History]:
     model = adapted(seed, variant)
@@ -187,7 +209,12 @@ def spoiled_labels(name: str, seed: int, steps: int = STEPS) -> Specimen:
     model = adapted(seed)
     batches = fed_batches(train, seed, steps, wrong)
     history, _ = teach(model, batches)
-    return Specimen(model, tiny_llama()[1], train, {"history": history, "fed": batches[:4], "valley": VALLEY})
+    return Specimen(
+        model,
+        tiny_llama()[1],
+        train,
+        {"history": history, "fed": batches[:4], "valley": valley_for("orders")},
+    )
 
 
 def without_end(batch: Batch, chosen: list) -> Batch:

@@ -16,7 +16,6 @@ from labkit.doctor.specimens import (
     LABELS,
     LR,
     STEPS,
-    VALLEY,
     VARIANTS,
     Specimen,
     adapted,
@@ -28,6 +27,7 @@ from labkit.doctor.specimens import (
     tiny_llama,
     train_records,
     trained,
+    valley_for,
 )
 from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.lora.inject import lora_layers
@@ -43,13 +43,15 @@ def checkpointing(seed: int, folder: Path, steps: int) -> Specimen:
     """Reentrant checkpointing by hand, with no input that requires a gradient: the blocks get none."""
     model = adapted(seed)
     for block in model.model.layers:
-        block.forward = functools.partial(recomputed, block.forward)
+        block.forward = functools.partial(recomputed, block, block.forward)
     history, _ = teach(model, fed_batches(train_records(), seed, steps))
     return with_history(model, history)
 
 
-def recomputed(forward: Callable, hidden: Tensor, **rest):
-    """The output of a block, of which nothing is kept for the backward pass."""
+def recomputed(block: nn.Module, forward: Callable, hidden: Tensor, **rest):
+    """The output of a block, of which nothing is kept for the backward pass of training."""
+    if not block.training:
+        return forward(hidden, **rest)
     return checkpoint(lambda hidden: forward(hidden, **rest), hidden, use_reentrant=True)
 
 
@@ -101,7 +103,7 @@ def at_rate(times: float) -> Callable[[int, Path], Specimen]:
     def breed_one(seed: int, folder: Path) -> Specimen:
         model = adapted(seed)
         history, _ = teach(model, fed_batches(train_records(), seed, STEPS), lr=LR * times)
-        return with_history(model, history, valley=VALLEY)
+        return with_history(model, history, valley=valley_for("orders"))
 
     return breed_one
 

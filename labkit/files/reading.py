@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -62,6 +62,16 @@ def read_json(path: str | Path, at_most: int = MAX_JSON) -> object:
         ValueError: see `read_bytes`; or not JSON, with a key twice, or nested too deeply.
     """
     return parse_json(path, read_bytes(path, at_most))
+
+
+def read_json_lines(path: str | Path, at_most: int = MAX_JSON) -> list[Any]:
+    """The values in a file with one line of JSON each; empty lines count for nothing.
+
+    Raises:
+        as `read_json`.
+    """
+    # not splitlines: a text in JSON may hold other ends of a line
+    return [parse_json(path, line) for line in read_bytes(path, at_most).split(b"\n") if line]
 
 
 def parse_json(path: str | Path, raw: bytes) -> object:

@@ -9,8 +9,9 @@ scaling / 2.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from statistics import fmean
+from statistics import fmean, stdev
 
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.records import Results, load_recorded
@@ -81,24 +82,43 @@ def valley_of(results: Results, metric: str = "validation_loss", **settings) -> 
     for config, record in runs:
         rate = config.lr * scaling_of(config) / USUAL_SCALING
         found.setdefault(rate, []).append(record.get("metrics", {}).get(metric, math.inf))
+    return valley_between(found)
+
+
+def valley_between(found: Mapping[float, Sequence[float]], errors: float = 0.0) -> Valley | None:
+    """The valley in the losses of several rates.
+
+    Args:
+        found: {rate: its losses, one per seed, in one order of seeds}; infinite where a run diverged.
+        errors: a rate counts as good, too, if its mean is above the lowest by less than so many standard errors of the
+            difference, seed by seed. Short runs, whose seeds differ by more than 1 %, need 2.
+
+    Returns:
+        None if the best rate, or a good one, is at the edge of what was tried.
+    """
     losses = {rate: fmean(found[rate]) for rate in sorted(found)}
     best = min(losses, key=losses.__getitem__)
+
+    def is_good(rate: float) -> bool:
+        if losses[rate] <= losses[best] * (1 + GOOD):
+            return True
+        above = [mine - lowest for mine, lowest in zip(found[rate], found[best])]
+        if not errors or not math.isfinite(fmean(above)) or len(above) < 2:
+            return False
+        return fmean(above) < errors * stdev(above) / math.sqrt(len(above))
+
     rates = list(losses)
     first = last = rates.index(best)
-    while first > 0 and is_good(losses[rates[first]], losses[best]):
+    while first > 0 and is_good(rates[first]):
         first -= 1
-    while last < len(rates) - 1 and is_good(losses[rates[last]], losses[best]):
+    while last < len(rates) - 1 and is_good(rates[last]):
         last += 1
-    if any(is_good(losses[rates[end]], losses[best]) for end in (first, last)):
+    if any(is_good(rates[end]) for end in (first, last)):
         return None
     low, high = (
         math.sqrt(rates[end] * rates[next_one]) for end, next_one in ((first, first + 1), (last, last - 1))
     )
     return Valley(low, high, best, losses, len(found[best]))
-
-
-def is_good(loss: float, lowest: float) -> bool:
-    return loss <= lowest * (1 + GOOD)
 
 
 def scaling_of(config: RunConfig) -> float:

@@ -7,7 +7,7 @@ import pytest
 
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.records import Results, load_recorded
-from labkit.sweeps.valleys import SWEEPS, recorded_valley, valley_of
+from labkit.sweeps.valleys import SWEEPS, recorded_valley, valley_between, valley_of
 
 RUN = RunConfig(alpha=16, r=8)
 
@@ -61,3 +61,10 @@ def test_every_sweep_that_is_named_has_a_valley_with_three_seeds(model, method, 
 
 def test_where_nothing_was_swept_there_is_none():
     assert recorded_valley("facts", "tiny-llama", "lora") is None
+
+
+def test_where_seeds_differ_much_a_rate_is_good_until_it_is_measurably_worse():
+    found = {1e-3: [3.0, 2.0], 2e-3: [1.3, 0.9], 4e-3: [1.0, 1.0], 8e-3: [2.0, math.inf]}
+    strict, wide = valley_between(found), valley_between(found, errors=2.0)
+    assert strict.best == wide.best == 4e-3 and strict.high == wide.high
+    assert strict.low == pytest.approx(math.sqrt(8e-6)) and wide.low == pytest.approx(math.sqrt(2e-6))
