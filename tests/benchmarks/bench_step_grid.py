@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -101,17 +102,18 @@ def measure_grid(laps: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def main(description: str, measure: Callable[[int], list[dict]], laps: int) -> None:
+    """The command line: measure, and keep the rows with what they were measured on."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--laps", type=int, default=7)
+    parser.add_argument("--laps", type=int, default=laps)
     parser.add_argument("--record", type=Path, help="keep all laps in this file")
     chosen = parser.parse_args()
-    rows = measure_grid(chosen.laps)
+    rows = measure(chosen.laps)
     if chosen.record:
         about = {
-            "command": f"python tests/benchmarks/bench_step_grid.py --record {chosen.record}",
+            "command": f"python tests/benchmarks/{Path(sys.argv[0]).name} --record {chosen.record}",
             "model": "smollm2-135m",
             "hardware": hardware(),
             "versions": {name: version_of(name) for name in ("labkit", "torch", "transformers")},
@@ -122,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure_grid, laps=7)
