@@ -1,9 +1,13 @@
 """What a server measures, in the form that Prometheus reads: by adapter, the requests, their times and tokens.
 
 The label `adapter` is the version that answered, or "base"; a name that does not exist is counted as "unknown", so that
-a caller who invents names makes no new series.
+a caller who invents names makes no new series. Versions come and go for as long as a server runs: beyond `SERIES` of
+them, those of the version that has not been used for the longest time are dropped. Prometheus keeps what it has read,
+and takes a series that comes back for a counter that began again.
 """
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +19,7 @@ from labkit.serving.requests import Completion
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BASE, UNKNOWN = "base", "unknown"
+SERIES = 200  # values of the label `adapter`
 
 
 class Metrics:
@@ -22,10 +27,13 @@ class Metrics:
 
     Args:
         engine: whose queue and cache are read when they are asked for.
+        series: values of the label `adapter` that are kept.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine, self.registry = engine, CollectorRegistry()
+    def __init__(self, engine: Engine, series: int = SERIES):
+        self.engine, self.registry, self.series = engine, CollectorRegistry(), series
+        self.used: OrderedDict[str, None] = OrderedDict()  # values of the label, the longest unused one first
+        self.lock = threading.Lock()
         own: dict[str, Any] = {"registry": self.registry, "namespace": "labkit"}
         self.requests = Counter("requests", "answers by how they ended", ["adapter", "outcome"], **own)
         self.read = Counter("prompt_tokens", "tokens of prompts", ["adapter"], **own)
@@ -41,17 +49,30 @@ class Metrics:
 
     def count(self, adapter: str, answer: Completion) -> None:
         """Count an answer."""
-        self.requests.labels(adapter, answer.finish_reason).inc()
-        self.read.labels(adapter).inc(answer.prompt_tokens)
-        self.reused.labels(adapter).inc(answer.cached_tokens)
-        self.written.labels(adapter).inc(len(answer.tokens))
-        self.latency.labels(adapter).observe(answer.finished - answer.queued)
-        if answer.first_token is not None:
-            self.first.labels(adapter).observe(answer.first_token - answer.queued)
+        with self.lock:
+            self.use(adapter)
+            self.requests.labels(adapter, answer.finish_reason).inc()
+            self.read.labels(adapter).inc(answer.prompt_tokens)
+            self.reused.labels(adapter).inc(answer.cached_tokens)
+            self.written.labels(adapter).inc(len(answer.tokens))
+            self.latency.labels(adapter).observe(answer.finished - answer.queued)
+            if answer.first_token is not None:
+                self.first.labels(adapter).observe(answer.first_token - answer.queued)
 
     def refuse(self, adapter: str, code: str) -> None:
         """Count a request that was not taken."""
-        self.requests.labels(adapter, code).inc()
+        with self.lock:
+            self.use(adapter)
+            self.requests.labels(adapter, code).inc()
+
+    def use(self, adapter: str) -> None:
+        """Make room for the series of `adapter`, if it has none."""
+        self.used[adapter] = None
+        self.used.move_to_end(adapter)
+        if len(self.used) > self.series:
+            unused, _ = self.used.popitem(last=False)
+            for metric in (self.requests, self.read, self.reused, self.written, self.latency, self.first):
+                metric.remove_by_labels({"adapter": unused})
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """What the engine knows at this moment."""

@@ -9,13 +9,17 @@ A name that means nothing is an error. Nothing falls back to the base.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from labkit.data.chats import chat_prompt
 from labkit.data.tokens import prompt_ids
+from labkit.files.writing import InUse
+from labkit.serving import traffic
+from labkit.serving.database import RegistryDamaged
 from labkit.serving.engine import Engine
 from labkit.serving.loaded import read_adapter
 from labkit.serving.metrics import BASE, Metrics
@@ -23,6 +27,8 @@ from labkit.serving.naming import UnknownAdapter, check_name
 from labkit.serving.protocol import CHOICES, ChatBody, CompletionBody, Refused
 from labkit.serving.registry import Registry
 from labkit.serving.requests import Completion, GenerationRequest, Source, Stream
+from labkit.serving.rollout import Rollouts
+from labkit.serving.schema import OtherSchema
 from labkit.serving.texts import TextWriter
 from labkit.training.greedy import stops_of
 
@@ -51,6 +57,7 @@ class Service:
         name: of the base.
         registry: of the adapters; None for those alone that are loaded while it runs.
         folder: adapters below it may be loaded while it runs; None for none.
+        rollouts: the trials of the registry's versions; None for none.
     """
 
     def __init__(
@@ -60,9 +67,11 @@ class Service:
         name: str,
         registry: Registry | None = None,
         folder: Path | None = None,
+        rollouts: Rollouts | None = None,
     ):
         self.engine, self.tokenizer, self.name, self.registry = engine, tokenizer, name, registry
         self.folder = None if folder is None else Path(folder).resolve()
+        self.rollouts = rollouts
         self.loaded: dict[str, Source] = {}
         self.lock = threading.Lock()
         self.metrics = Metrics(engine)
@@ -74,6 +83,7 @@ class Service:
 
         Raises:
             LookupError: none.
+            Refused: the registry cannot be read.
         """
         with self.lock:
             if name in self.loaded:
@@ -81,18 +91,29 @@ class Service:
         if self.registry is None:
             raise UnknownAdapter(f"there is no adapter {name[:100]!r}")
         try:
-            return self.registry.resolve(name)
+            with self.registry_read():
+                return self.registry.resolve(name)
         except ValueError as error:  # no name at all
             raise UnknownAdapter(str(error)) from None
+
+    @contextmanager
+    def registry_read(self) -> Iterator[None]:
+        """A registry that cannot be read is 503, and no fault of the request; one that recovers is read again."""
+        try:
+            yield
+        except (InUse, OSError, OtherSchema, RegistryDamaged) as error:
+            raise Refused(503, self.placeless(error), "registry_unavailable") from None
 
     def cards(self) -> Iterator[Card]:
         """Every name that may be asked for."""
         yield Card(self.name, None, 0, "labkit")
         if self.registry is not None:
-            made = {version.label: version for version in self.registry.versions()}
+            with self.registry_read():
+                made = {version.label: version for version in self.registry.versions()}
+                aliases = self.registry.aliases()
             for label, version in made.items():
                 yield Card(label, self.name, int(version.published.timestamp()), version.owner)
-            for alias, number in self.registry.aliases().items():
+            for alias, number in aliases.items():
                 if version := made.get(f"{alias.partition('@')[0]}@v{number}"):
                     yield Card(alias, self.name, int(version.published.timestamp()), version.owner)
         with self.lock:
@@ -111,15 +132,16 @@ class Service:
             raise Refused(403, message, "loading_disabled")
         place = (self.folder / path).resolve()
         if not place.is_relative_to(self.folder):
-            raise Refused(403, f"lora_path must be below {self.folder}", "path_not_allowed", "lora_path")
+            message = "lora_path leads out of the folder of --adapters; give a path below it"
+            raise Refused(403, message, "path_not_allowed", "lora_path")
         try:
             check_name(name, "lora_name")
             bank = self.engine.bank
             adapter = read_adapter(bank.model, place, name, bank.fingerprint)
         except FileNotFoundError as error:
-            raise Refused(404, str(error), "adapter_not_found", "lora_path") from None
+            raise Refused(404, self.placeless(error), "adapter_not_found", "lora_path") from None
         except (ValueError, OSError) as error:
-            raise Refused(400, str(error), "adapter_not_servable") from None
+            raise Refused(400, self.placeless(error), "adapter_not_servable") from None
         if adapter.nbytes > self.engine.adapters.budget:
             message = (
                 f"{name} takes {adapter.nbytes:,} bytes, and the budget is {self.engine.adapters.budget:,}"
@@ -129,6 +151,13 @@ class Service:
             if name == self.name or name in self.loaded or self.is_published(name):
                 raise Refused(400, f"there is a model {name!r} already", "name_taken", "lora_name")
             self.loaded[name] = Source(name, place, adapter.version)
+
+    def placeless(self, error: Exception) -> str:
+        """What an error says, without where its files are on this machine, which is nothing to a client."""
+        text = str(error)
+        for place in (self.folder, self.registry and self.registry.root):
+            text = text.replace(f"{place}/", "") if place else text
+        return text
 
     def is_published(self, name: str) -> bool:
         return self.registry is not None and bool(self.registry.versions(name))
@@ -170,13 +199,14 @@ class Service:
         return made
 
     def submit(
-        self, body: CompletionBody | ChatBody, send: Callable[[int, str | Completion], None]
+        self, body: CompletionBody | ChatBody, send: Callable[[int, str | Completion], None], id: str = ""
     ) -> list[Stream]:
         """Ask the engine for all answers to a request, in order of prompts, and of `n` for each.
 
         Args:
             body: the request.
             send: called in the engine's thread with the index of an answer, and a piece of its text or its end.
+            id: of the answer, by which feedback will name it.
 
         Returns:
             the streams. Their ends are counted in the metrics, whether or not somebody still reads.
@@ -192,25 +222,32 @@ class Service:
             )
             raise Refused(400, message, "invalid_value", "n")
         source = None if body.model == self.name else self.resolve(body.model)
-        adapter = BASE if source is None else source.label
+        given = traffic.route(self.rollouts, id, body, source, answers)
+        if given is not None:
+            send = traffic.heard(self.rollouts, given, answers, send)
+        label = given.label if given is not None else None if source is None else source.label
         streams: list[Stream] = []
         try:
             for index, sampling in enumerate(body.samplings(answers)):
                 ids = prompts[index // body.n]
                 request = GenerationRequest(
                     ids,
-                    None if source is None else source.label,  # an alias may move meanwhile
+                    label,  # an alias may move meanwhile
                     strength=body.strength,
                     max_new_tokens=self.tokens(body, len(ids)),
                     sampling=sampling,
                     stop_ids=self.stops.ids,
                     tenant=body.user or "",
                 )
-                streams.append(self.begin(request, body.stop, adapter, partial(send, index)))
+                streams.append(self.begin(request, body.stop, label or BASE, partial(send, index)))
         except Exception:
             for stream in streams:
                 stream.cancel()
+            if given is not None:
+                self.rollouts.forget(given)
             raise
+        if given is not None and given.shadow is not None:
+            traffic.shadow(self, given, request, body.stop)
         return streams
 
     def begin(
@@ -225,6 +262,8 @@ class Service:
         def count(event: str | Completion) -> None:
             if isinstance(event, Completion):
                 self.metrics.count(adapter, event)
+                if isinstance(event.error, (ValueError, OSError)):
+                    event = replace(event, error=ValueError(self.placeless(event.error)))
             send(event)
 
         own = [self.stops.text] if self.stops.text else []
