@@ -9,7 +9,8 @@ and Smirnov, which needs no bins.
 Source: Yurdakul, "Statistical properties of population stability index", Western Michigan University, 2018, chapter 3.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from labkit.checks import check_number, check_whole, needed
 
 SMOOTHING = 0.5  # added to each bin: an empty one would make the index infinite
+RARE = 10  # records of a class in both samples together, below which it is pooled with the others
 
 
 class Drift(NamedTuple):
@@ -66,6 +68,34 @@ def find_drift(before: Sequence[float], now: Sequence[float], bins: int = 10, al
     stats = needed("scipy.stats", "the test of Kolmogorov and Smirnov")
     p_value = float(stats.ks_2samp(one, other, method="asymp").pvalue)
     return Drift(index, threshold, p_value, index > threshold or p_value < alpha / 2)
+
+
+def find_class_drift(before: Sequence[Hashable], now: Sequence[Hashable], alpha: float = 0.01) -> Drift:
+    """Compare two samples of classes, such as labels, or the first tokens of answers.
+
+    Classes with fewer than ten records in both samples together are one class. The p-value is that of the index.
+
+    Args:
+        before, now, alpha: as for `find_drift`.
+
+    Raises:
+        ValueError: fewer than 50 records.
+    """
+    check_number("alpha", alpha, at_least=1e-12, below=1)
+    if min(len(before), len(now)) < 50:
+        raise ValueError(f"{len(before)} and {len(now)} classes must be at least 50 each")
+    one, other = Counter(before), Counter(now)
+    kept = [kind for kind, count in (one + other).items() if count >= RARE]
+    counts = [
+        [*(side[kind] for kind in kept), side.total() - sum(side[k] for k in kept)] for side in (one, other)
+    ]
+    if not counts[0][-1] + counts[1][-1]:
+        counts = [side[:-1] for side in counts]
+    index, bins = psi(*counts), len(counts[0])
+    threshold = psi_threshold(len(before), len(now), bins, alpha)
+    stats = needed("scipy.stats", "the tail of a chi-squared number")
+    scaled = index / (1 / len(before) + 1 / len(now))
+    return Drift(index, threshold, float(stats.chi2.sf(scaled, max(bins - 1, 1))), index > threshold)
 
 
 def psi(before: Sequence[int] | np.ndarray, now: Sequence[int] | np.ndarray) -> float:

@@ -159,8 +159,8 @@ def mend_last_line(path: Path) -> None:
     )
 
 
-def append(path: Path, record: dict) -> None:
-    """Add one line; it is on disk when this returns.
+def append(path: Path, record: dict, sync: bool = True) -> None:
+    """Add one line; with `sync` it is on disk when this returns, and without it survives a kill, not a loss of power.
 
     Raises:
         labkit.files.CannotWrite: the disk is full or the like; the file is as it was.
@@ -172,7 +172,8 @@ def append(path: Path, record: dict) -> None:
             written = file.write(line)
             if written != len(line):  # the disk took a part: the rest says why
                 file.write(line[written:])
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         except BaseException:
             file.truncate(before)
             raise
