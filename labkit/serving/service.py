@@ -156,7 +156,7 @@ class Service:
         """What an error says, without where its files are on this machine, which is nothing to a client."""
         text = str(error)
         for place in (self.folder, self.registry and self.registry.root):
-            text = text.replace(f"{place}/", "") if place else text
+            text = text.replace(str(place), place.name) if place else text
         return text
 
     def is_published(self, name: str) -> bool:
@@ -222,9 +222,9 @@ class Service:
             )
             raise Refused(400, message, "invalid_value", "n")
         source = None if body.model == self.name else self.resolve(body.model)
-        given = traffic.route(self.rollouts, id, body, source, answers)
-        if given is not None:
-            send = traffic.heard(self.rollouts, given, answers, send)
+        with self.registry_read():
+            given = traffic.route(self.rollouts, id, body, source, answers)
+        send = traffic.heard(self.rollouts, given, answers, send)
         label = given.label if given is not None else None if source is None else source.label
         streams: list[Stream] = []
         try:
@@ -243,11 +243,9 @@ class Service:
         except Exception:
             for stream in streams:
                 stream.cancel()
-            if given is not None:
-                self.rollouts.forget(given)
+            traffic.forget(self.rollouts, given)
             raise
-        if given is not None and given.shadow is not None:
-            traffic.shadow(self, given, request, body.stop)
+        traffic.shadow(self, given, request, body.stop)
         return streams
 
     def begin(
