@@ -2,6 +2,7 @@
 
     /v1/models, /v1/completions, /v1/chat/completions      `model` is an adapter, an alias, a version, or the base
     /v1/load_lora_adapter, /v1/unload_lora_adapter         as vLLM has them
+    /v1/feedback, /v1/rollouts                             of trials of new versions
     /metrics, /health                                      for Prometheus, and for what restarts servers
 
 The engine steps in a thread of its own, and hands texts to the event loop, so that a slow reader holds up nobody. A
@@ -27,6 +28,7 @@ from starlette.exceptions import HTTPException
 from labkit.checks import check_positive, check_whole
 from labkit.files.writing import InUse
 from labkit.serving.answers import DONE, Answer, failure
+from labkit.serving.feedback import add_feedback
 from labkit.serving.guards import Guards
 from labkit.serving.metrics import UNKNOWN
 from labkit.serving.protocol import ChatBody, CompletionBody, LoadBody, Refused, UnloadBody, invalid
@@ -58,6 +60,7 @@ def make_app(service: Service, token: str, largest: int = 2**20, body_seconds: f
     add_answers(app, service)
     add_adapters(app, service)
     add_state(app, service)
+    add_feedback(app, service.rollouts)
     return Guards(app, token, largest, body_seconds)
 
 
@@ -119,8 +122,9 @@ async def answered(service: Service, body: Body, request: Request, kind: str) ->
         if not loop.is_closed():
             loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-    streams = await submitted(service, body, send)
-    answer = Answer(body, f"{kind}-{uuid.uuid4().hex}", int(time.time()))
+    id = f"{kind}-{uuid.uuid4().hex}"
+    streams = await submitted(service, body, send, id)
+    answer = Answer(body, id, int(time.time()))
     texts = read(streams, events)
     if body.stream:
         chunks = streamed(answer, len(streams), texts)
@@ -131,11 +135,11 @@ async def answered(service: Service, body: Body, request: Request, kind: str) ->
 
 
 async def submitted(
-    service: Service, body: Body, send: Callable[[int, str | Completion], None]
+    service: Service, body: Body, send: Callable[[int, str | Completion], None], id: str
 ) -> list[Stream]:
     """Ask the engine; each reason why it does not take a request has its status."""
     try:
-        return await run_in_threadpool(service.submit, body, send)
+        return await run_in_threadpool(service.submit, body, send, id)
     except Refused as error:
         refused = error
     except LookupError as error:
