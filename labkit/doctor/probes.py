@@ -118,8 +118,8 @@ PROBES = (
     Probe(
         "stopping",
         "share of answers at whose end the end mark is the most likely token",
-        "under 50 %",
-        "greedy decoding goes on where it is not",
+        "under 50 %, with a median probability under 1 / n, for answers of n tokens",
+        "greedy decoding goes on where it is not; a text that cannot tell its end still has one in n tokens",
         look_at_stopping,
     ),
 )

@@ -17,6 +17,7 @@ from labkit.lab.check.breakdown import (
 )
 from labkit.lab.check.compare import NotYet
 from labkit.lab.check.double_quantization import constant_bytes, double_quantize, dynamic_decade, pair_table
+from labkit.lab.check.failures import effective_rate, label_counts, matrix_rates, silent_share
 from labkit.lab.check.forgetting import bits_per_parameter, forgetting_rise, gain_within, gap_share
 from labkit.lab.check.lora import (
     break_even_rank,
@@ -72,6 +73,7 @@ __all__ = [
     "double_quantize",
     "dynamic_decade",
     "effective_rank",
+    "effective_rate",
     "eight_bit_state",
     "factored_singular_values",
     "forgetting_rise",
@@ -82,6 +84,7 @@ __all__ = [
     "ia3_merge",
     "interval95",
     "keep_largest",
+    "label_counts",
     "largest_batch",
     "linear_keeps",
     "llama_lora_parameters",
@@ -89,6 +92,7 @@ __all__ = [
     "lora_gradients",
     "lora_plus_rates",
     "lru_faults",
+    "matrix_rates",
     "merged_weight",
     "moved_codes",
     "near_copy",
@@ -108,6 +112,7 @@ __all__ = [
     "rslora_scaling",
     "scale_blocks",
     "share_interval",
+    "silent_share",
     "similarity",
     "state_bytes",
     "static_bytes",

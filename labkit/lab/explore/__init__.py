@@ -6,6 +6,7 @@ from labkit.lab.explore.background import UpdateSpectra
 from labkit.lab.explore.bill import bill_explorer
 from labkit.lab.explore.breakdown import peak_explorer
 from labkit.lab.explore.double_quantization import constants_explorer
+from labkit.lab.explore.failures import tensor_explorer
 from labkit.lab.explore.forgetting import plane_explorer
 from labkit.lab.explore.lora import strength_explorer
 from labkit.lab.explore.merging import mixing_explorer, survival_explorer
@@ -41,6 +42,7 @@ __all__ = [
     "strength_explorer",
     "survival_explorer",
     "sweep_explorer",
+    "tensor_explorer",
     "ticket_explorer",
     "token_probabilities",
     "training_panel",

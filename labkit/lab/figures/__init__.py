@@ -3,6 +3,7 @@
 from labkit.lab.figures.alternatives import block_picture
 from labkit.lab.figures.bill import bill_bars
 from labkit.lab.figures.breakdown import peak_areas, peak_bar
+from labkit.lab.figures.failures import beside_healthy, curve_wall, matrix_figure
 from labkit.lab.figures.forgetting import plane
 from labkit.lab.figures.merging import crossings
 from labkit.lab.figures.own_data import result_rows, written_answer
@@ -10,9 +11,12 @@ from labkit.lab.figures.paging import residency_map
 from labkit.lab.figures.training import run_figure
 
 __all__ = [
+    "beside_healthy",
     "bill_bars",
     "block_picture",
     "crossings",
+    "curve_wall",
+    "matrix_figure",
     "peak_areas",
     "peak_bar",
     "plane",
