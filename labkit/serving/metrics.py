@@ -7,7 +7,8 @@ and takes a series that comes back for a counter that began again.
 """
 
 import threading
-from collections import OrderedDict
+from collections import Counter as Tally
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from labkit.serving.requests import Completion
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BASE, UNKNOWN = "base", "unknown"
 SERIES = 200  # values of the label `adapter`
+RECENT = 1000  # answers whose times are kept one by one
 
 
 class Metrics:
@@ -28,12 +30,20 @@ class Metrics:
     Args:
         engine: whose queue and cache are read when they are asked for.
         series: values of the label `adapter` that are kept.
+
+    Attributes:
+        outcomes: how all requests ended, of whatever adapter.
+        tokens: of all answers.
+        recent: of the last answers, seconds to the end and to the first token (None without one).
     """
 
     def __init__(self, engine: Engine, series: int = SERIES):
         self.engine, self.registry, self.series = engine, CollectorRegistry(), series
         self.used: OrderedDict[str, None] = OrderedDict()  # values of the label, the longest unused one first
         self.lock = threading.Lock()
+        self.outcomes: Tally[str] = Tally()
+        self.tokens = 0
+        self.recent: deque[tuple[float, float | None]] = deque(maxlen=RECENT)
         own: dict[str, Any] = {"registry": self.registry, "namespace": "labkit"}
         self.requests = Counter("requests", "answers by how they ended", ["adapter", "outcome"], **own)
         self.read = Counter("prompt_tokens", "tokens of prompts", ["adapter"], **own)
@@ -49,21 +59,27 @@ class Metrics:
 
     def count(self, adapter: str, answer: Completion) -> None:
         """Count an answer."""
+        seconds = answer.finished - answer.queued
+        first = None if answer.first_token is None else answer.first_token - answer.queued
         with self.lock:
             self.use(adapter)
             self.requests.labels(adapter, answer.finish_reason).inc()
             self.read.labels(adapter).inc(answer.prompt_tokens)
             self.reused.labels(adapter).inc(answer.cached_tokens)
             self.written.labels(adapter).inc(len(answer.tokens))
-            self.latency.labels(adapter).observe(answer.finished - answer.queued)
-            if answer.first_token is not None:
-                self.first.labels(adapter).observe(answer.first_token - answer.queued)
+            self.latency.labels(adapter).observe(seconds)
+            if first is not None:
+                self.first.labels(adapter).observe(first)
+            self.outcomes[answer.finish_reason] += 1
+            self.tokens += len(answer.tokens)
+            self.recent.append((seconds, first))
 
     def refuse(self, adapter: str, code: str) -> None:
         """Count a request that was not taken."""
         with self.lock:
             self.use(adapter)
             self.requests.labels(adapter, code).inc()
+            self.outcomes[code] += 1
 
     def use(self, adapter: str) -> None:
         """Make room for the series of `adapter`, if it has none."""

@@ -4,6 +4,7 @@
     /v1/load_lora_adapter, /v1/unload_lora_adapter         as vLLM has them
     /v1/feedback, /v1/rollouts                             of trials of new versions
     /metrics, /health                                      for Prometheus, and for what restarts servers
+    /dashboard, /v1/state                                  for people
 
 The engine steps in a thread of its own, and hands texts to the event loop, so that a slow reader holds up nobody. A
 client that hangs up has its request cancelled. At the end no request is taken any more, and those there are finished.
@@ -28,6 +29,7 @@ from starlette.exceptions import HTTPException
 from labkit.checks import check_positive, check_whole
 from labkit.files.writing import InUse
 from labkit.serving.answers import DONE, Answer, failure
+from labkit.serving.dashboard import add_dashboard
 from labkit.serving.feedback import add_feedback
 from labkit.serving.guards import Guards
 from labkit.serving.metrics import UNKNOWN
@@ -61,6 +63,7 @@ def make_app(service: Service, token: str, largest: int = 2**20, body_seconds: f
     add_adapters(app, service)
     add_state(app, service)
     add_feedback(app, service.rollouts)
+    add_dashboard(app, service)
     return Guards(app, token, largest, body_seconds)
 
 
