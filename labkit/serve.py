@@ -58,9 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         for package in ("uvicorn", "fastapi", "prometheus_client"):
             needed(package, "python -m labkit.serve")
         check_token(chosen.token)
-        with bound(
-            chosen.host, chosen.port
-        ) as listener:  # a port that is taken is noticed before a model is read
+        # a port that is taken is noticed before a model is read
+        with bound(chosen.host, chosen.port) as listener:
             app = app_of(chosen)
             announce(chosen.host, listener.getsockname()[1])
             run(app, listener, chosen.drain)
