@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,8 @@ from tests.serving.servers import TOKEN
 pytest.importorskip("fastapi", reason="fastapi is not installed here: pip install fastapi")
 
 from tests.serving.processes import serving
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,17 @@ def test_the_log_says_neither_the_token_nor_a_text(process):
     process.post("/v1/completions", model="sql", prompt="the secret of the lamp", max_tokens=2)
     log = process.log.read_text()
     assert "POST /v1/completions" in log and TOKEN not in log and "secret" not in log
+
+
+def test_the_guide_names_every_option_and_every_metric(process):
+    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    options = {option for action in serve.make_parser()._actions for option in action.option_strings}
+    trial = {"--candidate", "--share", "--shadow", "--gold"}  # of which --help says more
+    assert {option for option in options - trial - {"-h", "--help"} if f"`{option}" not in guide} == set()
+    text = process.ask("GET", "/metrics").body
+    named = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    named = {name for name in named if not name.endswith("_created")}
+    assert named and {name for name in named if f"`{name}`" not in guide} == set()
 
 
 def test_a_port_that_is_taken_is_one_line_and_exit_status_1(process, root):
