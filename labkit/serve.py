@@ -27,6 +27,7 @@ from labkit.serving.batched import AdapterBank
 from labkit.serving.engine import Engine
 from labkit.serving.registry import Registry
 from labkit.serving.rows import EngineLimits
+from labkit.serving.trial_options import add_trial_options, rollouts_of
 
 TOKEN = "LABKIT_TOKEN"
 
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=120.0, help="that a request may take")
     parser.add_argument("--budget", type=int, default=256, help="MiB of adapters in memory")
     parser.add_argument("--drain", type=int, default=30, help="seconds to finish answers at the end")
+    add_trial_options(parser)
     return parser
 
 
@@ -143,7 +145,9 @@ def app_of(chosen: argparse.Namespace) -> Any:
     if registry is not None:
         check_same_base(registry, name, bank.fingerprint)
     engine = Engine(bank, {}, limits, AdapterCache(bank, chosen.budget * 2**20))
-    return make_app(Service(engine, tokenizer, name, registry, chosen.adapters), chosen.token)
+    rollouts = rollouts_of(registry, chosen)
+    service = Service(engine, tokenizer, name, registry, chosen.adapters, rollouts)
+    return make_app(service, chosen.token)
 
 
 def check_same_base(registry: Registry, name: str, here: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Trials over a registry: aliases that move by themselves, the record, and servers that are killed. No model here."""
 
+import argparse
 import json
 import math
 
@@ -13,6 +14,7 @@ from labkit.serving.requests import Completion, NewToken
 from labkit.serving.rollout import AlreadyScored, Rollouts, UnknownAnswer
 from labkit.serving.trial import CANDIDATE, CONTROL
 from labkit.serving.trial_log import answers_of, explain, log_of, read_log
+from labkit.serving.trial_options import GoldJudge, add_trial_options, rollouts_of
 from tests.serving.engines import AtOnce
 
 ALIAS, HELPER = "support@production", "support@production-candidate"
@@ -379,3 +381,53 @@ def test_drift_of_a_version_goes_on_record_and_moves_nothing(production, opened)
     [line] = read_log(production.root / "rollouts" / "drift.jsonl")
     assert line["version"] == "support@v1" and line["psi"] > line["threshold"]
     assert production.aliases("support") == {ALIAS: 1}
+
+
+def chosen(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_trial_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_a_server_that_is_started_again_does_not_bring_back_what_was_rolled_back(production):
+    options = chosen("--candidate", "support@v2", "--share", "0.3")
+    rollouts = rollouts_of(production, options)
+    assert rollouts.records[ALIAS].trial.plan.share == 0.3
+    rollouts.close()
+    again = rollouts_of(production, options)
+    again.worker = AtOnce()
+    assert (
+        again.records[ALIAS].trial.name == "support@production#1" and not again.records[ALIAS].trial.is_over
+    )
+    play(again, 0.9, 0.1)
+    again.held.close()
+    last = rollouts_of(production, options)
+    assert last.records[ALIAS].trial.verdict == "roll back" and production.aliases("support") == {ALIAS: 1}
+    last.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--candidate", "support"], "is not a version"),
+        (["--candidate", "support@v9"], "--candidate support@v9: .*v9"),
+        (["--candidate", "other@v1"], "--candidate other@v1: "),
+        (["--candidate", "support@v2", "--shadow"], "give Rollouts a judge"),
+        (["--candidate", "support@v2", "--share", "2"], "share=2.0 must be"),
+    ],
+)
+def test_options_of_a_trial_that_cannot_be_are_errors(production, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rollouts_of(production, chosen(*arguments))
+    with pytest.raises(ValueError, match="are for versions of a --registry"):
+        rollouts_of(None, chosen(*arguments))
+
+
+def test_a_file_of_right_answers_judges_the_prompts_that_it_has(tmp_path):
+    path = tmp_path / "gold.jsonl"
+    path.write_text('{"prompt": "2+2?", "completion": " 4\\n"}\n')
+    judge = GoldJudge.read(path)
+    assert (judge("2+2?", "4"), judge("2+2?", "5"), judge("3+3?", "6")) == (1.0, 0.0, None)
+    path.write_text('{"prompt": "2+2?", "completion": 4}\n')
+    with pytest.raises(ValueError, match="line 1: give the texts"):
+        GoldJudge.read(path)
