@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
             app = app_of(chosen)
             announce(chosen.host, listener.getsockname()[1])
             run(app, listener, chosen.drain)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, LookupError, RuntimeError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # while the model was being read
         sys.exit(130)
