@@ -70,9 +70,15 @@ def make_app(service: Service, token: str, largest: int = 2**20, body_seconds: f
 def lifespan_of(service: Service) -> Callable[[FastAPI], Any]:
     """The engine's thread, for as long as the application runs; at the end it finishes what it has."""
 
+    def run() -> None:
+        try:
+            service.engine.run()
+        finally:  # also when it fails: requests are 503 then, and so is /health, rather than left without an answer
+            service.engine.drain()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        thread = threading.Thread(target=service.engine.run, name="engine", daemon=True)
+        thread = threading.Thread(target=run, name="engine", daemon=True)
         thread.start()
         yield
         service.engine.drain()

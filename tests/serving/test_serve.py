@@ -19,7 +19,7 @@ from tests.serving.servers import TOKEN
 
 pytest.importorskip("fastapi", reason="fastapi is not installed here: pip install fastapi")
 
-from tests.serving.processes import serving
+from tests.serving.processes import PATIENCE, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,13 +34,14 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process(root):
-    with serving(root / "log", "--registry", str(root / "registry"), "--drain", "60") as made:
+    with serving(root / "log", "--registry", str(root / "registry"), "--drain", "1000") as made:
         yield made
 
 
 def ask_for_stream(process, tokens: int) -> socket.socket:
     """A connection on which an answer has begun to come."""
     connection = process.open(model="sql", prompt=PROMPT, max_tokens=tokens, temperature=0, stream=True)
+    connection.settimeout(PATIENCE)
     assert connection.recv(1)
     return connection
 
@@ -156,10 +157,10 @@ def test_only_an_address_that_others_reach_is_warned_of(capsys):
 
 
 def test_a_signal_finishes_the_streams_and_the_exit_status_is_0(process):
-    with ask_for_stream(process, 400) as connection:
+    with ask_for_stream(process, 200) as connection:
         process.popen.send_signal(signal.SIGTERM)
         text = b"".join(iter(lambda: connection.recv(2**16), b""))
-    assert process.popen.wait(60) == 0
+    assert process.popen.wait(PATIENCE) == 0
     assert b"data: [DONE]" in text
     chunks = [json.loads(line[6:]) for line in text.decode().splitlines() if line.startswith('data: {"')]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"

@@ -14,7 +14,7 @@ from labkit.serving.registry import Registry
 from labkit.serving.requests import Completion
 from labkit.serving.rows import EngineLimits
 from tests.serving.registries import PROMPT, make_served_registry
-from tests.serving.servers import TOKEN, running
+from tests.serving.servers import TOKEN, running, until
 
 pytest.importorskip("fastapi", reason="fastapi is not installed here: pip install fastapi")
 
@@ -84,6 +84,22 @@ def test_a_registry_that_cannot_be_read_is_503_until_it_can_and_the_base_goes_on
     finally:
         kept.replace(path)
     assert server.post("/v1/completions", model="sql", prompt="a").status == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_is_503_and_not_silence(root, monkeypatch):
+    model, tokenizer = models.load("tiny-llama", dtype=torch.float32)
+    engine = Engine(AdapterBank(model), {})
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, "step", lambda: fail(MemoryError("no memory at all")))
+    monkeypatch.setattr(engine, "end_all", fail)
+    with running(make_app(Service(engine, tokenizer, "tiny-llama"), TOKEN)) as dead:
+        until(lambda: dead.ask("GET", "/health", headers={}).status == 503)
+        asked = dead.post("/v1/completions", model="tiny-llama", prompt="a")
+        assert (asked.status, asked.body["error"]["code"]) == (503, "unavailable")
 
 
 @pytest.mark.parametrize("path, status", [("/etc", 403), ("../one", 403), ("nothing", 404), ("cut", 400)])
