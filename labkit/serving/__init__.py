@@ -11,7 +11,8 @@ from labkit.serving.moves import AliasMoved
 from labkit.serving.naming import UnknownAdapter
 from labkit.serving.registry import Registry
 from labkit.serving.requests import Completion, Draining, Full, GenerationRequest, Source, Stream
-from labkit.serving.rollout import AlreadyScored, Rollouts, UnknownAnswer
+from labkit.serving.rollout import Rollouts
+from labkit.serving.routed import AlreadyScored, UnknownAnswer
 from labkit.serving.rows import EngineLimits
 from labkit.serving.sampling import Sampling
 from labkit.serving.sequential import Evidence, PairedEvidence

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from labkit.files.writing import CannotWrite
 from labkit.serving.protocol import Number, Refused
-from labkit.serving.rollout import AlreadyScored, Rollouts, UnknownAnswer
+from labkit.serving.rollout import Rollouts
+from labkit.serving.routed import AlreadyScored, UnknownAnswer
 
 
 class FeedbackBody(BaseModel):

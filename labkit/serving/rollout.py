@@ -28,7 +28,7 @@ from labkit.serving.drift_watch import DriftWatch, Seen
 from labkit.serving.naming import read_alias, read_reference
 from labkit.serving.registry import Registry
 from labkit.serving.requests import CANCELLED, ERROR, TIMEOUT, Completion
-from labkit.serving.routed import Gathering, Routed, outcome_of
+from labkit.serving.routed import AlreadyScored, Gathering, Routed, UnknownAnswer, outcome_of
 from labkit.serving.trial import CANDIDATE, Trial, TrialPlan, read_score
 from labkit.serving.trial_aliases import ACTOR, candidate_alias, carry_out, is_candidate
 from labkit.serving.trial_record import TrialRecord
@@ -37,14 +37,6 @@ from labkit.sweeps.records import append
 
 Judge = Callable[[str, str], float | None]  # a prompt and an answer → its score, or None: it cannot say
 log = logging.getLogger(__name__)
-
-
-class UnknownAnswer(LookupError):
-    """There is no answer of that id, or it was given too long ago."""
-
-
-class AlreadyScored(RuntimeError):
-    """The answer has a score, and keeps it."""
 
 
 class Rollouts:
@@ -202,7 +194,12 @@ class Rollouts:
 
     def gathering(self, given: Routed, number: int, is_shadow: bool = False) -> Gathering:
         """A listener, for the engine's thread, for the parts of an answer, or of the shadow's."""
-        return Gathering(number, lambda texts, ends: self.later(self.ended, given, texts, ends, is_shadow))
+
+        def done(texts: list[str], ends: list[Completion]) -> None:
+            self.later(self.ended, given, texts, ends, is_shadow)
+            self.later(given.let_go)
+
+        return Gathering(number, done)
 
     def later(self, work: Callable[..., None], *arguments: Any) -> None:
         """Run something in the worker. What fails there goes to the log, and harms no answer."""

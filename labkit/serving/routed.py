@@ -10,6 +10,14 @@ from labkit.serving.trial import CONTROL
 WORST = (ERROR, TIMEOUT, CANCELLED)  # of several ends of one answer, the first of these counts
 
 
+class UnknownAnswer(LookupError):
+    """There is no answer of that id, or it was given too long ago."""
+
+
+class AlreadyScored(RuntimeError):
+    """The answer has a score, and keeps it."""
+
+
 @dataclass(eq=False)
 class Routed:
     """An answer.
@@ -26,6 +34,7 @@ class Routed:
         is_scored: is there a score? There is never a second one.
         found: the scores of both arms of a shadow trial, as they come.
         stream: of the shadow.
+        running: answers that have not ended, with the shadow's.
     """
 
     id: str
@@ -39,6 +48,13 @@ class Routed:
     is_scored: bool = False
     found: dict[str, float | None] = field(default_factory=dict)
     stream: Stream | None = None
+    running: int = 1
+
+    def let_go(self) -> None:
+        """Take note that one of its answers has ended; after the last one, keep only what a score needs."""
+        self.running -= 1
+        if self.running == 0:
+            self.prompt = self.stream = None
 
 
 class Gathering:

@@ -66,7 +66,9 @@ def shadow(service: Any, given: Routed | None, request: GenerationRequest, stops
         if 2 * len(engine.waiting) >= engine.limits.queue:
             return
     gather = partial(service.rollouts.gathering(given, 1, is_shadow=True), 0)
+    given.running += 1
     try:
         given.stream = service.begin(replace(request, adapter=label, tenant=TENANT), stops, label, gather)
     except Exception:
+        given.let_go()
         log.exception("the shadow of an answer was not asked")

@@ -11,7 +11,8 @@ from labkit.files.writing import CannotWrite, InUse
 from labkit.serving import rollout, trial_record
 from labkit.serving.naming import UnknownAdapter
 from labkit.serving.requests import Completion, NewToken
-from labkit.serving.rollout import AlreadyScored, Rollouts, UnknownAnswer
+from labkit.serving.rollout import Rollouts
+from labkit.serving.routed import AlreadyScored, UnknownAnswer
 from labkit.serving.trial import CANDIDATE, CONTROL
 from labkit.serving.trial_log import answers_of, explain, log_of, read_log
 from labkit.serving.trial_options import GoldJudge, add_trial_options, rollouts_of
@@ -52,6 +53,7 @@ def ask(rollouts: Rollouts, id: str, user: str | None, reason="stop", prompt=Non
     """One request: routed, answered, and by the shadow too if there is one."""
     source = rollouts.registry.resolve("support")
     given = rollouts.route(id, "support", user, source, prompt)
+    given.running += given.shadow is not None
     for is_shadow, said in [(False, text)] + [(True, shadow)] * (given.shadow is not None):
         gather = rollouts.gathering(given, 1, is_shadow)
         gather(0, said)

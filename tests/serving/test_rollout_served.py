@@ -184,9 +184,10 @@ def test_a_busy_server_leaves_the_shadow_out_and_a_client_that_hangs_up_takes_it
     assert {text(one) for one in sent} == {texts["support@v1"]}
     body = CompletionBody(model="support", prompt=PROMPT, user="x", max_tokens=TOKENS, temperature=0)
     [stream] = service.submit(body, lambda index, event: None, "gone")
+    shadow = service.rollouts.known["gone"].stream
     stream.cancel()
     finish(service.engine)
-    shadow = service.rollouts.known["gone"].stream
+    assert service.rollouts.known["gone"].stream is None
     assert shadow.result(0).finish_reason == "cancelled"
 
 
