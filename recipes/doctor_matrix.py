@@ -8,8 +8,8 @@ sentence; the losses of the steps; and what the model answers to held-out messag
 repeated, so a killed recipe goes on where it was. On one thread; about a quarter of an hour.
 
 The seeds are others than those that thresholds were set with (0 and 1), and others than those of a first matrix (10 to
-12, doctor_matrix_first.jsonl). That one found a fault in a probe: `stopping` called all twelve healthy runs of prose
-sick, whose passages end where nobody can tell. The probe was mended, and the matrix made anew.
+12, doctor_matrix_first.jsonl). That one found a fault in a probe: `stopping` called eight of twelve healthy runs
+of prose sick, whose passages end where nobody can tell. The probe was mended, and the matrix made anew.
 """
 
 import argparse

@@ -9,7 +9,7 @@ def test_every_specimen_and_three_dozen_healthy_runs_are_planned_once_on_fresh_s
     plan = doctor_matrix.plan()
     sound = [name for name, _ in plan if name not in SICK]
     assert len(set(plan)) == len(plan) and {name for name, _ in plan} >= set(SICK)
-    assert len(sound) == 36 and not {seed for _, seed in plan} & {0, 1}
+    assert len(sound) == 36 and not {seed for _, seed in plan} & {0, 1, 10, 11, 12}
 
 
 def test_a_line_has_the_diagnosis_and_is_found_again(tmp_path, monkeypatch):

@@ -52,17 +52,17 @@ def label_counts(function: Callable) -> None:
         counts,
         {
             "labels are at the place of their own token: the model's loss shifts them, you need not": (
-                lambda *row: counts(*row, shift=1)
+                lambda ids, labels, answer, end: counts(ids, labels, answer, end, 1)
             ),
             "-100 is no label: leave those places out before you compare": lambda ids, labels, answer, end: (
                 sum(a != b for a, b in zip(ids, labels)),
                 *counts(ids, labels, answer, end)[1:],
             ),
             "the answer's first token is not part of the prompt: count places < answer": (
-                lambda *row: counts(*row, before=1)
+                lambda ids, labels, answer, end: counts(ids, labels, answer, end, 0, None, 1)
             ),
-            "the end mark is at `end`; the last place of the row is padding": lambda *row: counts(
-                *row, last=len(row[0]) - 1
+            "the end mark is at `end`; the last place of the row is padding": (
+                lambda ids, labels, answer, end: counts(ids, labels, answer, end, 0, len(ids) - 1)
             ),
             "the last two are 1 where the token is *not* supervised; yours is 1 where it is": lambda *row: (
                 *counts(*row)[:2],

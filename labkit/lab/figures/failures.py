@@ -62,7 +62,7 @@ def curve_wall(
     top = 1.15 * max(loss for loss in healthy if loss is not None)
     for axes, (title, losses) in zip(grid.flat, runs.items()):
         beside_healthy(axes, losses, healthy, title)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(title, loc="left", fontsize=9.5)
         axes.set_ylim(0, 1.35 * top)
         axes.set_xticks([])
         words = (
