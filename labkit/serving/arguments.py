@@ -97,6 +97,12 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("alias", nargs="?", help="NAME@ALIAS; default: all")
 
     one = commands.add_parser(
+        "why", help="which version gave an answer of a trial, and why; or all to a user"
+    )
+    one.add_argument("answer", help="its id, or with --user the name that came with the requests")
+    one.add_argument("--user", action="store_true", help="list the answers to a user")
+
+    one = commands.add_parser(
         "vllm", help="print the command that serves versions with vLLM, if it takes them"
     )
     one.add_argument("versions", nargs="*", help="default: every adapter's alias production")

@@ -13,7 +13,7 @@ from labkit import models
 from labkit.files.reading import read_json
 from labkit.files.writing import InUse
 from labkit.quant.model import quantize_model
-from labkit.serving import audit, contents, times
+from labkit.serving import audit, contents, times, trial_log
 from labkit.serving.admission import Base
 from labkit.serving.arguments import PLACE, make_parser
 from labkit.serving.naming import VERSION, check_name
@@ -242,6 +242,16 @@ def at(chosen: argparse.Namespace, clock: Callable[[], datetime]) -> Answer:
     )
 
 
+def why(chosen: argparse.Namespace, clock: Callable[[], datetime]) -> Answer:
+    root = opened(chosen, clock).root
+    if chosen.user:
+        given = trial_log.answers_of(root, chosen.answer)
+        lines = [f"{one['at']} {one['answer']} {one['version']}: {one['why']}" for one in given]
+        return Answer(given, "\n".join(lines) or f"no trial gave an answer to {chosen.answer}")
+    text = trial_log.explain(root, chosen.answer)
+    return Answer(text.splitlines(), text)
+
+
 def vllm(chosen: argparse.Namespace, clock: Callable[[], datetime]) -> Answer:
     line = vllm_line(opened(chosen, clock), chosen.versions, chosen.base)
     found = {name: list(map(str, fitness.objections)) for name, (_, fitness) in line.served.items()}
@@ -263,5 +273,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Callable[[], datetime]], Answe
     "verify": verify,
     "best": best,
     "at": at,
+    "why": why,
     "vllm": vllm,
 }

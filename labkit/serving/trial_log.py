@@ -63,7 +63,7 @@ def explain(root: Path, answer: str) -> str:
             if line["kind"] == "answer" and line["answer"] == answer and not line["is_shadow"]:
                 return "\n".join(story(line, [one for one in lines if one["trial"] == line["trial"]]))
     raise LookupError(
-        f"no trial gave an answer {answer[:100]!r}; `history` of its alias says which version served at its time"
+        f"no trial gave an answer {answer[:100]!r}; python -m labkit.registry at TIME says which version served"
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from labkit.files.writing import CannotWrite, InUse
 from labkit.serving import rollout, trial_record
+from labkit.serving.commands import main
 from labkit.serving.naming import UnknownAdapter
 from labkit.serving.requests import Completion, NewToken
 from labkit.serving.rollout import Rollouts
@@ -349,6 +350,22 @@ def test_what_served_a_user_and_why_can_be_read_later(production, opened):
     assert f"user-{number}" not in log_of(production.root, ALIAS).read_text()
     with pytest.raises(LookupError, match="no trial gave an answer"):
         explain(production.root, "invented")
+
+
+def test_the_registry_s_command_says_why(production, opened, capsys):
+    rollouts = opened()
+    rollouts.start(ALIAS, 2)
+    ask(rollouts, "a1", "ann")
+
+    def said(*arguments: str) -> tuple[int, str]:
+        status = main(["--registry", str(production.root), "why", *arguments])
+        return status, "".join(capsys.readouterr())
+
+    label = rollouts.known["a1"].label
+    assert said("a1") == (0, explain(production.root, "a1") + "\n") and f"{label} wrote it" in said("a1")[1]
+    assert f"a1 {label}: support@production#1: the user's place" in said("--user", "ann")[1]
+    assert said("--user", "bob") == (0, "no trial gave an answer to bob\n")
+    assert said("invented")[0] == 3
 
 
 def test_how_trials_stand_is_json(opened):
