@@ -22,6 +22,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,14 +79,14 @@ def verdicts(
     led = [lead(seed, control, candidate, share) for seed in range(seeds)]
     means = {"control": float(np.mean(control)), "candidate": float(np.mean(candidate))}
     wanted = "roll back" if means["candidate"] < means["control"] else "promote"
-    line = {"figure": figure, **means, "share": share, "seeds": seeds}
+    line: dict[str, Any] = {"figure": figure, **means, "share": share, "seeds": seeds}
     line |= {"verdicts": dict(Counter(trial.verdict for trial, _ in led))}
     for what, counts in (
         ("requests", [n for trial, n in led if trial.verdict == wanted]),
         ("candidate_answers", [trial.answers[CANDIDATE] for trial, _ in led if trial.verdict == wanted]),
     ):
-        quarters = np.percentile(counts, [0, 25, 50, 75, 100]) if counts else []
-        line[what] = dict(zip(("least", "lower", "median", "upper", "most"), map(float, quarters)))
+        quarters = np.percentile(counts, [0, 25, 50, 75, 100]).tolist() if counts else []
+        line[what] = dict(zip(("least", "lower", "median", "upper", "most"), quarters))
     return line
 
 
@@ -101,11 +102,12 @@ def shuffled_labels(seeds: int, share: float) -> dict:
         prompts = [record["prompt"] for record in held]
         said = generate(model, tiny_llama()[1], prompts, max_new_tokens=12, progress=False)
         right.append([float(a.strip() == r["completion"].strip()) for a, r in zip(said, held)])
-    return verdicts("shuffled labels", seeds, *right, share) | {"questions": len(held)}
+    good, bad = right
+    return verdicts("shuffled labels", seeds, good, bad, share) | {"questions": len(held)}
 
 
 def equal(rate: float, share: float) -> dict:
-    """False alarms on equal versions: by the evidence, and by a z-test at 5 % on each side at every look."""
+    """False alarms on equal versions: by the evidence, and by a one-sided z-test at 5 % at every look."""
     per_block = max(1, round((1 - share) / share))
     chance, evidence = np.random.default_rng(0), Evidence(per_block)
     found = {name: np.zeros(STREAMS, dtype=bool) for name in ("rolled_back", "promoted", "z_rolled_back")}
