@@ -13,4 +13,4 @@ def test_healthy_runs_of_a_task_have_a_rate_in_its_swept_valley(task):
 
 def test_ten_times_more_or_less_is_measurably_worse_on_orders():
     valley = valley_for("orders")
-    assert 10 * LR > valley.high and LR / 10 < valley.low
+    assert valley.high < 10 * LR and valley.low > LR / 10
