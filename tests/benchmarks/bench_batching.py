@@ -1,6 +1,6 @@
 """What packing saves in time: an epoch of tickets in padded batches, drawn at random or by length, and in packed rows.
 
-QLoRA of SmolLM2-135M on the same 48 tickets, by the number of examples in a batch. After one step of each to warm up, the order of
+QLoRA of SmolLM2-135M on the same 32 tickets, by the number of examples in a batch. After one step of each to warm up, the order of
 the ways is drawn anew for each lap, so that a busy moment falls on none of them in particular. The medians
 are printed, and with `--record` all laps are kept: data/results/batching_times.json.
 
@@ -21,7 +21,7 @@ from labkit.hardware import product_dtype
 
 BATCHINGS = ("shuffled", "similar", "packed")
 SIZES = (4, 16)
-TICKETS = 48
+TICKETS = 32
 
 
 def epoch(examples: list[Encoded], size: int, batching: str, pad_id: int) -> list[Batch]:
