@@ -153,7 +153,7 @@ def test_the_matrix_counts_seeds_and_frames_the_expected_probe():
     ]
     figure = figures.matrix_figure(lines, ["rate", "size"])
     (axes,) = figure.axes
-    assert [text.get_text() for text in axes.texts] == ["2", "1"]
+    assert [text.get_text() for text in axes.texts] == ["1 of 2"]
     assert len(axes.patches) == 1 and axes.patches[0].get_xy() == (-0.5, -0.5)
     assert figures.share_of(lines[:2], "size", "sick") == 0.5
 

@@ -75,16 +75,19 @@ def tensor_explorer(
                 some, cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto", interpolation="none"
             )
             figure.colorbar(image, ax=left, shrink=0.8)
-            finish(left, f"{name}: {part}", "column", "row")
+            finish(left, f"{name}: {part}", f"column; {short}", "row")
         for tensor, colour, word in ((sound, "base", "healthy"), (mine, "qlora", name)):
             if tensor is None or not tensor.isfinite().any():
                 continue
             kept = tensor[tensor.isfinite()].abs()
             kept = kept[kept > FLOOR].log10().numpy()
             label = f"{word}: {described(tensor)}"
+            if not len(kept):
+                right.plot([], [], color=COLOURS[colour], label=label)
+                continue
             right.hist(kept, bins=60, histtype="step", color=COLOURS[colour], linewidth=1.8, label=label)
         right.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(-0.05, 1.0))
-        finish(right, "", f"log10 of the size of an entry; {short}", "entries")
+        finish(right, "", "log10 of the size of an entry", "entries")
         display(figure)
         plt.close(figure)
 

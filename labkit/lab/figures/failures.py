@@ -39,7 +39,7 @@ def curve_wall(
     runs: Mapping[str, Sequence[float | None]],
     healthy: Sequence[float | None],
     columns: int = 4,
-    height: float = 1.75,
+    height: float = 1.55,
 ) -> Figure:
     """Small curves, each over the same healthy one; a run without a curve says so.
 
@@ -54,7 +54,7 @@ def curve_wall(
     figure, grid = plt.subplots(
         rows,
         columns,
-        figsize=(2.35 * columns, height * rows),
+        figsize=(2.15 * columns, height * rows),
         layout="constrained",
         sharey=True,
         squeeze=False,
@@ -79,7 +79,8 @@ def curve_wall(
 def matrix_figure(lines: Sequence[Mapping], probes: Sequence[str]) -> Figure:
     """The confusion matrix: a row for each specimen, a column for each probe, the share of the seeds in which it is sick.
 
-    A frame marks the probe that should be first. A grey dot: the probe could not say, for no seed.
+    A frame marks the probe that should be first. A grey dot: the probe could not say, for no seed. Where only some seeds
+    are sick, it says how many.
 
     Args:
         lines: of data/results/doctor_matrix.jsonl.
@@ -90,13 +91,13 @@ def matrix_figure(lines: Sequence[Mapping], probes: Sequence[str]) -> Figure:
     by_name = {name: [line for line in lines if line["specimen"] == name] for name in names}
     shares = np.array([[share_of(by_name[name], probe, SICK) for probe in probes] for name in names])
     silent = np.array([[share_of(by_name[name], probe, UNKNOWN) for probe in probes] for name in names])
-    figure, axes = plt.subplots(figsize=(8.6, 0.235 * len(names) + 1.3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 0.2 * len(names) + 1.2), dpi=80, layout="constrained")
     axes.imshow(shares, cmap=SHADES, vmin=0, vmax=1.25, aspect="auto")
     for row, name in enumerate(names):
         for column, probe in enumerate(probes):
-            if shares[row, column]:
-                share = round(shares[row, column] * len(by_name[name]))
-                axes.text(column, row, share, ha="center", va="center", fontsize=9)
+            if 0 < shares[row, column] < 1:
+                share = f"{round(shares[row, column] * len(by_name[name]))} of {len(by_name[name])}"
+                axes.text(column, row, share, ha="center", va="center", fontsize=8)
             elif silent[row, column] == 1:
                 axes.plot(column, row, ".", color=COLOURS["control"], markersize=3)
             if by_name[name][0]["expected"] == probe:
