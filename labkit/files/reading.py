@@ -64,14 +64,19 @@ def read_json(path: str | Path, at_most: int = MAX_JSON) -> object:
     return parse_json(path, read_bytes(path, at_most))
 
 
-def read_json_lines(path: str | Path, at_most: int = MAX_JSON) -> list[Any]:
+def read_json_lines(path: str | Path, at_most: int = MAX_JSON, unfinished: bool = True) -> list[Any]:
     """The values in a file with one line of JSON each; empty lines count for nothing.
+
+    Args:
+        path, at_most: as for `read_json`.
+        unfinished: read a last line, too, that does not end; False leaves out what somebody is still writing.
 
     Raises:
         as `read_json`.
     """
     # not splitlines: a text in JSON may hold other ends of a line
-    return [parse_json(path, line) for line in read_bytes(path, at_most).split(b"\n") if line]
+    lines = read_bytes(path, at_most).split(b"\n")
+    return [parse_json(path, line) for line in (lines if unfinished else lines[:-1]) if line]
 
 
 def parse_json(path: str | Path, raw: bytes) -> object:

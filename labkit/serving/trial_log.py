@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labkit.files.reading import parse_json, read_bytes
+from labkit.files.reading import read_json_lines
 from labkit.serving.assignment import person_of
 from labkit.serving.naming import read_alias
 from labkit.sweeps.records import MAX_BYTES
@@ -37,8 +37,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = read_bytes(path, MAX_BYTES).split(b"\n")
-    return [parse_json(path, line) for line in lines[:-1] if line]  # type: ignore[misc]
+    return read_json_lines(path, MAX_BYTES, unfinished=False)
 
 
 def of_last_trial(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
