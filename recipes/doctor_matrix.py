@@ -25,9 +25,8 @@ from labkit.doctor.examine import doctor
 from labkit.doctor.report import plain
 from labkit.doctor.specimens import TASKS, VARIANTS, Specimen, healthy, held_records
 from labkit.doctor.zoo import SICK, breed, expected
-from labkit.files.writing import only_one
 from labkit.paths import data_folder
-from labkit.sweeps.records import append, mend_last_line
+from labkit.sweeps.records import append
 from labkit.training.evaluate import generate
 from recipes import jsonl
 
@@ -93,22 +92,14 @@ def measure(name: str, seed: int) -> dict:
     }
 
 
-def recorded(path: Path) -> dict[Key, dict]:
-    """The lines that are there, by specimen and seed."""
-    return {(line["specimen"], line["seed"]): line for line in jsonl.read(path)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=data_folder() / "results" / "doctor_matrix.jsonl")
     parser.add_argument("--only", nargs="+", help="names of specimens; all if left out")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with only_one(
-        given.out.with_suffix(".lock"), f"this recipe is running already, and writes to {given.out}"
-    ):
-        mend_last_line(given.out)
-        done = recorded(given.out)
+    with jsonl.resumed(given.out) as lines:
+        done = {(line["specimen"], line["seed"]) for line in lines}
         for name, seed in plan():
             if (name, seed) in done or (given.only and name not in given.only):
                 continue

@@ -15,9 +15,8 @@ import torch
 
 from labkit.checks import version_of
 from labkit.doctor.specimens import STEPS, held_out_loss, train_at
-from labkit.files.writing import only_one
 from labkit.paths import data_folder
-from labkit.sweeps.records import append, mend_last_line
+from labkit.sweeps.records import append
 from recipes import jsonl
 
 TASKS = ("orders", "sql")
@@ -53,11 +52,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=data_folder() / "results" / "doctor_rates.jsonl")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with only_one(
-        given.out.with_suffix(".lock"), f"this recipe is running already, and writes to {given.out}"
-    ):
-        mend_last_line(given.out)
-        done = {(line["task"], line["lr"], line["seed"]) for line in jsonl.read(given.out)}
+    with jsonl.resumed(given.out) as lines:
+        done = {(line["task"], line["lr"], line["seed"]) for line in lines}
         for key in plan():
             if key in done:
                 continue

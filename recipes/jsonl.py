@@ -1,10 +1,13 @@
 """The rows of a data set, one JSON object per line."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from labkit.files.reading import read_json_lines
-from labkit.files.writing import write_text
+from labkit.files.writing import only_one, write_text
+from labkit.sweeps.records import mend_last_line
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -15,3 +18,11 @@ def write(path: Path, rows: list[dict]) -> None:
 def read(path: Path) -> list[dict]:
     """The rows of a file; none if it is not there yet."""
     return read_json_lines(path) if path.exists() else []
+
+
+@contextmanager
+def resumed(path: Path) -> Iterator[list[dict]]:
+    """The rows that a recipe has written already, and goes on from. One recipe at a time writes to the file."""
+    with only_one(path.with_suffix(".lock"), f"this recipe is running already, and writes to {path}"):
+        mend_last_line(path)
+        yield read(path)
