@@ -92,14 +92,19 @@ def measure(name: str, seed: int) -> dict:
     }
 
 
+def recorded(path: Path) -> dict[Key, dict]:
+    """The lines that are there, by specimen and seed."""
+    return {(line["specimen"], line["seed"]): line for line in jsonl.read(path)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=data_folder() / "results" / "doctor_matrix.jsonl")
     parser.add_argument("--only", nargs="+", help="names of specimens; all if left out")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with jsonl.resumed(given.out) as lines:
-        done = {(line["specimen"], line["seed"]) for line in lines}
+    with jsonl.resuming(given.out):
+        done = recorded(given.out)
         for name, seed in plan():
             if (name, seed) in done or (given.only and name not in given.only):
                 continue

@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=data_folder() / "results" / "doctor_rates.jsonl")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with jsonl.resumed(given.out) as lines:
-        done = {(line["task"], line["lr"], line["seed"]) for line in lines}
+    with jsonl.resuming(given.out):
+        done = {(line["task"], line["lr"], line["seed"]) for line in jsonl.read(given.out)}
         for key in plan():
             if key in done:
                 continue
