@@ -16,6 +16,8 @@ from tests.serving.servers import TOKEN, running
 pytest.importorskip("playwright", reason="playwright is not installed here: pip install playwright")
 pytest.importorskip("fastapi", reason="fastapi is not installed here: pip install fastapi")
 
+from playwright.sync_api import expect
+
 from labkit.serving.server import make_app
 from labkit.serving.service import Service
 
@@ -66,6 +68,11 @@ def sign_in(page) -> None:
     page.get_by_text("serving", exact=True).wait_for(timeout=SOON)
 
 
+def shows(page, table: str, head: str, count: str) -> None:
+    """Wait until the one cell beside `head` says `count`; a failure says what it says instead."""
+    expect(row(page, table, head).locator("td")).to_have_text(count, timeout=SOON)
+
+
 def row(page, table: str, head: str):
     return page.locator(f"#{table} tr", has=page.get_by_role("rowheader", name=head, exact=True))
 
@@ -98,9 +105,9 @@ def test_it_shows_adapters_answers_errors_and_who_waits(page, world, server):
     assert page.get_by_role("heading", level=1).inner_text() == "tiny-llama"
     assert "production" in row(page, "adapters", "support@v1").inner_text()
     for _ in range(3):
-        server.post("/v1/completions", model="support@v1", prompt=PROMPT, max_tokens=4)
+        assert server.post("/v1/completions", model="support@v1", prompt=PROMPT, max_tokens=4).status == 200
     server.post("/v1/completions", model="nobody", prompt=PROMPT)
-    row(page, "outcomes", "length").get_by_text("3", exact=True).wait_for(timeout=SOON)
+    shows(page, "outcomes", "length", "3")
     assert row(page, "outcomes", "model_not_found").inner_text().split() == ["model_not_found", "1"]
     assert "KiB" in row(page, "adapters", "support@v1").inner_text()
     assert "12 since the start" in page.locator("#tiles").inner_text()
@@ -110,7 +117,7 @@ def test_it_shows_adapters_answers_errors_and_who_waits(page, world, server):
     page.wait_for_timeout(2500)
     assert row(page, "outcomes", "length").inner_text().split() == ["length", "3"]
     page.get_by_role("button", name="Resume").press("Enter")
-    row(page, "outcomes", "length").get_by_text("4", exact=True).wait_for(timeout=SOON)
+    shows(page, "outcomes", "length", "4")
 
 
 def test_texts_of_others_stay_texts(page, world, server):
@@ -156,6 +163,14 @@ def test_it_fits_narrow_and_wide_light_and_dark(page, width):
 def test_a_server_that_does_not_answer_is_said_and_the_page_goes_on_when_it_does(page):
     sign_in(page)
     page.route("**/v1/state", lambda route: route.abort())
+    page.get_by_text("no connection", exact=False).wait_for(timeout=SOON)
+    page.unroute("**/v1/state")
+    page.get_by_text("serving", exact=True).wait_for(timeout=SOON)
+
+
+def test_an_answer_that_never_comes_is_not_waited_for(page):
+    sign_in(page)
+    page.route("**/v1/state", lambda route: None)
     page.get_by_text("no connection", exact=False).wait_for(timeout=SOON)
     page.unroute("**/v1/state")
     page.get_by_text("serving", exact=True).wait_for(timeout=SOON)

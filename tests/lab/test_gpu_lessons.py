@@ -85,7 +85,12 @@ STEP |= {"lora_operations": 67, "full_operations": 100}
 def lesson_08(capsys, monkeypatch, model="smollm2-135m"):
     batch = SimpleNamespace(ids=SimpleNamespace(numel=lambda: 178))
     given = {"score": SimpleNamespace(exact_match=0.81), "profile": SimpleNamespace(model=model)}
-    return run("08", capsys, monkeypatch, slower={"QLoRA": 0.09}, batches=[batch], **given)
+    on_cpu = {
+        "ratios": {"fp32 products": [1.4, 1.1]},
+        "tokens_per_step": [32, 512],
+        "step_times": {"rows": [{"seconds": [1.0]}]},
+    }
+    return run("08", capsys, monkeypatch, batches=[batch], **given, **on_cpu)
 
 
 def test_lesson_08_shows_steps_and_the_fine_tune_beside_its_own(records, capsys, monkeypatch):
