@@ -37,6 +37,7 @@ from labkit.lab.check.quantization import (
     unpack_nibbles,
 )
 from labkit.lab.check.ranks import best_rate, interval95, pareto_front, rank_for_budget, target_parameters
+from labkit.lab.check.serving import mixed_forward, reusable_tokens, segment_rows, step_seconds
 from labkit.lab.check.spectra import (
     count_intruders,
     effective_rank,
@@ -94,6 +95,7 @@ __all__ = [
     "lru_faults",
     "matrix_rates",
     "merged_weight",
+    "mixed_forward",
     "moved_codes",
     "near_copy",
     "nearest_code",
@@ -109,8 +111,10 @@ __all__ = [
     "quant_backward",
     "rank_for_budget",
     "read_moment",
+    "reusable_tokens",
     "rslora_scaling",
     "scale_blocks",
+    "segment_rows",
     "share_interval",
     "silent_share",
     "similarity",
@@ -118,6 +122,7 @@ __all__ = [
     "static_bytes",
     "step_flops",
     "step_peak",
+    "step_seconds",
     "strict_match",
     "survival_share",
     "target_parameters",

@@ -15,6 +15,7 @@ from labkit.lab.explore.own_data import answers_beside, record_explorer
 from labkit.lab.explore.paging import paging_explorer
 from labkit.lab.explore.quantization import codebook_explorer
 from labkit.lab.explore.ranks import sweep_explorer
+from labkit.lab.explore.serving import serving_explorer
 from labkit.lab.explore.spectra import update_explorer
 from labkit.lab.explore.start import weight_memory
 from labkit.lab.explore.supervision import show_supervision
@@ -38,6 +39,7 @@ __all__ = [
     "plane_explorer",
     "read_answer",
     "record_explorer",
+    "serving_explorer",
     "show_supervision",
     "strength_explorer",
     "survival_explorer",

@@ -8,14 +8,19 @@ from labkit.lab.figures.forgetting import plane
 from labkit.lab.figures.merging import crossings
 from labkit.lab.figures.own_data import result_rows, written_answer
 from labkit.lab.figures.paging import residency_map
+from labkit.lab.figures.serving import Span, batch_picture, cost_curves, evidence_picture, schedule_picture
 from labkit.lab.figures.training import run_figure
 
 __all__ = [
+    "Span",
+    "batch_picture",
     "beside_healthy",
     "bill_bars",
     "block_picture",
+    "cost_curves",
     "crossings",
     "curve_wall",
+    "evidence_picture",
     "matrix_figure",
     "peak_areas",
     "peak_bar",
@@ -23,5 +28,6 @@ __all__ = [
     "residency_map",
     "result_rows",
     "run_figure",
+    "schedule_picture",
     "written_answer",
 ]
