@@ -34,6 +34,10 @@ def right_and_wrong():
             (lambda n, w, g, m, master: n * (g + 2 * m + 4 * master), "weights themselves"),
             (lambda n, w, g, m, master: n * (w + g + 4 * master), "moments are missing"),
             (lambda n, w, g, m, master: n * (w + g + 2 * m + w * master), "in fp32"),
+            (
+                lambda n, w, g, m, master: n * (w + g + 2 * m + 2 * master),
+                "yours takes 2|whatever the weight",
+            ),
             (lambda n, w, g, m, master: n * (w + g + 2 * m), "copy is missing"),
             (lambda n, w, g, m, master: n * (w + g + 2 * m + 4), "only where"),
             (lambda n, w, g, m, master: w + g + 2 * m + 4 * master, "for one parameter"),

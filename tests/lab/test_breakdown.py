@@ -19,9 +19,7 @@ def peak(events):
 
 
 def keeps(tokens, d_in, d_out, trains, rank):
-    if trains:
-        return 4 * tokens * d_in
-    return 4 * tokens * (d_in + rank) if rank else 0
+    return 4 * tokens * (d_in + rank if trains or rank else 0)
 
 
 def crossover(n, others, bits, extra):
@@ -55,6 +53,7 @@ def right_and_wrong():
             (lambda t, i, o, trains, r: 4 * t * i * bool(trains or r), "z = A x"),
             (lambda t, i, o, trains, r: 4 * t * (o * bool(trains or r) + r), "what goes \\*in\\*"),
             (lambda t, i, o, trains, r: 4 * t * (i * trains + (2 * i + r) * bool(r)), "kept once"),
+            (lambda t, i, o, trains, r: 4 * t * (i * bool(trains) + i * bool(r) + r), "where both train"),
             (lambda *a: keeps(*a) // 4, "4 bytes per number"),
             (lambda t, i, o, trains, r: 4 * (i * o if trains else r * (i + o)), "grow with the tokens"),
         ],
@@ -84,6 +83,7 @@ def right_and_wrong():
                 lambda n, t, trains, again: n * t * (4 + 2 * trains) + again * n * t * (2 + 2 * trains),
                 "not the backward",
             ),
+            (lambda n, t, trains, again: n * t * (4 + 2 * trains) * (1 + again / 3), "a third more is right"),
             (lambda n, t, trains, again: 2 * n * t, "forward pass alone"),
         ],
     )

@@ -53,6 +53,9 @@ def right_and_wrong():
             (lambda x, W, A, B, a, r: x @ W.T + x @ A.T @ B.T, "scaling alpha / r is missing"),
             (lambda x, W, A, B, a, r: a / r * (x @ A.T @ B.T), "base's x W.T is missing"),
             (lambda x, W, A, B, a, r: x @ W.T + a / math.sqrt(r) * (x @ A.T @ B.T), "rsLoRA"),
+            (lambda x, W, A, B, a, r: x @ W + a / r * (x @ A.T @ B.T), "x @ W.T; the transpose"),
+            (lambda x, W, A, B, a, r: x @ W.T + a / r * (x @ A @ B.T), "x @ A.T; the transpose"),
+            (lambda x, W, A, B, a, r: x @ W.T + a / r * (x @ A.T @ B), "z @ B.T; the transpose"),
         ],
     )
     yield (
@@ -70,6 +73,7 @@ def right_and_wrong():
                 "gate, up and down are missing",
             ),
             (lambda h, n, kv, d, m, L, r: L * r * 3 * (h + m), "q, k, v and o are missing"),
+            (lambda h, n, kv, d, m, L, r: L * r * (sides(h, n * d, kv * d, m) - (h + m)), "yours has two"),
             (lambda h, n, kv, d, m, L, r: L * r * sides(h, h, kv * d, m), "which here is not hidden"),
             (
                 lambda h, n, kv, d, m, L, r: L * (2 * h * n * d + 2 * h * kv * d + 3 * h * m),

@@ -75,6 +75,7 @@ def right_and_wrong():
             (lambda s, t, n, r: n * sides(s, t), "rank is missing"),
             (lambda s, t, n, r: 2 * n * r * sides(s, t), "twice the number"),
             (lambda s, t, n, r: n * sum(s[x][0] * s[x][1] for x in t), "which LoRA freezes"),
+            (lambda s, t, n, r: n * r * sum(s[x][0] * s[x][1] for x in t), "multiplies the two sides"),
             (lambda s, t, n, r: n * r * sum(s[x][1] for x in t), "A alone"),
             (lambda s, t, n, r: n * r * sum(s[x][0] for x in t), "B alone"),
         ],

@@ -34,6 +34,11 @@ def norm2(a, b):
     return torch.linalg.norm(a.T @ b) ** 2
 
 
+def by_rows_of_V(matrix, k, wrong):
+    U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (U[:, :k] * s[:k]) @ wrong(Vh)
+
+
 def right_and_wrong():
     """Each check with the right function, and wrong ones with what the message must say."""
     yield (
@@ -58,6 +63,9 @@ def right_and_wrong():
             (lambda m, k: cut(m, slice(min(m.shape) - k, None)), "k \\*smallest\\*"),
             (lambda m, k: m - cut(m, slice(0, k)), "removes the k largest"),
             (lambda m, k: cut(m, slice(0, k + 1)), "k \\+ 1"),
+            (lambda m, k: by_rows_of_V(m, k, lambda Vh: Vh[:, :k].T), "without a transpose"),
+            (lambda m, k: by_rows_of_V(m, k, lambda Vh: Vh[:, :k]), "as it is"),
+            (lambda m, k: by_rows_of_V(m, k, lambda Vh: Vh[:k].T), "as it is"),
             (lambda m, k: cut(m, slice(0, k - 1)), "too few"),
             (lambda m, k: cut(m, slice(0, k), 0), "singular values are missing"),
             (lambda m, k: cut(m, slice(0, k), 2), "in twice"),

@@ -86,7 +86,8 @@ def right_and_wrong():
                 lambda W, r, s: (split(W, r, s)[1], split(W, r, s)[0], split(W, r, s)[2]),
                 "swapped",
             ),
-            (lambda W, r, s: all_in_A(W, r, s), "square root"),
+            (lambda W, r, s: all_in_A(W, r, s), "A has all"),
+            (lambda W, r, s: all_in_B(W, r, s), "B has all"),
             (lambda W, r, s: smallest(W, r, s), "smallest"),
             (lambda W, r, s: split(W, r, s)[:2], "expected"),
         ],
@@ -129,6 +130,12 @@ def all_in_A(W, r, s):
     A, B, left = split(W, r, s)
     size = B.norm(dim=0)
     return A * size[:, None], B / size, left
+
+
+def all_in_B(W, r, s):
+    A, B, left = split(W, r, s)
+    size = A.norm(dim=1)
+    return A / size[:, None], B * size, left
 
 
 def smallest(W, r, s):

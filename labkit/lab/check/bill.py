@@ -28,6 +28,9 @@ def static_bytes(function: Callable) -> None:
             "AdamW has two moments for every parameter; yours counts one": lambda n, w, g, m, copy: (
                 n * (w + g + m + 4 * copy)
             ),
+            "the master copy is in fp32: 4 bytes per weight; yours takes 2": lambda n, w, g, m, copy: (
+                n * (w + g + 2 * m + 2 * copy)
+            ),
             "the gradients are missing": lambda n, w, g, m, copy: n * (w + 2 * m + 4 * copy),
             "the weights themselves are missing": lambda n, w, g, m, copy: n * (g + 2 * m + 4 * copy),
             "the moments are missing": lambda n, w, g, m, copy: n * (w + g + 4 * copy),

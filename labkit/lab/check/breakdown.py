@@ -55,7 +55,7 @@ def linear_keeps(function: Callable) -> None:
     the backward pass; `trains`: does its own weight train; `rank`: of its LoRA adapter, 0 for none.
     """
 
-    cases = [(True, 0), (False, 0), (False, random.choice([4, 8, 16])), (False, 32), (True, 0)]
+    cases = [(True, 0), (False, 0), (False, random.choice([4, 8, 16])), (True, 8), (False, 32)]
     turn = iter(cases * 2)
 
     def inputs():
@@ -85,6 +85,9 @@ def linear_keeps(function: Callable) -> None:
             ),
             "the base and A read the same x: it is kept once": (
                 lambda t, i, o, trains, r: 4 * t * ((2 * i if r else i if trains else 0) + r)
+            ),
+            "W and A read the same x: where both train it is kept once, not twice": (
+                lambda t, i, o, trains, r: 4 * t * (i * bool(trains) + i * bool(r) + r)
             ),
             "fp32 takes 4 bytes per number": lambda t, i, o, trains, r: right(t, i, o, trains, r) / 4,
             "those are the bytes of the weights; activations grow with the tokens": (
@@ -168,6 +171,10 @@ def step_flops(function: Callable) -> None:
             ),
             "checkpointing repeats the forward pass, not the backward pass": (
                 lambda n, t, trains, again: 2 * n * t * (products(trains, False) + again * (1 + trains))
+            ),
+            "a third more is right where everything trains; over a frozen base the step is shorter, and a forward "
+            "pass more is half of it: count products, 2 + 1": (
+                lambda n, t, trains, again: 2 * n * t * products(trains, False) * (4 / 3 if again else 1)
             ),
             "that is the forward pass alone": lambda n, t, trains, again: 2 * n * t,
         },

@@ -1,26 +1,47 @@
 """Try a student's function on fresh inputs; when its result is wrong, say which mistake it looks like.
 
-A check knows the right answer and the wrong ones that people really give. A result that matches none of these
-is shown next to the expected one.
+A check knows the right answer and the wrong ones that people really give; a wrong one may raise an error, too. A
+result that matches none of these is described by the first place where it differs from what was expected.
 """
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 TRIES = 5
+FEW = 8  # numbers of a tensor that are shown whole
 
 
 class NotYet(AssertionError):
     """The exercise is not solved yet; the message says what the result looks like."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message. A traceback would end in the code that knows the answer."""
+        return [f"Not yet. {self}"]
+
 
 def compare(
-    name: str, theirs: Callable, right: Callable, mistakes: dict[str, Callable], inputs: Callable[[], tuple]
+    name: str,
+    theirs: Callable,
+    right: Callable,
+    mistakes: dict[str, Callable],
+    inputs: Callable[[], tuple],
+    parts: Sequence[str] = (),
+    atol: float = 1e-5,
 ) -> None:
     """Call `theirs` and `right` on fresh inputs; if they differ, name the mistake that explains the most.
 
     Several inputs are tried, because two different mistakes may agree on one of them by chance.
+
+    Args:
+        name: of the exercise, with which a message begins.
+        theirs, right: the student's function and the solution, of the same arguments.
+        mistakes: {message: a function with that mistake}; it may raise the error that the mistake raises.
+        inputs: makes fresh arguments.
+        parts: names of the parts of a result that is a tuple.
+        atol: differences up to this count as rounding.
 
     Raises:
         NotYet: says what the differences look like.
@@ -28,43 +49,92 @@ def compare(
     wrong = []  # (arguments, got, expected)
     for _ in range(TRIES):
         arguments = inputs()
-        try:
-            got = theirs(*arguments)
-        except Exception as error:
-            raise NotYet(f"{name}: your function raised {type(error).__name__}: {error}") from error
+        got, expected = outcome(theirs, arguments), right(*arguments)
         if got is None or got is Ellipsis:
             raise NotYet(f"{name}: your function returned {got!r}; has the stub been filled in?")
-        expected = right(*arguments)
-        if not same(got, expected):
+        if not same(got, expected, atol):
             wrong.append((arguments, got, expected))
-    if wrong:
-        likeliest, most = "", 0
-        for message, mistake in mistakes.items():
-            explained = sum(same(got, mistake(*arguments)) for arguments, got, _ in wrong)
-            if explained > most:
-                likeliest, most = message, explained
-            if most == len(wrong):  # no other can explain more
-                break
-        if likeliest:
-            raise NotYet(f"{name}: {likeliest}")
-        arguments, got, expected = wrong[0]
-        raise NotYet(f"{name}: for {describe(arguments)} expected {describe(expected)}, got {describe(got)}")
-    print(f"{name}: correct, on {TRIES} fresh inputs.")
+    if not wrong:
+        print(f"{name}: correct, on {TRIES} fresh inputs.")
+        return
+    likeliest, most = "", 0
+    for message, mistake in mistakes.items():
+        explained = sum(same(got, outcome(mistake, arguments), atol) for arguments, got, _ in wrong)
+        if explained > most:
+            likeliest, most = message, explained
+        if most == len(wrong):  # no other can explain more
+            break
+    if likeliest:
+        raise NotYet(f"{name}: {likeliest}")
+    arguments, got, expected = wrong[0]
+    if isinstance(got, Exception):
+        raise NotYet(f"{name}: your function raised {type(got).__name__}: {got}{raised_at(got)}") from got
+    where = difference(got, expected, parts, atol)
+    raise NotYet(f"{name}: {where}{given(arguments)}")
 
 
-def same(a, b) -> bool:
-    """Equal up to rounding, NaN where the other has NaN; for numbers, tensors, and lists or tuples."""
+def outcome(function: Callable, arguments: tuple) -> object:
+    """What the function returns, or the error that it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
+
+
+def same(a, b, atol: float = 1e-5) -> bool:
+    """Equal up to rounding, NaN where the other has NaN; for numbers, tensors, lists or tuples, and errors."""
+    if isinstance(a, Exception) or isinstance(b, Exception):
+        return type(a) is type(b) and str(a) == str(b)
     try:
         left, right = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):  # not one array: compare part by part
         parts = isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b)
-        return parts and all(same(one, other) for one, other in zip(a, b))
-    return left.shape == right.shape and torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
+        return parts and all(same(one, other, atol) for one, other in zip(a, b))
+    return left.shape == right.shape and torch.allclose(left, right, rtol=1e-4, atol=atol, equal_nan=True)
+
+
+def difference(got, expected, parts: Sequence[str] = (), atol: float = 1e-5) -> str:
+    """The first place where `got` differs from `expected`, in words."""
+    if isinstance(expected, (list, tuple)) and not is_flat(expected):
+        if not isinstance(got, (list, tuple)) or len(got) != len(expected):
+            return f"expected {len(expected)} parts, got {describe(got)}"
+        n = next(n for n, (one, other) in enumerate(zip(got, expected)) if not same(one, other, atol))
+        return f"{parts[n] if parts else f'part {n}'}: {difference(got[n], expected[n], atol=atol)}"
+    try:
+        left, right = (torch.as_tensor(value, dtype=torch.float64) for value in (got, expected))
+    except (TypeError, ValueError, RuntimeError):  # not numbers
+        return f"expected {describe(expected)}, got {describe(got)}"
+    if left.shape != right.shape:
+        return f"expected the shape {tuple(right.shape)}, got {tuple(left.shape)}"
+    if not right.dim():
+        return f"expected {right.item():.6g}, got {left.item():.6g}"
+    off = ~torch.isclose(left, right, rtol=1e-4, atol=atol, equal_nan=True)
+    first = tuple(off.nonzero()[0].tolist())
+    at = ", ".join(map(str, first))
+    return f"{off.sum()} of {off.numel()} entries differ; at [{at}] expected {right[first]:.6g}, got {left[first]:.6g}"
+
+
+def is_flat(value: Sequence) -> bool:
+    """Is it a list of plain numbers?"""
+    return all(isinstance(one, (int, float)) for one in value)
+
+
+def raised_at(error: BaseException) -> str:
+    """The student's own line that raised the error: the first one outside of this folder."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    return f", at `{theirs[0].line.strip()}`" if theirs and theirs[0].line else ""
+
+
+def given(arguments: tuple) -> str:
+    """The arguments, where they are short."""
+    text = describe(arguments)
+    return f" (for {text})" if len(text) <= 120 else ""
 
 
 def describe(value) -> str:
-    if isinstance(value, torch.Tensor) and value.numel() > 8:
-        return f"a tensor of shape {tuple(value.shape)} with mean {value.double().mean():.4g}"
+    if isinstance(value, torch.Tensor) and value.numel() > FEW:
+        return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple):
         return ", ".join(describe(v) for v in value)
     return str(value.tolist() if isinstance(value, torch.Tensor) else value)

@@ -13,7 +13,7 @@ def lora_forward(function: Callable) -> None:
     """`function(x, W, A, B, alpha, r)`: x (n, in), W (out, in), A (r, in), B (out, r) to (n, out)."""
 
     def inputs():
-        n, d, k, r = (random.randint(3, 9) for _ in range(4))
+        n, d, k, r = random.sample(range(3, 10), 4)  # all different: a forgotten transpose does not fit
         shapes = (n, d), (k, d), (r, d), (k, r)
         return (*(torch.randn(s) for s in shapes), float(random.choice([8, 16, 32])), r)
 
@@ -35,6 +35,18 @@ def lora_forward(function: Callable) -> None:
             "the scaling multiplies the base too; it applies to the correction only": (
                 lambda x, W, A, B, alpha, r: alpha / r * (x @ W.T + x @ A.T @ B.T)
             ),
+            "W is (out, in) and x is (n, in): the base is x @ W.T; the transpose is missing": (
+                lambda x, W, A, B, alpha, r: x @ W + alpha / r * (x @ A.T @ B.T)
+            ),
+            "A is (r, in) and x is (n, in): z is x @ A.T; the transpose is missing": (
+                lambda x, W, A, B, alpha, r: x @ W.T + alpha / r * (x @ A @ B.T)
+            ),
+            "B is (out, r) and z is (n, r): the correction is z @ B.T; the transpose is missing": (
+                lambda x, W, A, B, alpha, r: x @ W.T + alpha / r * (x @ A.T @ B)
+            ),
+            "that is B A x for a single column x; here each *row* of x is an input, so x comes first": (
+                lambda x, W, A, B, alpha, r: W @ x + alpha / r * (B @ A @ x)
+            ),
         },
         inputs,
     )
@@ -54,8 +66,8 @@ def llama_lora_parameters(function: Callable) -> None:
         mlp = 3 * hidden + random.randint(1, 99)
         return hidden, heads, kv_heads, head_dim, mlp, random.choice([2, 4, 5, 6]), random.randint(8, 11)
 
-    def count(h, q, kv, mlp, copies, attention=True, feed_forward=True):
-        sides = attention * (2 * (h + q) + 2 * (h + kv)) + feed_forward * 3 * (h + mlp)
+    def count(h, q, kv, mlp, copies, attention=True, feed_forward=3):
+        sides = attention * (2 * (h + q) + 2 * (h + kv)) + feed_forward * (h + mlp)
         return copies * sides
 
     compare(
@@ -73,7 +85,13 @@ def llama_lora_parameters(function: Callable) -> None:
                 lambda h, n, kv, d, mlp, L, r: count(h, n * d, kv * d, mlp, r)
             ),
             "the MLP's gate, up and down are missing": (
-                lambda h, n, kv, d, mlp, L, r: count(h, n * d, kv * d, mlp, L * r, feed_forward=False)
+                lambda h, n, kv, d, mlp, L, r: count(h, n * d, kv * d, mlp, L * r, feed_forward=0)
+            ),
+            "the MLP has three matrices, gate, up and down; yours has two": (
+                lambda h, n, kv, d, mlp, L, r: count(h, n * d, kv * d, mlp, L * r, feed_forward=2)
+            ),
+            "the MLP has three matrices, gate, up and down; yours has one": (
+                lambda h, n, kv, d, mlp, L, r: count(h, n * d, kv * d, mlp, L * r, feed_forward=1)
             ),
             "q, k, v and o are missing": (
                 lambda h, n, kv, d, mlp, L, r: count(h, n * d, kv * d, mlp, L * r, attention=False)
@@ -131,6 +149,7 @@ def lora_gradients(function: Callable) -> None:
             ),
         },
         inputs,
+        parts=("A's gradient", "B's gradient"),
     )
 
 

@@ -40,6 +40,9 @@ def target_parameters(function: Callable) -> None:
             "that is the number of weights in the matrices themselves, which LoRA freezes": (
                 lambda shapes, targets, layers, r: layers * total(shapes, targets, math.prod)
             ),
+            "yours multiplies the two sides; an adapter has r * in and r * out, and their *sum* is r * (in + out)": (
+                lambda shapes, targets, layers, r: layers * r * total(shapes, targets, math.prod)
+            ),
             "A alone is counted; B has out * r": (
                 lambda shapes, targets, layers, r: layers * r * total(shapes, targets, itemgetter(1))
             ),

@@ -66,6 +66,10 @@ def keep_largest(function: Callable) -> None:
         U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return (U[:, which] * s[which] ** s_power) @ Vh[which]
 
+    def of_V(matrix, k, wrong):
+        U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return (U[:, :k] * s[:k]) @ wrong(Vh)
+
     def without_columns(matrix, k):
         kept = torch.zeros_like(matrix)
         kept[:, :k] = matrix[:, :k]
@@ -86,6 +90,12 @@ def keep_largest(function: Callable) -> None:
                 lambda m, k: cut(m, slice(0, k), 0)
             ),
             "the singular values were multiplied in twice": lambda m, k: cut(m, slice(0, k), 2),
+            "torch.linalg.svd gives Vh, whose *rows* are the directions: take Vh[:k], without a transpose; yours "
+            "looks like V's first k columns": lambda m, k: of_V(m, k, lambda Vh: Vh[:, :k].T),
+            "torch.linalg.svd gives Vh, whose *rows* are the directions: take Vh[:k] as it is, not its columns": (
+                lambda m, k: of_V(m, k, lambda Vh: Vh[:, :k])
+            ),
+            "Vh is transposed already: take Vh[:k] as it is, (k, n)": lambda m, k: of_V(m, k, lambda Vh: Vh[:k].T),
             "those are the first k columns of the matrix; its directions are in U and Vh": without_columns,
             "that is the whole matrix: nothing was left out": lambda m, k: m,
         },

@@ -110,9 +110,11 @@ def pissa_split(function: Callable) -> None:
     def right(W, r, s):
         return with_rest(W, s, *factors(W, r, s))
 
-    def uneven(W, r, s):
+    def uneven(W, r, s, to_A):
+        """A gets the power `to_A` of the singular values, B the rest."""
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        return with_rest(W, s, S[:r, None] / s * Vh[:r], U[:, :r])
+        sizes = S[:r] / s
+        return with_rest(W, s, sizes[:, None] ** to_A * Vh[:r], U[:, :r] * sizes ** (1 - to_A))
 
     def flat(answer):
         """What no sign or order of singular vectors changes; anything but three matrices stays as it is."""
@@ -143,14 +145,25 @@ def pissa_split(function: Callable) -> None:
             "those are the smallest singular values; PiSSA trains the largest": (
                 lambda W, r, s: flat(with_rest(W, s, *factors(W, r, s, min(W.shape) - r)))
             ),
-            "the product is right, but one factor has all of the singular values; each should get their square roots": (
-                lambda W, r, s: flat(uneven(W, r, s))
+            "the product is right, but A has all of the singular values; each factor should get their square roots": (
+                lambda W, r, s: flat(uneven(W, r, s, 1))
+            ),
+            "the product is right, but B has all of the singular values; each factor should get their square roots": (
+                lambda W, r, s: flat(uneven(W, r, s, 0))
             ),
             "A and B are swapped: A (r, in) comes first": (
                 lambda W, r, s: flat((*reversed(factors(W, r, s)), right(W, r, s)[2]))
             ),
         },
         inputs,
+        parts=(
+            "A's shape",
+            "B's shape",
+            "B @ A",
+            "the rest",
+            "lengths² of A's rows",
+            "lengths² of B's columns",
+        ),
     )
 
 
@@ -241,4 +254,5 @@ def plain_factors(function: Callable) -> None:
             "A' and B' are swapped: A' (2r, in) comes first": lambda *given: flat(right(*given)[::-1]),
         },
         inputs,
+        parts=("the shape of A'", "the shape of B'", "B' @ A'"),
     )
