@@ -6,6 +6,7 @@ from labkit.lab.figures.breakdown import peak_areas, peak_bar
 from labkit.lab.figures.failures import beside_healthy, curve_wall, matrix_figure
 from labkit.lab.figures.forgetting import plane
 from labkit.lab.figures.merging import crossings
+from labkit.lab.figures.multitask import multitask_figure
 from labkit.lab.figures.own_data import result_rows, written_answer
 from labkit.lab.figures.paging import residency_map
 from labkit.lab.figures.serving import Span, batch_picture, cost_curves, evidence_picture, schedule_picture
@@ -22,6 +23,7 @@ __all__ = [
     "curve_wall",
     "evidence_picture",
     "matrix_figure",
+    "multitask_figure",
     "peak_areas",
     "peak_bar",
     "plane",
