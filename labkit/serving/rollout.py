@@ -22,7 +22,7 @@ from typing import Any
 
 from labkit.checks import check_whole
 from labkit.files.writing import only_one
-from labkit.serving import times, trial_log
+from labkit.serving import times, trial_aliases, trial_log
 from labkit.serving.assignment import person_of
 from labkit.serving.drift_watch import DriftWatch, Seen
 from labkit.serving.naming import read_alias, read_reference
@@ -30,7 +30,7 @@ from labkit.serving.registry import Registry
 from labkit.serving.requests import CANCELLED, ERROR, TIMEOUT, Completion
 from labkit.serving.routed import AlreadyScored, Gathering, Routed, UnknownAnswer, outcome_of
 from labkit.serving.trial import CANDIDATE, Trial, TrialPlan, read_score
-from labkit.serving.trial_aliases import ACTOR, candidate_alias, carry_out, is_candidate
+from labkit.serving.trial_aliases import candidate_alias, is_candidate
 from labkit.serving.trial_record import TrialRecord
 from labkit.serving.versions import Version
 from labkit.sweeps.records import append
@@ -77,6 +77,10 @@ class Rollouts:
         self.is_held = False
         for path in trial_log.logs(registry.root):
             self.resume(path.name.removesuffix(trial_log.SUFFIX))
+        led = {alias for alias, record in self.records.items() if not record.is_settled}
+        if left := trial_aliases.left_candidates(registry, led):
+            self.hold()
+            trial_aliases.remove_candidates(registry, left)
 
     def start(self, alias: str, candidate: int, author: str = "", note: str = "", **settings: Any) -> Trial:
         """Begin a trial of a version against the one that `alias` points to.
@@ -103,10 +107,9 @@ class Rollouts:
                 state = "has not moved its aliases yet" if last.trial.is_over else "is running"
                 raise ValueError(f"{last.trial.name} {state}; a new trial of {alias} has to wait")
             self.hold()
-            about = f"a share of {plan.share:g} of {alias}, {plan.mode}. {note}".strip()
-            self.registry.set_alias(candidate_alias(alias), candidate, ACTOR, about)
             path = trial_log.log_of(self.registry.root, alias)
-            self.records[alias] = TrialRecord.begin(plan, path, self.registry.clock, author, note)
+            with trial_aliases.candidate_pointed(self.registry, plan, note):
+                self.records[alias] = TrialRecord.begin(plan, path, self.registry.clock, author, note)
         return self.records[alias].trial
 
     def resume(self, alias: str) -> None:
@@ -274,7 +277,7 @@ class Rollouts:
     def settle(self, record: TrialRecord) -> None:
         with self.settling:
             if not record.is_settled:
-                points = carry_out(self.registry, record.trial)
+                points = trial_aliases.carry_out(self.registry, record.trial)
                 with self.lock:
                     record.decide()
                     record.write("settled", aliases=points)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from labkit.files.writing import CannotWrite, InUse
-from labkit.serving import rollout, trial_record
+from labkit.serving import trial_aliases, trial_record
 from labkit.serving.commands import main
 from labkit.serving.naming import UnknownAdapter
 from labkit.serving.requests import Completion, NewToken
@@ -189,13 +189,13 @@ def test_a_verdict_does_not_move_what_people_have_moved_meanwhile(production, op
     rollouts = opened()
     rollouts.start(ALIAS, 2)
     third = production.publish("support", production.resolve("sales@v1").path, "ann").number
-    real = rollout.carry_out
+    real = trial_aliases.carry_out
 
     def too_late(registry, trial):
         registry.set_alias(ALIAS, third, "ann")
         return real(registry, trial)
 
-    monkeypatch.setattr(rollout, "carry_out", too_late)
+    monkeypatch.setattr(trial_aliases, "carry_out", too_late)
     play(rollouts, 0.3, 0.95)
     assert rollouts.records[ALIAS].trial.verdict == "promote" and production.aliases("support") == {
         ALIAS: third
@@ -212,7 +212,7 @@ def test_a_registry_that_is_locked_at_the_verdict_is_moved_by_a_later_request(
         raise InUse("locked")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rollout, "carry_out", locked)
+        patch.setattr(trial_aliases, "carry_out", locked)
         play(rollouts, 0.9, 0.2)
     assert production.aliases("support") == {ALIAS: 1, HELPER: 2}
     assert ask(rollouts, "next", "user-1").label == "support@v1"
@@ -324,8 +324,32 @@ def test_a_killed_server_goes_on_where_it_was_whatever_line_was_the_last(product
                 whole.numbers(),
             )
             settled = [line["kind"] for line in read_log(path)].count("settled")
-            assert settled == 1 and (HELPER in production.aliases("support")) == ("settled" in kinds)
+            assert settled == 1 and HELPER not in production.aliases("support")
         again.close()
+
+
+def test_a_start_that_is_cut_off_leaves_no_alias_whether_killed_or_failed(production, opened, monkeypatch):
+    production.set_alias("support@blue-candidate", 2, "ann")
+    rollouts, begin = opened(), trial_record.TrialRecord.begin
+    for error in (CannotWrite("no space"), KeyboardInterrupt()):
+        monkeypatch.setattr(trial_record.TrialRecord, "begin", lambda *_, error=error: raise_(error))
+        with pytest.raises(type(error)):
+            rollouts.start(ALIAS, 2)
+        assert HELPER not in production.aliases()
+    production.set_alias(HELPER, 2, trial_aliases.ACTOR)  # and there a kill comes
+    rollouts.close()
+    again = opened()
+    assert production.aliases() == {ALIAS: 1, "support@blue-candidate": 2}, "what people named stays"
+    assert production.history(HELPER)[-1].note == "its trial did not begin"
+    monkeypatch.setattr(trial_record.TrialRecord, "begin", begin)
+    again.start(ALIAS, 2)
+    again.held.close()
+    opened()
+    assert production.aliases()[HELPER] == 2, "a trial that runs keeps its own"
+
+
+def raise_(error):
+    raise error
 
 
 def test_a_damaged_record_is_an_error_that_names_the_file(production, opened):
