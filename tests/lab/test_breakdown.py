@@ -53,7 +53,7 @@ def right_and_wrong():
             (lambda t, i, o, trains, r: 4 * t * i * bool(trains or r), "z = A x"),
             (lambda t, i, o, trains, r: 4 * t * (o * bool(trains or r) + r), "what goes \\*in\\*"),
             (lambda t, i, o, trains, r: 4 * t * (i * trains + (2 * i + r) * bool(r)), "kept once"),
-            (lambda t, i, o, trains, r: 4 * t * (i * bool(trains) + i * bool(r) + r), "where both train"),
+            (lambda t, i, o, trains, r: 4 * t * (i * bool(trains) + i * bool(r) + r), "kept once"),
             (lambda *a: keeps(*a) // 4, "4 bytes per number"),
             (lambda t, i, o, trains, r: 4 * (i * o if trains else r * (i + o)), "grow with the tokens"),
         ],

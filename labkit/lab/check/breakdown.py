@@ -86,9 +86,6 @@ def linear_keeps(function: Callable) -> None:
             "the base and A read the same x: it is kept once": (
                 lambda t, i, o, trains, r: 4 * t * ((2 * i if r else i if trains else 0) + r)
             ),
-            "W and A read the same x: where both train it is kept once, not twice": (
-                lambda t, i, o, trains, r: 4 * t * (i * bool(trains) + i * bool(r) + r)
-            ),
             "fp32 takes 4 bytes per number": lambda t, i, o, trains, r: right(t, i, o, trains, r) / 4,
             "those are the bytes of the weights; activations grow with the tokens": (
                 lambda t, i, o, trains, r: 4 * (i * o if trains else r * (i + o))

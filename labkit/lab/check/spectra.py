@@ -95,7 +95,9 @@ def keep_largest(function: Callable) -> None:
             "torch.linalg.svd gives Vh, whose *rows* are the directions: take Vh[:k] as it is, not its columns": (
                 lambda m, k: of_V(m, k, lambda Vh: Vh[:, :k])
             ),
-            "Vh is transposed already: take Vh[:k] as it is, (k, n)": lambda m, k: of_V(m, k, lambda Vh: Vh[:k].T),
+            "Vh is transposed already: take Vh[:k] as it is, (k, n)": lambda m, k: of_V(
+                m, k, lambda Vh: Vh[:k].T
+            ),
             "those are the first k columns of the matrix; its directions are in U and Vh": without_columns,
             "that is the whole matrix: nothing was left out": lambda m, k: m,
         },
