@@ -6,6 +6,7 @@ defaults, fp16 and flash attention, move a log-probability by about a thousandth
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,34 +30,51 @@ def is_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def engine(
-    model: Path, adapter: Path | None = None, exact: bool = True, context: int = 512, threads: int = 1
+def settings(
+    model: Path,
+    adapters: Sequence[Path] = (),
+    exact: bool = True,
+    context: int = 512,
+    threads: int = 1,
+    rows: int = 1,
 ) -> Any:
-    """A llama.cpp that has loaded a file, on the CPU.
+    """What llama.cpp is to load and how, on the CPU: the parameters of `xllamacpp.Server`.
 
     Args:
         model: a GGUF file.
-        adapter: a GGUF adapter to put on it.
+        adapters: GGUF adapters; each is on unless a request says otherwise.
         exact: keys and values in fp32 and no flash attention. False: llama.cpp's defaults.
         context: tokens of prompt and answer together.
         threads: to compute on.
+        rows: requests at once, each with a context of its own.
 
     Raises:
         ModuleNotFoundError: xllamacpp is not installed.
-        RuntimeError: llama.cpp does not load the file; it says nothing more.
     """
     xllamacpp = needed("xllamacpp", "running llama.cpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, -1
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context * rows, rows, False, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers = 0
     if exact:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    return xllamacpp.Server(params)
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0) for adapter in adapters]
+    return params
+
+
+def engine(
+    model: Path, adapter: Path | None = None, exact: bool = True, context: int = 512, threads: int = 1
+) -> Any:
+    """A llama.cpp in this process that has loaded a file, and an adapter to put on it; see `settings`.
+
+    Raises:
+        ModuleNotFoundError: xllamacpp is not installed.
+        RuntimeError: llama.cpp does not load the file; it says nothing more.
+    """
+    params = settings(model, () if adapter is None else (adapter,), exact, context, threads)
+    return needed("xllamacpp", "running llama.cpp").Server(params)
 
 
 def answer(server: Any, ids: list[int], tokens: int = 12, top: int = 5) -> Answer:
