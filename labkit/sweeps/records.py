@@ -238,10 +238,17 @@ def paired_interval(
                 raise ValueError(f"no items were kept of the run {record['config']}")
             table[seeds.index(record["config"]["seed"]), record["wrong"]] = 0
         right.append(table)
-    difference = right[0] - right[1]  # (seeds, items)
+    return two_way_interval(right[0] - right[1])
+
+
+def two_way_interval(difference: np.ndarray) -> tuple[float, float, float]:
+    """The mean of paired differences, (seeds, items), and the ends of its 95 % interval: seeds and items are both drawn
+    anew, 10,000 times.
+    """
+    seeds, items = difference.shape
     draw = np.random.default_rng(0)
     means = [
-        difference[draw.integers(len(seeds), size=len(seeds))][:, draw.integers(n_items, size=n_items)].mean()
+        difference[draw.integers(seeds, size=seeds)][:, draw.integers(items, size=items)].mean()
         for _ in range(10_000)
     ]
     low, high = np.quantile(means, (0.025, 0.975))

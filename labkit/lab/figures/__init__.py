@@ -9,6 +9,7 @@ from labkit.lab.figures.merging import crossings
 from labkit.lab.figures.multitask import multitask_figure
 from labkit.lab.figures.own_data import result_rows, written_answer
 from labkit.lab.figures.paging import residency_map
+from labkit.lab.figures.prices import load_prices, price_all, price_figure, price_table
 from labkit.lab.figures.serving import Span, batch_picture, cost_curves, evidence_picture, schedule_picture
 from labkit.lab.figures.training import run_figure
 
@@ -22,11 +23,15 @@ __all__ = [
     "crossings",
     "curve_wall",
     "evidence_picture",
+    "load_prices",
     "matrix_figure",
     "multitask_figure",
     "peak_areas",
     "peak_bar",
     "plane",
+    "price_all",
+    "price_figure",
+    "price_table",
     "residency_map",
     "result_rows",
     "run_figure",

@@ -1,0 +1,87 @@
+"""The recipe of `data/results/trl_prices.jsonl`: each run changes what its name says, and nothing else."""
+
+import pytest
+
+pytest.importorskip("trl")
+
+from peft import LoraConfig
+from trl import SFTConfig
+
+from labkit.data.tickets import load_tickets, ticket_answer
+from labkit.training.metrics import score_json
+from recipes import trl_prices as recipe
+
+TOGETHER = {"all defaults", "packing", "packing, as many tokens a step", "r = alpha = 8"}
+
+
+def changes(setting):
+    """What a setting's options have that the reference's do not, one entry each."""
+    ours, reference = recipe.options(setting), recipe.options("reference")
+    found = {}
+    for name, value in ours.items():
+        pairs = value.items() if isinstance(value, dict) else [(name, value)]
+        before = reference[name] if isinstance(value, dict) else reference
+        found |= {key: one for key, one in pairs if one != before[key]}
+    return found
+
+
+def test_every_setting_switches_one_thing_alone_except_those_that_say_so():
+    for setting in recipe.SETTINGS:
+        expected = 0 if setting == "reference" else 1
+        assert len(changes(setting)) == expected or setting in TOGETHER, setting
+    assert set(changes("packing")) == {"packing", "max_length"}
+    assert set(changes("r = alpha = 8")) == {"r", "lora_alpha"}
+
+
+def test_all_defaults_are_those_of_trl_and_peft(tmp_path):
+    chosen = recipe.options("all defaults")
+    args, lora = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), LoraConfig()
+    for name in (
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+        "max_length",
+        "packing",
+    ):
+        assert chosen["args"][name] == getattr(args, name), name
+    assert chosen["args"]["per_device_train_batch_size"] == args.per_device_train_batch_size
+    for name, value in chosen["lora"].items():
+        assert value == getattr(lora, name), name
+
+
+@pytest.mark.parametrize("setting", recipe.SETTINGS)
+def test_trl_and_peft_take_the_options_of_every_setting(setting, tmp_path):
+    chosen = recipe.options(setting)
+    SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], **chosen["args"])
+    LoraConfig(**chosen["lora"])
+
+
+def test_the_plan_has_every_run_once_and_three_seeds_of_the_telling_settings_first():
+    plan = recipe.plan()
+    assert len(plan) == len(set(plan)) == len(recipe.SETTINGS) * len(recipe.SEEDS)
+    first = plan[: len(recipe.FIRST) * len(recipe.SEEDS)]
+    assert {name for name, _ in first} == set(recipe.FIRST)
+    assert [seed for name, seed in first if name == "reference"] == list(recipe.SEEDS)
+
+
+def test_the_columns_of_the_data_hold_the_same_chat():
+    tickets = load_tickets("train")[:3]
+    whole, apart = (recipe.data_set(columns, tickets) for columns in ("messages", "prompt, completion"))
+    assert whole.column_names == ["messages"] and apart.column_names == ["prompt", "completion"]
+    assert [row["messages"] for row in whole] == [row["prompt"] + row["completion"] for row in apart]
+
+
+def test_the_fields_right_are_those_that_the_lesson_counts():
+    labels = [ticket["label"] for ticket in load_tickets("test")[:4]]
+    answers = [
+        ticket_answer(labels[0]),
+        ticket_answer(labels[1] | {"urgency": "never"}),
+        "no JSON",
+        ticket_answer({k: v for k, v in labels[3].items() if k != "order"}),
+    ]
+    right = [recipe.fields_right(answer, label) for answer, label in zip(answers, labels)]
+    score = score_json(answers, labels)
+    assert [all(one) for one in right] == [i not in score.wrong for i in range(4)]
+    for place, field in enumerate(recipe.TICKET_FIELDS):
+        assert sum(one[place] for one in right) / 4 == score.per_field[field]
