@@ -5,6 +5,7 @@ carries the verdict as data, so `ledger` can gather all of them from the noteboo
 """
 
 import json
+import re
 from pathlib import Path
 
 from IPython.display import display
@@ -12,6 +13,7 @@ from IPython.display import display
 from labkit.checks import check_choice
 
 VERDICTS = ("confirmed", "refuted", "depends", "not seen here", "not testable here")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z“*(α-ω|])")
 MIME = "application/vnd.labkit.claim+json"
 SOURCES = {
     "S1": "“LoRA and Parameter-Efficient Fine-Tuning”, a practitioner's blog, 2026",
@@ -22,13 +24,14 @@ SOURCES = {
 
 
 def claim(number: str, statement: str, verdict: str, evidence: str, said: str = "") -> None:
-    """Record and show the verdict on a claim.
+    """Record and show the verdict on a claim: a line, and the rest of the evidence folded below it.
 
     Args:
         number: its number in the course's list, such as "C28".
         statement: what people say.
         verdict: one of `VERDICTS`.
-        evidence: the numbers just measured, and for "depends" what the verdict depends on.
+        evidence: the numbers just measured, and for "depends" what the verdict depends on; its first sentence
+            stands in the line.
         said: who says so: names in `SOURCES`, with spaces between, such as "S1 S4".
 
     Raises:
@@ -40,6 +43,8 @@ def claim(number: str, statement: str, verdict: str, evidence: str, said: str = 
     for source in said.split():
         check_choice("said", source, tuple(SOURCES))
     by = " ".join(f"Said in {SOURCES[source]}." for source in said.split())
+    first, *rest = SENTENCE_END.split(evidence.strip(), maxsplit=1)
+    folded = " ".join([*rest, *([f"*{by}*"] if by else [])])
     data: dict[str, object] = {
         "claim": number,
         "statement": statement,
@@ -47,8 +52,9 @@ def claim(number: str, statement: str, verdict: str, evidence: str, said: str = 
         "evidence": evidence,
     }
     data |= {"said": said.split()} if said else {}
-    text = f"**{number}** “{statement}” — **{verdict}.** {evidence}" + (f" *{by}*" if by else "")
-    display({MIME: data, "text/markdown": text, "text/plain": text}, raw=True)
+    line = f"**{number}** “{statement}” — **{verdict}.** {first}"
+    fold = f"\n\n<details><summary>The evidence</summary>\n\n{folded}\n\n</details>" if folded else ""
+    display({MIME: data, "text/markdown": line + fold, "text/plain": f"{line} {folded}".strip()}, raw=True)
 
 
 def ledger(folder: str | Path = ".") -> list[dict]:

@@ -133,6 +133,8 @@ def seed_curve(
 ) -> pd.DataFrame:
     """A sweep along `x` on a logarithmic axis: seeds as dots, means joined, the 95 % interval as a band.
 
+    No band where there are only two seeds: Student's t is 12.7 there, and the band would be mostly that.
+
     Args:
         frame: one row per run (`labkit.sweeps.records.Results.to_frame`).
         x, y: its columns: the setting that varies, and the metric.
@@ -144,7 +146,8 @@ def seed_curve(
     """
     table = summarize(frame.sort_values(x), x, y)
     axes.set_xscale("log", base=base)
-    low, high = table["mean"] - table["half"], table["mean"] + table["half"]
+    half = table["half"].where(table["n"] > 2)
+    low, high = table["mean"] - half, table["mean"] + half
     axes.fill_between(table[x], low, high, color=colour, alpha=0.2, linewidth=0)
     axes.plot(table[x], table["mean"], "-", color=colour, linewidth=1.5)
     axes.plot(frame[x], frame[y], "o", color=colour, markersize=3.5)

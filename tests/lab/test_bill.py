@@ -236,3 +236,11 @@ def test_the_explorer_has_a_control_for_each_argument():
 def test_an_unknown_model_is_refused():
     with pytest.raises(ValueError, match="not known"):
         explore.bill_explorer("gpt-5")
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    step = {"model": "smollm2-135m", "method": "lora", "r": 8, "max_length": 512}
+    most = explore.largest_batch(8, **step)
+    fits = {n: plan(**step, batch_size=n).fits(8, explore.RESERVE) for n in (most, most + 1)}
+    assert fits == {most: True, most + 1: False}
+    assert explore.largest_batch(8, model="llama-2-7b", method="full") == 0

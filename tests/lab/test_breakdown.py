@@ -146,3 +146,14 @@ def test_headless_the_explorer_draws_static_figures():
 def test_the_explorer_has_a_control_for_each_argument():
     explorer = explorers.Explorer(explore, explore.peak_explorer, interactive=True)
     assert set(explorer.controls) == set(explorer.static[0])
+
+
+def test_casting_the_rest_to_fp32_and_a_card_are_drawn(explorer):
+    plain, cast = (
+        explorer.figure(model="smollm2-135m", method="qlora", cast_rest=on, card=24) for on in (False, True)
+    )
+    assert [line for line in cast.axes[1].lines if set(line.get_ydata()) == {24}]
+    length = [sum(bar.get_width() for bar in figure.axes[0].patches) for figure in (plain, cast)]
+    settings = dict(max_length=2048, batch_size=1, dtype="fp32", compute_dtype="bf16", **explore.STATIC_REST)
+    assert length[1] == pytest.approx(plan("smollm2-135m", "qlora", **settings).peak / 1e9)
+    assert length[0] < length[1]

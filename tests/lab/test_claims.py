@@ -35,3 +35,17 @@ def test_a_claim_names_who_makes_it(monkeypatch):
     claims.claim("C2", "x", "confirmed", "0 == 0.", said="S1 S4")
     assert shown[0][claims.MIME]["said"] == ["S1", "S4"]
     assert all(claims.SOURCES[source] in shown[0]["text/markdown"] for source in ("S1", "S4"))
+
+
+def test_a_verdict_is_one_line_and_the_rest_is_folded(monkeypatch):
+    shown = []
+    monkeypatch.setattr(claims, "display", lambda data, raw: shown.append(data))
+    claims.claim(
+        "C9", "x", "refuted", "1.50 GB on 33B, i.e. 3.2 bits. Counted on the layers. Do: count.", said="S1"
+    )
+    line, _, folded = shown[0]["text/markdown"].partition("<details>")
+    assert line.strip() == "**C9** “x” — **refuted.** 1.50 GB on 33B, i.e. 3.2 bits."
+    assert "Counted on the layers. Do: count." in folded and claims.SOURCES["S1"] in folded
+    assert shown[0][claims.MIME]["evidence"].endswith("Do: count."), "the data have all of it"
+    claims.claim("C9", "x", "refuted", "1 > 0")
+    assert "<details>" not in shown[1]["text/markdown"]

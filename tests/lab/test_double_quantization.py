@@ -161,6 +161,14 @@ def test_explorer_draws_a_static_figure_when_nobody_can_click():
     (figure,) = explorers.shown(explore, lambda: explore.constants_explorer(weights))
     assert len(figure.axes) == 2
     explorer = explorers.Explorer(explore, lambda: explore.constants_explorer(weights), interactive=True)
-    assert set(explorer.controls) == {"weight", "blocksize", "nested_blocksize", "model"}
+    assert set(explorer.controls) == {"weight", "blocksize", "nested_blocksize", "model", "scales"}
     with pytest.raises(ValueError, match="at least one weight"):
         explore.constants_explorer({})
+
+
+@pytest.mark.parametrize("scales", explore.SCALE_FORMATS)
+def test_every_format_of_the_scales_costs_its_bits_and_adds_some_error(scales):
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    found = explore.measure(weight, 64, 256, scales)
+    assert found["bits"] == pytest.approx(explore.scale_bits(scales, 64, 256), rel=0.02)
+    assert found["error, fp32"] <= found["error"] * 1.001

@@ -182,3 +182,18 @@ def test_the_explorer_needs_updates():
     for nothing in ({}, {"full": {}}):
         with pytest.raises(ValueError, match="updates is empty"):
             explore.update_explorer(nothing, lambda method, k: 0.0)
+
+
+def test_controls_and_intruders_are_drawn_where_they_are_given(updates):
+    method, layer = next((m, next(iter(u))) for m, u in updates.items())
+    known = {method: {0: 0.0, 8: 0.8}, "random directions": {1: 0.1, 8: 0.2}}
+    count = lambda method, layer, epsilon: round(10 * epsilon)  # noqa: E731
+    explorer = explorers.Explorer(
+        explore,
+        lambda: explore.update_explorer(updates, lambda method, k: 0.5, known, count),
+        interactive=True,
+    )
+    figure = explorer.draw and explorer.figure(method=method, layer=layer, k=4, epsilon=0.9)
+    assert "intruders at ε = 0.9: 9" in explorers.title(figure)
+    assert "random directions" in [text.get_text() for text in figure.axes[1].texts]
+    assert "epsilon" in explorer.controls

@@ -24,6 +24,8 @@ RESERVE = 1.0  # GB that CUDA itself and the display take
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8, 16)
+TARGETS = ("all-linear", "attention", "mlp")
+MOST = 1 << 12  # examples; more are not tried
 
 
 def verdict(ledger: Ledger, cards: Sequence[float] = CARDS, reserve: float = RESERVE) -> str:
@@ -39,8 +41,24 @@ def verdict(ledger: Ledger, cards: Sequence[float] = CARDS, reserve: float = RES
     return "; ".join(said)
 
 
+def largest_batch(card: float, model: str, method: str, reserve: float = RESERVE, **settings: Any) -> int:
+    """The most examples whose peak fits a card of so many GB with `reserve` kept free; 0 if none does."""
+
+    def fits(batch: int) -> bool:
+        return plan(model, method, **settings | {"batch_size": batch}).fits(card, reserve)
+
+    low, high = 0, 1
+    while high <= MOST and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def bill_explorer(model: str = "llama-2-7b") -> None:
-    """Choose a model, a method and the sizes of a step: see the bar of its peak, and which cards it fits.
+    """Choose a model, a method and the sizes of a step: see the bar of its peak, which cards it fits, and the
+    largest batch on each.
 
     Args:
         model: the one to start with, of `labkit.models.shapes.known_models()`.
@@ -59,10 +77,14 @@ def bill_explorer(model: str = "llama-2-7b") -> None:
         optimizer: str,
         checkpointing: bool,
         mixed: bool = False,
+        targets: str = "all-linear",
+        double_quant: bool = True,
+        completion: float = 1.0,
     ) -> None:
-        figure, axes = canvas(width=9, height=2.4)
-        settings: dict[str, Any] = {"master": mixed} if method == "full" else {"r": r}
-        settings |= {"max_length": max_length, "batch_size": batch_size}
+        figure, axes = canvas(width=9, height=2.6)
+        settings: dict[str, Any] = {"master": mixed} if method == "full" else {"r": r, "targets": targets}
+        settings |= {"double_quant": double_quant} if method == "qlora" else {}
+        settings |= {"max_length": max_length, "batch_size": batch_size, "supervised": completion}
         settings |= {"optimizer": optimizer, "checkpointing": checkpointing}
         try:
             ledger = plan(model, method, **settings)
@@ -77,7 +99,9 @@ def bill_explorer(model: str = "llama-2-7b") -> None:
             # the smallest card that may hold it
             reach = [card for card in CARDS if card > ledger.peak / 1e9][:1]
             shown = [card for card in CARDS if card <= max([ledger.peak / 1e9, *reach])]
-            bill_bars({what: ledger}, f"{model}, {what}, {how}:\n{verdict(ledger)}", axes, cards=())
+            most = {card: largest_batch(card, model, method, **settings) for card in CARDS}
+            room = "largest batch: " + ", ".join(f"{n or 'none'} on {card:g} GB" for card, n in most.items())
+            bill_bars({what: ledger}, f"{model}, {what}, {how}:\n{verdict(ledger)}\n{room}", axes, cards=())
             if reach:
                 axes.set_xlim(0, max(axes.get_xlim()[1], 1.02 * reach[0]))
             mark_cards(axes, shown)
@@ -87,7 +111,7 @@ def bill_explorer(model: str = "llama-2-7b") -> None:
 
     controls = {}
     if is_interactive():
-        from ipywidgets import Checkbox, Dropdown, SelectionSlider
+        from ipywidgets import Checkbox, Dropdown, FloatSlider, SelectionSlider
 
         wide = {"style": {"description_width": "8em"}, "layout": {"width": "30em"}}
         controls = {
@@ -99,6 +123,17 @@ def bill_explorer(model: str = "llama-2-7b") -> None:
             "optimizer": Dropdown(options=OPTIMIZERS, description="optimizer", **wide),
             "checkpointing": Checkbox(value=False, description="gradient checkpointing"),
             "mixed": Checkbox(value=True, description="fp32 master copy (full only)"),
+            "targets": Dropdown(options=TARGETS, description="targets", **wide),
+            "double_quant": Checkbox(value=True, description="double quantization (qlora only)"),
+            "completion": FloatSlider(
+                value=1.0,
+                min=0.1,
+                max=1,
+                step=0.1,
+                description="in the loss",
+                continuous_update=False,
+                **wide,
+            ),
         }
     start = {"model": model, "r": 16, "max_length": 1024, "batch_size": 1, "optimizer": "adamw"}
     static = [

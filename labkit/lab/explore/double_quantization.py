@@ -1,7 +1,8 @@
 """The price of the scales: both block sizes and a model, with the error measured on real weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from IPython.display import display
 from matplotlib import pyplot as plt
 from torch import Tensor
@@ -24,13 +25,39 @@ BLOCKSIZES = (32, 64, 128, 256, 512)
 NESTED_BLOCKSIZES = (16, 64, 256, 1024, 4096)
 
 
-def measure(weight: Tensor, blocksize: int, nested_blocksize: int) -> dict[str, float]:
-    """Quantize to NF4, then the scales to the dynamic map in blocks of any size; count bytes, measure errors.
+def even(bits: int) -> Tensor:
+    """Equal steps, symmetric: 2^bits - 1 levels."""
+    top = 2 ** (bits - 1) - 1
+    return torch.arange(-top, top + 1) / top
+
+
+DYNAMIC = "dynamic map, 8 bits"
+TABLES: dict[str, tuple[int, Callable[[], Tensor]]] = {  # bits of a scale, and its levels
+    DYNAMIC: (8, dynamic8),
+    "linear steps, 8 bits": (8, lambda: even(8)),
+    "linear steps, 6 bits": (6, lambda: even(6)),
+    "linear steps, 4 bits": (4, lambda: even(4)),
+}
+CASTS = {"bf16": torch.bfloat16, "fp8 (e4m3)": torch.float8_e4m3fn}
+SCALE_FORMATS = (*TABLES, *CASTS)
+
+
+def scale_bits(scales: str, blocksize: int, nested_blocksize: int) -> float:
+    """Bits of constants per weight, of whole blocks."""
+    if scales in CASTS:
+        return 8 * CASTS[scales].itemsize / blocksize
+    return TABLES[scales][0] / blocksize + 32 / (blocksize * nested_blocksize)
+
+
+def measure(weight: Tensor, blocksize: int, nested_blocksize: int, scales: str = DYNAMIC) -> dict[str, float]:
+    """Quantize to NF4, then the scales to a format in blocks of any size; count bytes, measure errors.
 
     Args:
         weight: fp32, any shape.
         blocksize: weights per scale.
-        nested_blocksize: scales per scale of scales; `labkit.quantize` uses 256, as bitsandbytes does.
+        nested_blocksize: scales per scale of scales; `labkit.quantize` uses 256, as bitsandbytes does. A cast
+            to bf16 or fp8 has none.
+        scales: one of `SCALE_FORMATS`.
 
     Returns:
         "constant bytes", and "constant bytes, fp32" without double quantization; "bits" and "bits, fp32",
@@ -39,14 +66,18 @@ def measure(weight: Tensor, blocksize: int, nested_blocksize: int) -> dict[str, 
     """
     flat, levels = weight.detach().reshape(-1).float(), nf4()
     codes, absmax = quantize_blocks(flat, levels, blocksize)
-    offset = absmax.mean()
-    scale_codes, nested = quantize_blocks(absmax - offset, dynamic8(), nested_blocksize)
-    back = dequantize_blocks(scale_codes, nested, dynamic8(), nested_blocksize) + offset
+    if scales in CASTS:
+        back, size = absmax.to(CASTS[scales]).float(), absmax.numel() * CASTS[scales].itemsize
+    else:
+        width, table = TABLES[scales]
+        offset = absmax.mean()
+        scale_codes, nested = quantize_blocks(absmax - offset, table(), nested_blocksize)
+        back = dequantize_blocks(scale_codes, nested, table(), nested_blocksize) + offset
+        size = scale_codes.numel() * width // 8 + nested.nbytes + offset.nbytes
 
     def error(scales: Tensor) -> float:
         return ((dequantize_blocks(codes, scales, levels, blocksize) - flat).norm() / flat.norm()).item()
 
-    size = scale_codes.nbytes + nested.nbytes + offset.nbytes
     return {
         "constant bytes": size,
         "constant bytes, fp32": absmax.nbytes,
@@ -58,9 +89,9 @@ def measure(weight: Tensor, blocksize: int, nested_blocksize: int) -> dict[str, 
 
 
 def constants_explorer(weights: Mapping[str, Tensor]) -> None:
-    """Choose the two block sizes, a model and a weight. Left: bits of constants per weight, and their
-    gigabytes in that model. Right: the error of that weight at every block size, measured live, with and
-    without double quantization.
+    """Choose the two block sizes, the format of the scales, a model and a weight. Left: bits of constants per weight, and their
+    gigabytes in that model. Right: the error of that weight at every block size, measured live, with fp32
+    scales and with scales in that format.
 
     Args:
         weights: {name: weight}; with a million numbers each, the controls respond at once.
@@ -71,14 +102,15 @@ def constants_explorer(weights: Mapping[str, Tensor]) -> None:
     if not weights:
         raise ValueError("give at least one weight to measure on, as {name: tensor}")
 
-    def draw(weight: str, blocksize: int, nested_blocksize: int, model: str) -> None:
+    def draw(weight: str, blocksize: int, nested_blocksize: int, model: str, scales: str = DYNAMIC) -> None:
         sizes = sorted({*BLOCKSIZES, blocksize})
-        rows = {size: measure(weights[weight], size, nested_blocksize) for size in sizes}
+        rows = {size: measure(weights[weight], size, nested_blocksize, scales) for size in sizes}
         chosen, n = rows[blocksize], LINEAR_WEIGHTS[model]
         figure, (left, right) = canvas(width=9, height=3.2, columns=2)
         # exact for whole blocks, which these models have
-        nested = 8 / blocksize + 32 / (blocksize * nested_blocksize)
-        bits = {"fp32 scales": 32 / blocksize, "double quantization": nested}
+        nested = scale_bits(scales, blocksize, nested_blocksize)
+        named = "double quantization" if scales == DYNAMIC else scales
+        bits = {"fp32 scales": 32 / blocksize, named: nested}
         colours = [COLOURS["base"], COLOURS["constants"]]
         bars = left.barh(list(bits), list(bits.values()), color=colours, height=0.6)
         labels = [f"{b:.3f} bits: {b * n / 8e9:.2f} GB" for b in bits.values()]
@@ -90,9 +122,7 @@ def constants_explorer(weights: Mapping[str, Tensor]) -> None:
             right.plot(sizes, [rows[size][key] for size in sizes], style, color=COLOURS[colour], markersize=6)
         right.axvline(blocksize, color=COLOURS["control"], linewidth=1, zorder=0)
         added = chosen["error"] / chosen["error, fp32"] - 1
-        text = (
-            f"block {blocksize}: double quantization adds {added:+.2%}\n● grey: fp32 scales, ■ violet: 8-bit"
-        )
+        text = f"block {blocksize}: {named} adds {added:+.2%}\n● grey: fp32 scales, ■ violet: {scales}"
         right.text(0.03, 0.97, text, transform=right.transAxes, va="top", fontsize=9.5)
         right.set_xscale("log", base=2)
         right.set_xticks(sizes, [str(size) for size in sizes])
@@ -114,6 +144,7 @@ def constants_explorer(weights: Mapping[str, Tensor]) -> None:
                 options=NESTED_BLOCKSIZES, value=256, description="block of scales", **wide
             ),
             "model": SelectionSlider(options=list(LINEAR_WEIGHTS), value="7B", description="model", **wide),
+            "scales": Dropdown(options=SCALE_FORMATS, description="scales in", **wide),
         }
     start = {"weight": next(iter(weights)), "blocksize": 64, "nested_blocksize": 256, "model": "7B"}
     panel(draw, controls, [start])

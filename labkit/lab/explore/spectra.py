@@ -26,6 +26,7 @@ def update_explorer(
     updates: Mapping[str, Mapping[str, Matrix]],
     share_kept: Callable[[str, int], float],
     known: Mapping[str, Mapping[int, float]] | None = None,
+    intruders: Callable[[str, str, float], int] | None = None,
 ) -> None:
     """Pick a method, a layer and k: see the spectrum of the layer's update beside noise of the same norm, and
     the share of the loss improvement that is kept when *every* layer's update is cut to its k largest
@@ -35,7 +36,9 @@ def update_explorer(
         updates: {method: {layer: update as a tensor, `Factored` or `SVD`}}, with the same layers for every
             method.
         share_kept: measures that share for a method and a k.
-        known: {method: {k: share}} measured before, drawn as a curve.
+        known: {method: {k: share}} measured before, drawn as curves; one that is no method of `updates` is a
+            control, and dashed.
+        intruders: counts the intruder dimensions of a method's layer at an ε; None leaves the ε out.
 
     Raises:
         ValueError: no updates.
@@ -44,7 +47,7 @@ def update_explorer(
         raise ValueError("updates is empty; give at least one, {method: {layer: matrix}}")
     known = known or {}
 
-    def draw(method: str, layer: str, k: int) -> None:
+    def draw(method: str, layer: str, k: int, epsilon: float = 0.6) -> None:
         update = updates[method][layer]
         s = singular_values(update)
         noise = singular_values(gaussian_like(truncate(svd(update), len(s)), seed=0))
@@ -62,11 +65,18 @@ def update_explorer(
         left.text(0.98, 0.86, "- - noise of this norm", color=COLOURS["base"], **corner)
         ranks = f"effective rank {effective_rank(s):.0f}, 90 % of energy in {energy_rank(s)}"
         left.text(0.98, 0.77, ranks, fontsize=9, **corner)
-        finish(left, short_name(layer), "number of the singular value", "singular value")
-        curve = sorted(known.get(method, {}).items())
-        if curve:
-            ks, shares = [max(a, 0.6) for a, _ in curve], [100 * b for _, b in curve]
-            right.plot(ks, shares, "-o", color=colour, markersize=3)
+        name = short_name(layer)
+        name += f"; intruders at ε = {epsilon}: {intruders(method, layer, epsilon)}" if intruders else ""
+        finish(left, name, "number of the singular value", "singular value")
+        for other, points in known.items():
+            ks, shares = zip(*((max(a, 0.6), 100 * b) for a, b in sorted(points.items())))
+            shade = colour if other == method else COLOURS["base"]
+            style = "-o" if other == method else "-" if other in updates else "--"
+            right.plot(ks, shares, style, color=shade, markersize=3, linewidth=2 if other == method else 1)
+            if other != method:
+                place = {"xytext": (0, -11), "textcoords": "offset points", "ha": "center", "fontsize": 8.5}
+                middle = len(ks) // 2
+                right.annotate(other, (ks[middle], shares[middle]), color=shade, **place)
         share = share_kept(method, k)
         diamond = {"color": COLOURS["gold"], "markersize": 9, "markeredgecolor": "black"}
         right.plot(max(k, 0.6), 100 * share, "D", **diamond)
@@ -85,7 +95,7 @@ def update_explorer(
         static.append({"method": methods[-1], "layer": layers[-1], "k": 2})
     controls = {}
     if is_interactive():
-        from ipywidgets import Dropdown, SelectionSlider
+        from ipywidgets import Dropdown, FloatSlider, SelectionSlider
 
         named = [(short_name(name), name) for name in layers]
         controls["method"] = Dropdown(options=methods, description="method", **WIDE)
@@ -93,6 +103,9 @@ def update_explorer(
         controls["k"] = SelectionSlider(
             options=RANKS, value=8, description="k kept", continuous_update=False, **WIDE
         )
+        if intruders:
+            epsilons = {"value": 0.6, "min": 0.3, "max": 0.95, "step": 0.05, "description": "ε of intruders"}
+            controls["epsilon"] = FloatSlider(continuous_update=False, **epsilons, **WIDE)
     panel(draw, controls, static)
 
 
