@@ -226,3 +226,19 @@ def test_what_is_missing_is_said(runs):
         explore.plane_explorer(runs[:0])
     with pytest.raises(ValueError, match="no column gain"):
         forgetting.plane(runs.drop(columns="gain"), axes=None)
+
+
+def test_an_adapter_is_measured_once_for_each_strength(monkeypatch):
+    asked = []
+
+    def measure(strength):
+        asked.append(strength)
+        return 0.6 * strength**0.5, 0.7 * strength**2
+
+    explorer = explorers.Explorer(explore, lambda: explore.turned_down_explorer(measure))
+    asked.clear()
+    figure = explorer.figure(strength=1.25)
+    assert asked == [1.25] and explorers.title(figure, 1) == "learned 0.67, forgotten 1.09"
+    explorer.figure(strength=1.25)
+    assert asked == [1.25], "what was measured is known"
+    assert len(explorers.shown(explore, lambda: explore.turned_down_explorer(measure))) == 1

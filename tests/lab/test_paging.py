@@ -158,3 +158,13 @@ def test_the_explorer_has_a_control_for_each_choice(parameters):
     explorer.controls["policy"].value = "mru"
     after = explorers.title(explorer.figure_at_controls())
     assert before.startswith("LRU") and after.startswith("MRU")
+
+
+def test_paging_saves_a_run_only_where_much_trains():
+    explorer = explorers.Explorer(explore, explore.card_explorer)
+    few = explorer.figure(trains=8, card=8, checkpointing=True)
+    many = explorer.figure(trains=explore.FULL, card=80, checkpointing=True)
+    assert "changes nothing" in explorers.title(few) and "saves the run" in explorers.title(many)
+    assert len(explorers.shown(explore, explore.card_explorer)) == 2
+    interactive = explorers.Explorer(explore, explore.card_explorer, interactive=True)
+    assert set(interactive.controls) == set(interactive.static[0])

@@ -192,3 +192,19 @@ def test_the_explorer_has_a_control_for_each_argument():
 def test_the_explorer_needs_a_weight():
     with pytest.raises(ValueError, match="weights is empty"):
         explore.codebook_explorer({})
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_the_levels_of_the_derivation_are_normal_floats(bits):
+    levels = explore.normal_levels(bits, 0.9677083)
+    assert len(levels) == 2**bits and levels[0] == -1 and levels[-1] == 1 and (levels == 0).sum() == 1
+    if bits == 4:
+        assert torch.allclose(levels, nf4(), atol=1e-6)
+
+
+def test_the_offset_of_nf4_has_nearly_the_least_error():
+    explorer = explorers.Explorer(explore, explore.levels_explorer)
+    curve = explorer.figure(bits=4, offset=0.9677083).axes[1].lines[0].get_ydata()
+    here = explorer.figure(bits=4, offset=0.9677083).axes[1].lines[1].get_ydata()[0]
+    assert here < 1.03 * min(curve)
+    assert len(explorers.shown(explore, explore.levels_explorer)) == 1

@@ -7,13 +7,13 @@ from labkit.lab.explore.bill import bill_explorer
 from labkit.lab.explore.breakdown import peak_explorer
 from labkit.lab.explore.double_quantization import constants_explorer
 from labkit.lab.explore.failures import tensor_explorer
-from labkit.lab.explore.forgetting import plane_explorer
+from labkit.lab.explore.forgetting import plane_explorer, turned_down_explorer
 from labkit.lab.explore.lora import strength_explorer
 from labkit.lab.explore.merging import mixing_explorer, survival_explorer
 from labkit.lab.explore.messages import message_box
 from labkit.lab.explore.own_data import answers_beside, record_explorer
-from labkit.lab.explore.paging import paging_explorer
-from labkit.lab.explore.quantization import codebook_explorer
+from labkit.lab.explore.paging import card_explorer, paging_explorer
+from labkit.lab.explore.quantization import codebook_explorer, levels_explorer
 from labkit.lab.explore.ranks import sweep_explorer
 from labkit.lab.explore.serving import serving_explorer
 from labkit.lab.explore.spectra import update_explorer
@@ -29,9 +29,11 @@ __all__ = [
     "answer_table",
     "answers_beside",
     "bill_explorer",
+    "card_explorer",
     "codebook_explorer",
     "constants_explorer",
     "cost_explorer",
+    "levels_explorer",
     "message_box",
     "mixing_explorer",
     "paging_explorer",
@@ -48,6 +50,7 @@ __all__ = [
     "ticket_explorer",
     "token_probabilities",
     "training_panel",
+    "turned_down_explorer",
     "update_explorer",
     "variant_explorer",
     "weight_memory",

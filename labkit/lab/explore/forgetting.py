@@ -6,7 +6,7 @@ is on every front: it has learned nothing and forgotten nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -106,3 +106,45 @@ def plane_explorer(runs: pd.DataFrame, gain: float = 0.7) -> None:
         for name in ("King James Bible", "Python documentation")
     ]
     panel(draw, controls, static)
+
+
+def turned_down_explorer(measure: Callable[[float], tuple[float, float]]) -> None:
+    """Turn a trained adapter up and down: what is left of the learning, and of the forgetting, live.
+
+    Args:
+        measure: the strength of the adapter, 1 as it was trained, to (learned, forgotten) in nats per token.
+    """
+    known = {0.0: (0.0, 0.0)}
+
+    def draw(strength: float) -> None:
+        if strength not in known:
+            known[strength] = measure(strength)
+        path = sorted(known)
+        figure, (left, right) = canvas(width=9.5, height=3.3, columns=2)
+        for n, (name, colour, style) in enumerate((("learned", "lora", "o-"), ("forgotten", "qlora", "s--"))):
+            values = [known[s][n] for s in path]
+            left.plot(path, values, style, color=COLOURS[colour], markersize=5)
+            left.annotate(
+                name, (path[-1], values[-1]), xytext=(6, 0), textcoords="offset points", color=COLOURS[colour]
+            )
+        left.axvline(strength, color=COLOURS["control"], linewidth=1, zorder=0)
+        left.set_xlim(-0.05, 1.35 * max(path))
+        finish(left, f"strength {strength:g}", "strength of the adapter", "nats per token")
+        right.plot(*zip(*(known[s] for s in path)), "o-", color=COLOURS["lora"], markersize=5)
+        diamond = {"color": COLOURS["gold"], "markersize": 10, "markeredgecolor": "black"}
+        right.plot(*known[strength], "D", **diamond)
+        learned, forgotten = known[strength]
+        finish(right, f"learned {learned:.2f}, forgotten {forgotten:.2f}", "learned", "forgotten")
+        display(figure)
+        plt.close(figure)
+
+    controls = {}
+    if is_interactive():
+        from ipywidgets import FloatSlider
+
+        strengths = {"value": 0.5, "min": 0, "max": 1.5, "step": 0.125, "description": "adapter ×"}
+        controls = {"strength": FloatSlider(continuous_update=False, **strengths, **WIDE)}
+    else:
+        for strength in (0.25, 0.75, 1.0):
+            known[strength] = measure(strength)
+    panel(draw, controls, [{"strength": 0.5}])

@@ -8,9 +8,12 @@ from IPython.display import display
 from torch import Tensor
 
 from labkit.lab.explore.panel import SLOW, WIDE, panel
+from labkit.lab.figures.bill import CARDS
 from labkit.lab.figures.paging import residency_map
 from labkit.lab.interactive import is_interactive
 from labkit.lab.plots import COLOURS, canvas, finish
+from labkit.memory.formulas import plan
+from labkit.models.shapes import known_models
 from labkit.optim.adamw import AdamW, AdamW8bit
 from labkit.optim.page_table import POLICIES, PageTable
 from labkit.optim.paging import attach_paging
@@ -99,3 +102,60 @@ def paging_explorer(parameters: Mapping[str, Tensor]) -> None:
             "policy": Dropdown(options=POLICIES, description="policy", **WIDE),
         }
     panel(draw, controls, [{"optimizer": "AdamW", "share": 0.5, "policy": policy} for policy in POLICIES])
+
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+FULL = "full"
+RANKS = (8, 16, 64, 256, FULL)  # of QLoRA, or every weight
+
+
+def card_explorer() -> None:
+    """Choose a model, what trains, and a card: up to which length does a step fit, with the optimizer's state on
+    the card and without it?
+
+    Without it is the most that paging can save: all state is out when the activations are largest.
+    """
+
+    def draw(model: str, trains: int | str, card: float, checkpointing: bool) -> None:
+        settings = (
+            dict(method="full", state_dtype="fp32") if trains == FULL else dict(method="qlora", r=trains)
+        )
+        ledgers = {n: plan(model, max_length=n, checkpointing=checkpointing, **settings) for n in LENGTHS}
+        peaks = {"state on the card": [one.peak / 1e9 for one in ledgers.values()]}
+        out = [(one.peak - one.at_peak("optimizer")) / 1e9 for one in ledgers.values()]
+        peaks["state paged out"] = out
+        figure, axes = canvas(width=8, height=3.4)
+        for (name, values), style, colour in zip(peaks.items(), ("o-", "s--"), ("qlora", "optimizer")):
+            axes.plot(LENGTHS, values, style, color=COLOURS[colour], markersize=6)
+            beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(name, (LENGTHS[-1], values[-1]), color=COLOURS[colour], **beside)
+        axes.axhline(card, color=COLOURS["full"], linewidth=1, linestyle=":")
+        axes.text(LENGTHS[0], card, f"{card:g} GB", va="bottom")
+        reach = [
+            max((n for n, gb in zip(LENGTHS, values) if gb <= card), default=0) for values in peaks.values()
+        ]
+        if reach[1] > reach[0]:
+            said = f"paging saves the run from {reach[0] or 'no'} to {reach[1]} tokens"
+        else:
+            said = f"paging changes nothing: {reach[0] or 'no'} tokens either way"
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+        axes.set_xlim(LENGTHS[0] / 1.2, 3.2 * LENGTHS[-1])
+        axes.set_ylim(0, 1.1 * max(card, *peaks["state on the card"]))
+        what = "every weight" if trains == FULL else f"QLoRA, rank {trains}"
+        finish(axes, f"{model}, {what}: {said}", "tokens in a batch of one", "peak (GB)")
+        display(figure)
+        plt.close(figure)
+
+    controls = {}
+    if is_interactive():
+        from ipywidgets import Checkbox, Dropdown, SelectionSlider
+
+        controls = {
+            "model": Dropdown(options=known_models(), value="llama-2-7b", description="model", **WIDE),
+            "trains": SelectionSlider(options=RANKS, value=64, description="trains: rank", **SLOW),
+            "card": SelectionSlider(options=CARDS, value=24, description="card, GB", **SLOW),
+            "checkpointing": Checkbox(value=True, description="gradient checkpointing"),
+        }
+    start = {"model": "llama-2-7b", "card": 8, "checkpointing": True}
+    panel(draw, controls, [start | {"trains": 16}, start | {"trains": FULL, "card": 80}])

@@ -100,3 +100,64 @@ def codebook_explorer(weights: dict[str, Tensor]) -> None:
             options=OUTLIERS, value=0, description="outlier, in σ", **slider
         )
     panel(draw, controls, static)
+
+
+def normal_levels(bits: int, offset: float) -> Tensor:
+    """The 2^bits levels of NormalFloat: (2^bits,), rising from -1 to 1, with an exact zero."""
+    half = 2 ** (bits - 1)
+    above, below = (
+        torch.special.ndtri(torch.linspace(offset, 0.5, n + 1)[:-1].double()) for n in (half, half - 1)
+    )
+    levels = torch.cat([-below, torch.zeros(1).double(), above]).sort().values
+    return (levels / levels.max()).float()
+
+
+def levels_explorer() -> None:
+    """Derive NormalFloat's levels for an offset and a number of bits. Left: equal steps of probability. Right:
+    the error of normal weights in blocks of 64 at every offset.
+    """
+    flat = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    offsets = torch.linspace(0.9, 0.995, 20).tolist()
+
+    def error(bits: int, offset: float) -> float:
+        levels = normal_levels(bits, offset)
+        codes, absmax = quantize_blocks(flat, levels, 64)
+        return 100 * ((dequantize_blocks(codes, absmax, levels, 64) - flat).norm() / flat.norm()).item()
+
+    def draw(bits: int, offset: float) -> None:
+        figure, (left, right) = canvas(width=9, height=3.4, columns=2)
+        top = torch.special.ndtri(torch.tensor(offset, dtype=torch.float64)).item()
+        z = torch.linspace(-1.15 * top, 1.15 * top, 200)
+        left.plot(z, torch.special.ndtr(z), color=COLOURS["base"], linewidth=2)
+        levels = normal_levels(bits, offset)
+        for level in (levels * top).tolist():
+            p = torch.special.ndtr(torch.tensor(level)).item()
+            left.plot([z[0], level, level], [p, p, 0], color=COLOURS["nf4"], linewidth=0.7)
+        left.set_ylim(0, 1)
+        first = levels[levels > 0][0].item()
+        finish(
+            left,
+            f"{len(levels)} levels; the first above zero {first:.4f}",
+            "normal variable",
+            "probability below",
+        )
+        curve = [error(bits, one) for one in offsets]
+        right.plot(offsets, curve, "-", color=COLOURS["nf4"])
+        diamond = {"color": COLOURS["gold"], "markersize": 9, "markeredgecolor": "black"}
+        here = error(bits, offset)
+        right.plot(offset, here, "D", **diamond)
+        right.axvline(0.9677083, color=COLOURS["control"], linewidth=1, zorder=0)
+        right.text(0.9677083, max(curve), " NF4's", color=COLOURS["base"], va="top")
+        finish(right, f"{bits} bits, blocks of 64: {here:.2f} %", "offset", "error (% of the norm)")
+        display(figure)
+        plt.close(figure)
+
+    controls = {}
+    if is_interactive():
+        from ipywidgets import FloatSlider, IntSlider
+
+        slider = {"continuous_update": False, **WIDE}
+        steps = {"min": 0.9, "max": 0.995, "step": 0.0025, "readout_format": ".4f"}
+        controls["bits"] = IntSlider(4, 2, 6, description="bits", **slider)
+        controls["offset"] = FloatSlider(0.9675, description="offset", **steps, **slider)
+    panel(draw, controls, [{"bits": 4, "offset": 0.9677083}])
