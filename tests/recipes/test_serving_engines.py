@@ -149,7 +149,10 @@ def test_requests_at_once_take_adapters_in_turn_and_a_failed_one_ends_the_run():
 
 
 def test_a_lap_is_recorded_whole_or_not_at_all(tmp_path):
-    path, about = tmp_path / "lines.jsonl", {"versions": {"labkit": "1", "vLLM": "2"}, "cores": 2}
+    path, about = (
+        tmp_path / "lines.jsonl",
+        {"versions": {"labkit": "1", "vLLM": "2"}, "cores": 2, "work": "/w/"},
+    )
 
     def made(laps):
         for lap in range(laps):

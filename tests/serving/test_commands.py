@@ -133,11 +133,11 @@ def test_the_command_for_vllm_names_what_is_served(run, run_json, filled):
     assert status == 0 and err.startswith("warning: support: noted (dtype): weights in float32")
     place = filled.root / "adapters" / "support" / "v2"
     assert shlex.split(out) == [
-        "vllm", "serve", "small", "--enable-lora", "--max-loras", "1", "--max-lora-rank", "8",
+        "vllm", "serve", "small", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8",
         "--lora-modules", f"support={place}",
     ]  # fmt: skip
     command = run_json("vllm", "support@v1", "sales@v1", "--base", "/m")["command"]
-    assert command[2] == "/m" and command[command.index("--max-loras") + 1] == "2"
+    assert command[2] == "/m" and command[command.index("--max-loras") + 1] == "3"
     assert [one.partition("=")[0] for one in command[-2:]] == ["support@v1", "sales@v1"]
 
 
