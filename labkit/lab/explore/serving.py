@@ -108,10 +108,11 @@ def serving_explorer(model: nn.Module, machine: Machine, memory: float = 4e9) ->
         right.set_yscale("log")
         where = {"transform": right.get_yaxis_transform(), "va": "bottom", "fontsize": 9.5}
         right.text(0.02, memory / 1e9, f"{memory / 1e9:g} GB", **where)
-        finish(left, titled(sizes, now, tenants), "tenants", "tokens a second, at most")
+        left.set_ylim(0, 1.15 * left.get_ylim()[1])
+        finish(left, titled(now, tenants), "tenants", "tokens a second, at most")
         wins = break_even_time(sizes, machine, batch, memory=memory)
         fewer = break_even_memory(sizes)
-        words = f"sharing is faster from {wins or 'no n'} adapters in a batch,\nand smaller from {fewer or 'no n'}"
+        words = f"a/W = {sizes.share:.1%}; sharing wins in time from {wins or 'no n'}\nadapters in a batch, in memory from {fewer or 'no n'}"
         finish(right, words, "tenants", "GB of weights")
         display(figure)
         plt.close(figure)
@@ -146,16 +147,15 @@ def lines(axes, values: Mapping[int, tuple[float | None, float | None]]) -> None
         if not kept:
             continue
         axes.plot(*zip(*kept), "o-", color=COLOURS[colour], markersize=3.5)
-        beside = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9.5, "color": COLOURS[colour]}
-        axes.annotate(name, kept[len(kept) // 2], **beside)
+        beside = {"xytext": (6, 6 - 20 * which), "textcoords": "offset points", "fontsize": 9.5}
+        axes.annotate(name, kept[len(kept) // 2], color=COLOURS[colour], **beside)
     axes.set_xscale("log", base=2)
     axes.set_xticks(TENANTS[::2], [str(n) for n in TENANTS[::2]])
     axes.minorticks_off()
 
 
-def titled(sizes: ServedSizes, now: Outlook, tenants: int) -> str:
+def titled(now: Outlook, tenants: int) -> str:
     """The numbers of one choice."""
     speed = "does not fit" if now.shared is None else f"{now.shared:,.0f} tokens/s"
     gain = "" if now.shared is None or now.copies is None else f", {now.shared / now.copies:.1f}× the copies'"
-    distinct = f"{tenants} tenants, {now.distinct:.1f} in a batch: {speed}{gain}"
-    return f"{distinct}\nhit rate {now.hit_rate:.0%}; an adapter is {sizes.share:.1%} of the base"
+    return f"{tenants} tenants, {now.distinct:.1f} in a batch:\n{speed}{gain}, hit rate {now.hit_rate:.0%}"

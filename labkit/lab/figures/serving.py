@@ -151,7 +151,7 @@ def evidence_picture(paths: Mapping[str, Sequence[float]], enough: float, title:
     for name, path in paths.items():
         colour, style = looks.get(name, (COLOURS["full"], "-"))
         axes.plot(range(1, len(path) + 1), path, style, color=colour, linewidth=2)
-        beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "color": colour}
+        beside = {"xytext": (5, -9), "textcoords": "offset points", "va": "center", "color": colour}
         axes.annotate(f"it is {name}", (len(path), path[-1]), **beside)
     axes.axhline(enough, color=COLOURS["full"], linewidth=1)
     axes.text(1, enough * 1.15, f"{enough:g}: enough, at α = {1 / enough:g}", fontsize=9.5)
