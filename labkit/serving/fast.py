@@ -16,7 +16,7 @@ from labkit.hardware import fast_paths
 from labkit.quant.kernels.dispatch import has_kernels, is_ordinary
 from labkit.serving.segments import Part
 
-FEW = 4  # rows of a segment, on average, up to which a loop over rows is faster than two products
+FEW = 16  # rows of a segment, on average, up to which a loop over rows is faster than two products
 
 
 def is_fast(y: Tensor, x: Tensor, part: Part) -> bool:
@@ -56,11 +56,11 @@ def add_in_place(y: Tensor, x: Tensor, part: Part) -> Tensor:
         return add_with_kernels(y, x, part)
     if is_single_tokens(y, x, part):
         # late: numba takes a second to import, and to compile
-        from labkit.serving.few_rows import add_rows, table_of
+        from labkit.serving.few_rows import Table, add_rows
 
         if part.table is None:
-            part.table = table_of(part.order, part.segments)
-        return add_rows(y, x.contiguous(), *part.table)
+            part.table = Table(part.order, part.segments)
+        return add_rows(y, x.contiguous(), part.table)
     rows = part.together
     taken = y.index_select(0, part.order) if rows is None else y[rows]
     inputs = x.index_select(0, part.order) if rows is None else x[rows]

@@ -17,7 +17,7 @@ Source: S-LoRA (Sheng et al. 2023), section 5; Punica (Chen et al. 2023). Agrees
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Part:
     order: Tensor
     together: slice | None
     segments: list[Segment]
-    table: tuple | None = None
+    table: Any = None
 
 
 class Sorted(NamedTuple):
