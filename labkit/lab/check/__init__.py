@@ -29,6 +29,7 @@ from labkit.lab.check.lora import (
 from labkit.lab.check.merging import cat_factors, gguf_rows, moved_codes, survival_share
 from labkit.lab.check.own_data import budget_steps, near_copy, share_interval
 from labkit.lab.check.paging import belady_victim, lru_faults, read_moment, state_bytes
+from labkit.lab.check.pipeline import completion_labels, their_rate, two_means
 from labkit.lab.check.quantization import (
     nearest_code,
     normal_float,
@@ -66,6 +67,7 @@ __all__ = [
     "budget_steps",
     "cat_factors",
     "checkpoint_bytes",
+    "completion_labels",
     "constant_bytes",
     "count_intruders",
     "crossover_tokens",
@@ -126,7 +128,9 @@ __all__ = [
     "strict_match",
     "survival_share",
     "target_parameters",
+    "their_rate",
     "training_flops",
+    "two_means",
     "unpack_nibbles",
     "weight_bytes",
 ]

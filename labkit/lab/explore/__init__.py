@@ -13,6 +13,7 @@ from labkit.lab.explore.merging import mixing_explorer, survival_explorer
 from labkit.lab.explore.messages import message_box
 from labkit.lab.explore.own_data import answers_beside, record_explorer
 from labkit.lab.explore.paging import card_explorer, paging_explorer
+from labkit.lab.explore.pipeline import labels_explorer
 from labkit.lab.explore.quantization import codebook_explorer, levels_explorer
 from labkit.lab.explore.ranks import sweep_explorer
 from labkit.lab.explore.serving import serving_explorer
@@ -33,6 +34,7 @@ __all__ = [
     "codebook_explorer",
     "constants_explorer",
     "cost_explorer",
+    "labels_explorer",
     "levels_explorer",
     "message_box",
     "mixing_explorer",
