@@ -72,3 +72,30 @@ def test_a_file_without_lines_of_a_kind_says_which_it_has(tmp_path):
         engines.engine_records("behaviour", path)
     with pytest.raises(FileNotFoundError):
         engines.engine_records("speed", tmp_path / "none.jsonl")
+
+
+def test_in_the_record_all_engines_agree_with_peft_on_every_adapter():
+    lines = engines.engine_records("agreement")
+    table = engines.agreement_table(lines)
+    assert list(table.index) == ["the base", "tickets", "sql", "prose", "random-01"]
+    assert list(table) == ["labkit", "llama.cpp", "vLLM"]
+    assert all(line["same_token"] and line["compared"] == 5 for line in lines)
+    assert table[["labkit", "vLLM"]].max().max() < 1e-4 and table["llama.cpp"].max() < 1e-3
+
+
+def test_in_the_record_adapters_of_others_change_nothing_of_the_base_in_labkit():
+    own = [line for line in engines.engine_records("agreement") if line["engine"] == "labkit"]
+    bases = [line for line in own if line["adapter"] is None]
+    assert len(bases) == 4 and all(line["base_apart"] == 0 for line in bases)
+    assert max(line["alone_relative"] for line in bases) < 2e-5
+    rows = [line for line in engines.engine_records("behaviour") if line["engine"] == "labkit"]
+    mixed = [line for line in rows if line["case"].startswith("mixed batch")]
+    assert len(mixed) == 3 and all(line["outcome"] == "right" and not line["changed"] for line in mixed)
+    assert not [line for line in rows if line["outcome"] == "wrong"]
+
+
+def test_in_the_record_the_base_is_somebody_elses_adapter_in_vllm_unless_a_slot_is_empty():
+    rows = [line for line in engines.engine_records("behaviour") if line["engine"] == "vLLM"]
+    bases = {line["max_loras"]: line for line in rows if line["case"] == "mixed batch, the base"}
+    assert bases[2]["outcome"] == "wrong" and bases[2]["changed"] == bases[2]["tries"]
+    assert bases[3]["outcome"] == "right" and bases[3]["apart"] < 1e-4
