@@ -79,6 +79,7 @@ FOLDERS = (
     "models",
     "optim",
     "quant",
+    "scale",
     "serving",
     "sweeps",
     "training",

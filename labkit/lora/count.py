@@ -41,8 +41,8 @@ def trainable(model: nn.Module) -> Trainable:
             per_module[module] = per_module.get(module, 0) + parameter.numel()
     packed = [layer.module for layer in walk(model) if layer.kind == PACKED]
     stored = {
-        id(m._parameters.get("weight")) for m in packed
-    }  # other libraries' bytes are parameters; ours are not
+        id(p) for m in packed for name, p in m.named_parameters(recurse=False) if name != "bias"
+    }  # bytes
     total = sum(p.numel() for p in model.parameters() if id(p) not in stored)
     total += sum(m.in_features * m.out_features for m in packed)
     return Trainable(per_module, sum(per_module.values()), total)

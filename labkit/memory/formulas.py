@@ -35,16 +35,21 @@ from labkit.memory.allocator import block_bytes
 from labkit.memory.counting import ModelTensors, tensors_of, training_rows, weight_rows
 from labkit.memory.ledger import Ledger, LedgerRow
 from labkit.memory.setup import Setup, setup_of
+from labkit.memory.sharing import Sharing, share
 from labkit.models.shapes import attention_of, changes_logits, config_of, decoder_shape
 
 
-def plan(model, method: str = "qlora", **settings) -> Ledger:
+def plan(
+    model, method: str = "qlora", ranks: int = 1, shard: str | None = None, offload: bool = False, **settings
+) -> Ledger:
     """Predict the memory of a training step from the shapes alone.
 
     Args:
         model: a name of `known_models()`, a folder with a `config.json`, a transformers config, or a model
             (of which only the config is read).
         method: "full", "lora" or "qlora".
+        ranks, shard, offload: of several processes, each with a step of this setup: the ledger is that of one of
+            them; see `labkit.memory.sharing.Sharing`.
         settings: any field of `Setup`: r, targets, max_length, batch_size, optimizer, checkpointing, dtype,
             adapter_dtype, attention, logits, supervised …
 
@@ -63,7 +68,7 @@ def plan(model, method: str = "qlora", **settings) -> Ledger:
     >>> ledger.counts["trainable"], ledger.counts["parameters"]
     (33554432, 6738415616)
     """
-    setup = setup_of(method, settings)
+    setup, sharing = setup_of(method, settings), Sharing(ranks, shard, offload)
     config = config_of(model)
     setup = replace(setup, attention=attention_of(config, setup.attention))
     tensors = tensors_of(config, setup)
@@ -72,7 +77,7 @@ def plan(model, method: str = "qlora", **settings) -> Ledger:
     peak = peaks.peak_of(decoder, setup, tensors, kept)
     rows = [*weight_rows(tensors, setup), *training_rows(tensors, setup), *activation_rows(kept, peak, setup)]
     rows = [peak.adjust(row) for row in rows] + extra_rows(tensors, peak, setup)
-    return Ledger(
+    ledger = Ledger(
         rows,
         title=f"{tensors.name}: {setup.describe()} (plan)",
         moment=peak.moment,
@@ -80,6 +85,7 @@ def plan(model, method: str = "qlora", **settings) -> Ledger:
         counts=tensors.counts(setup),
         notes=notes_of(config, setup, tensors),
     )
+    return share(ledger, tensors, setup, sharing)
 
 
 def decoder_of(config, tensors: ModelTensors, setup: Setup) -> Decoder:

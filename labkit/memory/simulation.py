@@ -38,6 +38,7 @@ from labkit.quant.blockwise import NESTED_BLOCKSIZE
 from labkit.quant.config import QuantConfig
 from labkit.quant.linear import QuantLinear
 from labkit.quant.scratch import SCRATCH_BYTES, Scratch, current_scratch, use_scratch
+from labkit.quant.state import tensors_by_name
 from labkit.quant.tensor import NestedScales, QuantizedTensor
 from labkit.training.chunked_loss import assume_unchanged
 from labkit.training.loss import supervised_loss
@@ -198,13 +199,20 @@ def static_tensors(
     ends = {
         id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
     }
+    packed: set[int] = set()
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
+        tensors = list(module.named_buffers(recurse=False))
+        if isinstance(module, QuantLinear):  # which may hold its bytes as parameters
+            tensors = list(tensors_by_name(module.weight).items())
+            packed.update(id(tensor) for _, tensor in tensors)
+        for name, buffer in tensors:
             kind = "weights/buffers"
             if isinstance(module, QuantLinear):
                 kind = "weights/4 bits" if name == "packed" else "constants/scales"
             found.setdefault(kind, []).append(buffer)
     for p in model.parameters():
+        if id(p) in packed:
+            continue
         if id(p) in adapters:
             kind = f"lora/{dtype_name(p.dtype)}"
         else:

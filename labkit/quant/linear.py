@@ -69,9 +69,11 @@ class QuantLinear(nn.Module):
 
     Attributes:
         of_conv1d: was it made of a `Conv1D`, which `to_linear` gives back?
+        bytes_are_parameters: see `hold_bytes`.
     """
 
     of_conv1d = False
+    bytes_are_parameters = False
 
     def __init__(
         self,
@@ -103,11 +105,13 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedTensor:
-        """The 4-bit weight, made of the buffers; the same object as long as they and the dtype stay."""
-        last, buffers = self._weight, self._buffers
+        """The 4-bit weight, made of the tensors held; the same object as long as they and the dtype stay."""
+        last, held = self._weight, self._buffers
+        if self.bytes_are_parameters:
+            held = held | self._parameters
         tensors = tensors_by_name(last)
-        if last.dtype is not self.dtype or any(buffers[name] is not t for name, t in tensors.items()):
-            packed, *scales = (buffers[name] for name in tensors)
+        if last.dtype is not self.dtype or any(held[name] is not t for name, t in tensors.items()):
+            packed, *scales = (held[name] for name in tensors)
             again = NestedScales(*scales) if self.double_quant else scales[0]
             self._weight = replace(last, packed=packed, scales=again, dtype=self.dtype)
         return self._weight
@@ -123,6 +127,25 @@ class QuantLinear(nn.Module):
     @property
     def double_quant(self) -> bool:
         return isinstance(self._weight.scales, NestedScales)
+
+    def hold_bytes(self, as_parameters: bool) -> None:
+        """Hold the uint8 tensors as frozen parameters, or as buffers again; nothing else changes.
+
+        What divides a model among ranks divides its parameters, and leaves buffers whole. Scales in fp32 stay
+        buffers: with the parameters, mixed precision would cast them.
+        """
+        tensors, self.bytes_are_parameters = tensors_by_name(self.weight), as_parameters
+        for name, tensor in tensors.items():
+            delattr(self, name)
+            self.hold(name, tensor.data)
+        self._weight = self.weight
+
+    def hold(self, name: str, tensor: Tensor) -> None:
+        """Register a tensor of the state in the way that `hold_bytes` chose."""
+        if self.bytes_are_parameters and tensor.dtype == torch.uint8:
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features).
@@ -202,12 +225,12 @@ class QuantLinear(nn.Module):
 
     def take_settings(self, weight: QuantizedTensor, assign: bool) -> None:
         """Become a layer that can hold `weight`: with its codebook and block size, and buffers of its shapes."""
-        now, wanted = tensors_by_name(self.weight), tensors_by_name(weight)
+        now, wanted, device = tensors_by_name(self.weight), tensors_by_name(weight), self.packed.device
         for name in now.keys() - wanted.keys():
             delattr(self, name)
         for name, tensor in wanted.items():
             if name not in now or now[name].shape != tensor.shape:
-                self.register_buffer(name, torch.empty_like(tensor, device=self.packed.device))
+                self.hold(name, torch.empty_like(tensor, device=device))
         if assign:
             self.dtype = weight.dtype
         self._weight = weight
