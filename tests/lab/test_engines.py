@@ -99,3 +99,12 @@ def test_in_the_record_the_base_is_somebody_elses_adapter_in_vllm_unless_a_slot_
     bases = {line["max_loras"]: line for line in rows if line["case"] == "mixed batch, the base"}
     assert bases[2]["outcome"] == "wrong" and bases[2]["changed"] == bases[2]["tries"]
     assert bases[3]["outcome"] == "right" and bases[3]["apart"] < 1e-4
+
+
+def test_in_the_record_labkit_is_fastest_from_four_adapters_on_and_llama_cpp_with_one():
+    rates = engines.engine_rates(engines.engine_records("speed"))
+    assert set(rates["n"]) == {1, 4, 16}
+    several = rates[(rates["n"] > 1) & (rates["engine"] != "labkit")]
+    assert several["ratio"].min() > 1
+    alone = rates[(rates["n"] == 1) & (rates["engine"] == "llama.cpp")]
+    assert alone["ratio"].max() < 1
