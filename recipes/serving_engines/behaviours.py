@@ -99,6 +99,8 @@ def together(
         rest = [pool.submit(server.complete, ids, name, TOKENS, top) for ids, name in asked]
         said = [one.result() for one in rest]
         first.result()
+    if silent := [one.words for one in said if one.status != 200]:  # such as a machine that slept meanwhile
+        raise RuntimeError(f"{server.name} did not answer a request of a batch: {silent[0]}")
     return said
 
 

@@ -95,9 +95,12 @@ def engine_speeds(lines: Sequence[Mapping], axes: Axes | None = None) -> pd.Data
             continue
         axes.plot(dots["n"], dots["rate"], "o", color=colour, markersize=3.5, alpha=0.6)
         axes.plot(line["n"], line["rate"], "-", color=colour, linewidth=2)
-        last = line.iloc[-1]
-        beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "color": colour}
-        axes.annotate(f"{engine}, {last['rate']:.0f}", (last["n"], last["rate"]), **beside)
+    ends = medians.sort_values("n").groupby("engine").tail(1).sort_values("rate")
+    height = -1.0
+    for engine, n, rate in ends[["engine", "n", "rate"]].itertuples(index=False):
+        height = max(rate, height + 0.07 * frame["rate"].max())  # names of lines that end together stay apart
+        beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "color": ENGINES[engine]}
+        axes.annotate(f"{engine}, {rate:.0f}", (n, height), **beside)
     axes.set_xscale("log", base=2)
     counts = sorted(frame["n"].unique())
     axes.set_xticks(counts, [str(n) for n in counts])
