@@ -106,9 +106,10 @@ def small_neox(folder: Path) -> Case:
 
 def records() -> list[dict]:
     """Tickets as prompt and completion: to name the product."""
+    tickets = [ticket for ticket in load_tickets("train") if ticket["label"]["product"]][:24]
     return [
         {"prompt": f"{ticket['message']}\nProduct:", "completion": f" {ticket['label']['product']}"}
-        for ticket in load_tickets("train")[:24]
+        for ticket in tickets
     ]
 
 
@@ -221,7 +222,7 @@ def their_loss(trainer: Recording) -> torch.Tensor:
 
 @dataclass
 class Gap:
-    """The largest differences of two runs: of a loss, and of an entry of the adapter."""
+    """The largest differences of two runs: of a loss, and of a matrix of the adapter, relative to its norm."""
 
     loss: float
     weight: float
@@ -240,7 +241,7 @@ def train_both(
     with quiet():
         trainer.train()
     losses = [abs(a - b) for a, b in zip(history.losses, trainer.losses(), strict=True)]
-    weights = [(a - b.float()).abs().max().item() for a, b in pairs(mine, trainer.model).values()]
+    weights = [((a - b.float()).norm() / a.norm()).item() for a, b in pairs(mine, trainer.model).values()]
     return Gap(max(losses), max(weights), [step["lr"] for step in history.steps])
 
 

@@ -70,7 +70,7 @@ def test_after_six_steps_losses_and_weights_are_the_same(case, tmp_path, setting
     trainer = ladder.their_trainer(case, mine, tmp_path, config)
     before = ladder.loss_of_first(case, mine)
     gap = ladder.train_both(case, mine, trainer, config)
-    assert gap.loss < 1e-5 and gap.weight < 2e-4
+    assert gap.loss < 1e-5 and gap.weight < 1e-3
     # something was learned, so that to agree says something
     assert ladder.loss_of_first(case, mine) < before - 0.1
     assert ladder.loss_of_first(case, trainer.model) == pytest.approx(
