@@ -1,6 +1,7 @@
 """A paged optimizer at work: what is in memory at each update, and the hit rate at every budget."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -117,9 +118,9 @@ def card_explorer() -> None:
     """
 
     def draw(model: str, trains: int | str, card: float, checkpointing: bool) -> None:
-        settings = (
-            dict(method="full", state_dtype="fp32") if trains == FULL else dict(method="qlora", r=trains)
-        )
+        settings: dict[str, Any] = {"method": "qlora", "r": trains}
+        if trains == FULL:
+            settings = {"method": "full", "state_dtype": "fp32"}
         ledgers = {n: plan(model, max_length=n, checkpointing=checkpointing, **settings) for n in LENGTHS}
         peaks = {"state on the card": [one.peak / 1e9 for one in ledgers.values()]}
         out = [(one.peak - one.at_peak("optimizer")) / 1e9 for one in ledgers.values()]
