@@ -92,7 +92,8 @@ class Group:
 
 def groups_of(model: nn.Module, names: Iterable[str]) -> list[Group]:
     """The groups of a model that is not divided yet, if each module of these names is one, and the root the rest."""
-    groups, taken = [], set()
+    groups: list[Group] = []
+    taken: set[int] = set()
     for name in (*names, ""):
         found = {id(p): p for p in model.get_submodule(name).parameters() if id(p) not in taken}
         taken |= found.keys()

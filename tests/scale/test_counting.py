@@ -38,5 +38,10 @@ def test_formulas_of_a_step():
     assert traffic.fsdp_step([group], 2) == {"all_gather": 2 * (16 + 16), "reduce_scatter": 16}
     sixteen, four = (traffic.tokens_to_hide_gathering(bits, 2, "pcie 4.0 x16", 1e14) for bits in (16, 4.127))
     assert sixteen / four == pytest.approx(3.88, abs=0.01)  # QLoRA, section 3: 4.127 bits per weight
+    host = traffic.tokens_to_hide_offload(4.127, 2, "pcie 4.0 x16", 1e14)
+    assert host == pytest.approx(
+        four
+    )  # two ranks: half a model from the host twice, or from the neighbour twice
+    assert traffic.tokens_to_hide_offload(4.127, 8, "pcie 4.0 x16", 1e14) == pytest.approx(host / 4)
     with pytest.raises(ValueError, match="choose one of"):
         traffic.seconds(1, "pigeon")
