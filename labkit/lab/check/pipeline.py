@@ -13,7 +13,7 @@ def completion_labels(function: Callable) -> None:
     Lists of ids. The completion begins where the two first differ, which may be before the end of the prompt. The row is
     cut to its first `max_length` tokens.
     """
-    cases = []
+    cases: list[tuple[bool, int]] = []
 
     def inputs():
         if not cases:  # a token across the border, and a row that is cut, each surely once
@@ -62,7 +62,7 @@ def completion_labels(function: Callable) -> None:
 
 def their_rate(function: Callable) -> None:
     """`function(step, total, warm, lr)`: transformers' linear schedule, for the steps 0 … total - 1, `warm` of them warm-up."""
-    places = []
+    places: list[str] = []
 
     def inputs():
         total, warm = random.randint(20, 40), random.randint(4, 8)
