@@ -4,6 +4,7 @@ Bounded: at most 100 records are read, and of these as many go through the model
 runs in evaluation mode, one record at a time, so padding plays no part.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from labkit.data.records import records_of
 from labkit.doctor.findings import Missing
 from labkit.doctor.rows import Row, matched, rows_of
 from labkit.lora.adapters import base_only
+from labkit.lora.count import trainable
 from labkit.lora.inject import lora_layers
 from labkit.lora.layer import LoRALinear
 from labkit.lora.merging import unmerged
@@ -180,7 +182,7 @@ class Case:
         """Examples from all over the list, as many as may go through the model; at least two, if there are two."""
         step = max(1, len(examples) // PASSES)
         spread = list(examples[::step])[:PASSES]
-        size = sum(p.numel() for p in self.model.parameters())
+        size = trainable(self.model).total  # a weight in four bits is as much work as another
         chosen: list[Encoded] = []
         tokens = 0
         for example in spread:
@@ -202,8 +204,8 @@ def heard_of(model: nn.Module, example: Encoded) -> Heard:
     device = next(model.parameters()).device
     ids = example.prompt + example.completion
     start = max(1, len(example.prompt))
-    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
-    scores = logits[-len(ids) :][start - 1 : -1].float()  # (supervised, vocabulary)
+    logits = last_logits(model, torch.tensor([ids], device=device), len(ids) - start + 1)
+    scores = logits[:-1].float()  # (supervised, vocabulary)
     targets = torch.tensor(ids[start:], device=device)
     logs = scores.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
     place = len(targets) - example.end
@@ -211,6 +213,20 @@ def heard_of(model: nn.Module, example: Encoded) -> Heard:
     if example.end and 0 <= place < len(targets):
         end, stops = logs[place].exp().item(), bool(scores[place].argmax() == targets[place])
     return Heard(-logs.sum().item(), len(targets), scores[0].cpu(), end, stops)
+
+
+def last_logits(model: nn.Module, ids: Tensor, n: int, **rest: Any) -> Tensor:
+    """The logits of the last `n` places of a row, (n, vocabulary). A model that can, computes no others: of a long
+    prompt with a short answer the output layer is a fifth of the work.
+    """
+    return with_logits(model, ids, n, use_cache=False, **rest).logits[0, -n:]
+
+
+def with_logits(model: nn.Module, ids: Tensor, n: int, **rest: Any) -> Any:
+    """What the model returns of a row, with the logits of at least its last `n` places."""
+    if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters:
+        rest["logits_to_keep"] = n
+    return model(input_ids=ids, **rest)
 
 
 def mean_loss(heard: Sequence[Heard]) -> float:

@@ -1,9 +1,11 @@
 """What must come out the same twice: with a cache and without, now and later, policy and reference."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from labkit.doctor.case import Case, base_alone
+from labkit.doctor.case import Case, base_alone, last_logits, with_logits
 from labkit.doctor.findings import Finding, Missing, healthy, sick
 from labkit.training.readiness import own_modes
 
@@ -21,14 +23,15 @@ def look_at_cache(case: Case) -> Finding:
     if not prompts:
         raise Missing(f"no record has more than {STEPS + 1} tokens")
     case.model.eval()
-    worst = max(difference(case, ids) for ids in prompts)
+    plain = [without_cache(case, ids) for ids in prompts]
+    worst = max(map(partial(difference, case), prompts, plain))
     try:
         with base_alone(case.model):
-            worst = max(worst, *(difference(case, ids) for ids in prompts))
+            worst = max(worst, *(difference(case, ids, without_cache(case, ids)) for ids in prompts))
         both = "with the adapter and without"
     except Missing:
         both = "as the model is"
-    worst = max(worst, *(difference(case, ids) for ids in reversed(prompts)))
+    worst = max(worst, *map(partial(difference, case), reversed(prompts), reversed(plain)))
     if not worst <= SAME:  # NaN is no agreement
         return sick(
             f"with a cache the logits differ from those without by {worst:.2g} of their spread",
@@ -38,11 +41,15 @@ def look_at_cache(case: Case) -> Finding:
     return healthy(f"a cache changes no logit by more than {worst:.1e} of their spread, {both}", worst)
 
 
-def difference(case: Case, ids: list[int]) -> float:
-    """How far the last logits are from those computed without a cache, in their standard deviation."""
+def without_cache(case: Case, ids: list[int]) -> Tensor:
+    """The logits of the last places in one pass, (STEPS + 1, vocabulary)."""
+    return last_logits(case.model, torch.tensor([ids], device=case.device), STEPS + 1).float()
+
+
+def difference(case: Case, ids: list[int], plain: Tensor) -> float:
+    """How far the last logits are from those computed without a cache, `plain`, in their standard deviation."""
     row = torch.tensor([ids], device=case.device)
-    whole = case.model(input_ids=row, use_cache=False).logits[0, -STEPS - 1 :].float()
-    out = case.model(input_ids=row[:, :-STEPS], use_cache=True)
+    out = with_logits(case.model, row[:, :-STEPS], 1, use_cache=True)
     cache, said = getattr(out, "past_key_values", None), [out.logits[0, -1]]
     if cache is None:
         raise Missing("the model returns no KV cache")
@@ -51,7 +58,7 @@ def difference(case: Case, ids: list[int]) -> float:
         cache = out.past_key_values
         said.append(out.logits[0, -1])
     together = torch.stack(said).float()
-    return ((together - whole).abs().max() / whole.std().clamp(min=1e-12)).item()
+    return ((together - plain).abs().max() / plain.std().clamp(min=1e-12)).item()
 
 
 @torch.no_grad()
