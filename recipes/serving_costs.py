@@ -64,7 +64,9 @@ GROUPS = ("machine", "smollm2-135m fp32", "smollm2-135m nf4", "tiny-llama fp32",
 def load(name: str, numbers: str = "fp32") -> nn.Module:
     """A base in fp32, or with its linear layers in NF4."""
     model = models.load(name, dtype=torch.float32)[0].eval().requires_grad_(False)
-    return labkit.quantize_model(model, "nf4", progress=False) if numbers == "nf4" else model
+    if numbers == "nf4":
+        labkit.quantize_model(model, progress=False)
+    return model
 
 
 def make_folder(model: nn.Module, folder: Path) -> Path:
