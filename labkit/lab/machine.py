@@ -48,8 +48,9 @@ COURSE_MINUTES = {
     "11_variant_zoo": 0.9,
     "12_beyond_lora": 0.8,
     "13_merging_and_export": 1.3,
-    "14_many_adapters": 1.6,
+    "14_many_adapters": 1.4,
     "15_failure_zoo": 1.5,
+    "16_production_pipeline": 3.5,
 }
 WITHOUT_MATRIX_UNITS = {"08_qlora_finetune": 6.6}  # on the same two cores, with products in fp32
 
