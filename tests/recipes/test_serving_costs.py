@@ -1,5 +1,6 @@
 """The recorded costs of serving: complete, and what the lesson says of them holds in them."""
 
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -76,7 +77,7 @@ def test_a_swap_takes_less_than_a_millisecond_and_a_wrap_leaves_its_adapter_behi
     wrap = {line["how"]: line for line in of("wrap")}
     left = wrap["PEFT from_pretrained"]["bytes_left"]
     adapter = count_sizes(meta_model(config_of("smollm2-135m"), dtype=torch.float32), RANK).adapter_bytes
-    assert [after - before for before, after in zip(left, left[1:])] == [adapter] * (len(left) - 1)
+    assert [after - before for before, after in pairwise(left)] == [adapter] * (len(left) - 1)
 
 
 def test_work_takes_turns_and_the_first_lap_warms_up():
