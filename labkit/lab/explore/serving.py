@@ -147,8 +147,9 @@ def lines(axes, values: Mapping[int, tuple[float | None, float | None]]) -> None
         if not kept:
             continue
         axes.plot(*zip(*kept), "o-", color=COLOURS[colour], markersize=3.5)
-        beside = {"xytext": (6, 6 - 20 * which), "textcoords": "offset points", "fontsize": 9.5}
-        axes.annotate(name, kept[len(kept) // 2], color=COLOURS[colour], **beside)
+        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 9.5}
+        axes.annotate(name, kept[-1], color=COLOURS[colour], **beside)
+    axes.set_xlim(0.7, 25 * max(values))  # room for the names
     axes.set_xscale("log", base=2)
     axes.set_xticks(TENANTS[::2], [str(n) for n in TENANTS[::2]])
     axes.minorticks_off()

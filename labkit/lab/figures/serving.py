@@ -28,19 +28,24 @@ def ink_on(colour: str) -> str:
 
 
 def batch_picture(
-    rows: Sequence[str | None], order: Sequence[int], starts: Sequence[int], names: Sequence[str]
+    rows: Sequence[str | None],
+    order: Sequence[int],
+    starts: Sequence[int],
+    names: Sequence[str],
+    tenants: Sequence[str] = (),
 ) -> Figure:
     """Rows as they came, and the same rows sorted into one segment for each adapter.
 
     Args:
         rows: the adapter of each row, or None.
         order, starts, names: what sorting them gave; see `labkit.serving.segments.sort_rows`.
+        tenants: in the order of their colours; by default that of `names`.
     """
     figure, axes = canvas(width=7.2, height=0.31 * len(rows) + 0.9)
     total = len(rows)
 
     def box(x: float, place: int, row: int) -> None:
-        colour = shade_of(rows[row], names)
+        colour = shade_of(rows[row], tenants or names)
         axes.barh(total - 1 - place, 2.0, left=x, height=0.86, color=colour, edgecolor="white")
         label = f"row {row} · {rows[row] or 'base'}"
         at = (x + 1, total - 1 - place)
