@@ -11,6 +11,7 @@ Agrees with: PEFT `utils/save_and_load.py`.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def fill(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
                 parameter.copy_(tensors[names[part]])
 
 
-def expected_tensors(model: nn.Module, config: LoRAConfig, names: list[str]) -> dict[str, Expected]:
+def expected_tensors(model: nn.Module, config: LoRAConfig, names: Sequence[str]) -> dict[str, Expected]:
     """What a folder has to hold for these layers and for `config.modules_to_save`."""
     expected: dict[str, Expected] = {}
     for name in names:

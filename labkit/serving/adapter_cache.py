@@ -196,7 +196,9 @@ def size_of(path: str | Path) -> int:
     return sum(prod(tensor["shape"]) * (8 if tensor["dtype"] == "F64" else 4) for tensor in tensors)
 
 
-def che_hit_rate(popularity: Sequence[float], budget: float, sizes: Sequence[float] | None = None) -> float:
+def che_hit_rate(
+    popularity: Sequence[float] | np.ndarray, budget: float, sizes: Sequence[float] | None = None
+) -> float:
     """The share of requests that find their entry in an LRU cache, by Che's approximation.
 
     Args:

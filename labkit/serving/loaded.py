@@ -127,7 +127,8 @@ def factors_of(
 
     Columns of B lie one after another: a correction is a sum of them.
     """
-    wanted, sides, shapes = expected_tensors(model, config, layers), {}, {}
+    wanted, sides = expected_tensors(model, config, layers), {}
+    shapes: dict[Hashable, tuple[tuple[int, ...], torch.dtype, torch.device]] = {}
     for layer in layers:
         base = unwrap(standing(model, layer))
         names = tensor_names(layer, base)

@@ -113,7 +113,7 @@ def mixed_forward(function: Callable) -> None:
         A, B, scaling = adapters[name]
         return (scaling if scaled else 1.0) * x @ A.T @ B.T
 
-    def right(x, W, adapters, rows, scaled=True, base=1.0, fallback=None):
+    def right(x, W, adapters, rows, *, scaled=True, base=1.0, fallback=None):
         y = base * (x @ W.T)
         for i, row in enumerate(rows):
             if (name := row or fallback) is not None:
@@ -170,7 +170,7 @@ def step_seconds(function: Callable) -> None:
         P, P_a = random.choice([1e8, 3e8]), random.choice([4e6, 2e7])
         return batch, n, 4 * P, 4 * P_a, P, P_a, 16e9, flops
 
-    def parts(batch, n, W, a, P, P_a, bandwidth, flops, bytes_=None, work=None):
+    def parts(batch, n, W, a, P, P_a, bandwidth, flops, *, bytes_=None, work=None):
         reading = (W + n * a if bytes_ is None else bytes_) / bandwidth
         return reading, (2 * batch * (P + P_a) if work is None else work) / flops
 
@@ -239,7 +239,7 @@ def reusable_tokens(function: Callable) -> None:
     def common(one: Sequence, other: Sequence) -> int:
         return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
-    def longest(kept, who, ids, parts=(0, 2, 3), left=1, whole=False):
+    def longest(kept, who, ids, *, parts=(0, 2, 3), left=1, whole=False):
         found = [
             common(theirs, ids)
             for one, theirs in kept
