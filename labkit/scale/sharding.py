@@ -173,7 +173,7 @@ def stored_as(packed: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: the bytes are not a whole number of such numbers.
 
-    >>> stored_as(torch.tensor([[0], [1], [128], [63]], dtype=torch.uint8), torch.float32)
+    >>> stored_as(torch.tensor([[0], [64], [128], [63]], dtype=torch.uint8), torch.float32)
     tensor([[1.0020]])
     """
     if packed.numel() % dtype.itemsize:

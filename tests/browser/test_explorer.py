@@ -17,7 +17,7 @@ weights = {"layers.0.q_proj": torch.randn(96, 96), "layers.1.up_proj": torch.ran
 """
 EXPLORERS = {  # and how many controls each has
     "lab.explore.codebook_explorer(weights)": 4,
-    "lab.explore.constants_explorer(weights)": 4,
+    "lab.explore.constants_explorer(weights)": 5,
     "lab.explore.paging_explorer(weights)": 3,
     "lab.explore.variant_explorer(weights, {n: w.sign() for n, w in weights.items()})": 4,
     "lab.explore.cost_explorer(['llama-2-7b', 'tiny-llama'])": 3,
