@@ -1,6 +1,6 @@
 """The door to `labkit.sweeps` from the command line.
 
-    python -m labkit.sweep experiments/rank.toml [--jobs 2] [--minutes 60]
+    python -m labkit.sweep experiments/rank.toml [--jobs 2] [--minutes 60] [--on slurm]
 
 makes or completes data/results/rank.jsonl, and prints what it holds.
 """
@@ -21,12 +21,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="stop a run that takes longer, and record that it did")
     parser.add_argument("--out", type=Path, help="where to record; default: data/results/NAME.jsonl")
     parser.add_argument("--keep", type=Path, help="a folder for the adapters; default: they are not kept")
+    parser.add_argument(
+        "--on", default="here", help="slurm: a job array; local: the same jobs on this machine"
+    )
     chosen = parser.parse_args(arguments)
     try:
         results = run_experiment(
-            chosen.experiment, chosen.out, chosen.jobs, minutes=chosen.minutes, keep=chosen.keep
+            chosen.experiment,
+            chosen.out,
+            chosen.jobs,
+            minutes=chosen.minutes,
+            keep=chosen.keep,
+            on=chosen.on,
         )
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     frame = results.to_frame()
     if not frame.empty:

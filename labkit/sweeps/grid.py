@@ -31,18 +31,20 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from labkit.checks import check_positive, check_whole, nearest
+from labkit.checks import check_choice, check_positive, check_whole, nearest
 from labkit.files.reading import read_bytes
 from labkit.files.writing import only_one
 from labkit.models.fetching import ModelUnavailable
 from labkit.models.loading import local_folder
 from labkit.paths import data_folder
+from labkit.sweeps.cluster import CLUSTERS, carry_out_on
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.processes import carry_out, default_jobs
 from labkit.sweeps.records import Results, append, is_cut_off, load, mend_last_line
 
 PARTS = {"about": str, "seeds": list, "fixed": dict, "grid": list}
 MAX_RUNS = 100_000
+HERE = "here"  # processes of this machine, not jobs of a cluster
 
 
 def read_experiment(path: str | Path) -> list[RunConfig]:
@@ -150,6 +152,7 @@ def run_experiment(
     progress: bool = True,
     minutes: float | None = None,
     keep: str | Path | None = None,
+    on: str = HERE,
 ) -> Results:
     """Do the runs of an experiment that are not recorded yet.
 
@@ -160,6 +163,7 @@ def run_experiment(
         progress: show a bar.
         minutes: how long a run may take before it is stopped and recorded as failed; None for no limit.
         keep: a folder for the adapters; a record names its own under "adapter". None to keep none.
+        on: "here", in processes of this machine; or "slurm", as jobs of a cluster (`labkit.sweeps.cluster`).
 
     Returns:
         The records of these runs, in their order, and in `problems` what kept others from being run. Ctrl-C ends the
@@ -172,7 +176,8 @@ def run_experiment(
         labkit.files.CannotWrite: `path` cannot be written to; what is recorded there is intact.
     """
     jobs = default_jobs() if jobs is None else jobs
-    check_whole("jobs", jobs, at_least=0)
+    check_choice("on", on, (HERE, *CLUSTERS))
+    check_whole("jobs", jobs, at_least=0 if on == HERE else 1)
     if minutes is not None:
         check_positive("minutes", minutes)
         if jobs == 0:
@@ -199,7 +204,7 @@ def run_experiment(
     if missing or is_cut_off(path):
         taken = f"another sweep is writing to {path}; wait for it, or stop it"
         with only_one(path.with_name(f".{path.name}.lock"), taken):
-            results = complete(configs, path, jobs, progress, minutes, keep)
+            results = complete(configs, path, jobs, progress, minutes, keep, on)
     else:  # nothing is written, and the place may be read-only
         results = load(path)
     recorded = results.by_config()
@@ -219,14 +224,20 @@ def complete(
     progress: bool,
     minutes: float | None = None,
     keep: str | Path | None = None,
+    on: str = HERE,
 ) -> Results:
     """Add those of `configs` that `path` lacks; everything that is recorded there then."""
     mend_last_line(path)
     results = load(path) if path.exists() else Results()
     missing = missing_from(results, configs)
     bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
+    kept = Path(keep).absolute() if keep else None
     try:
-        with closing(carry_out(missing, jobs, minutes, Path(keep).absolute() if keep else None)) as done:
+        if on == HERE:
+            records = carry_out(missing, jobs, minutes, kept)
+        else:
+            records = carry_out_on(missing, on, jobs, path.with_name(f".{path.stem}.jobs"), minutes, kept)
+        with closing(records) as done:
             for record in done:
                 if record["status"] == "not run":
                     run = RunConfig.from_dict(record["config"])
