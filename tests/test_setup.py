@@ -47,7 +47,17 @@ def constraints():
 
 def test_every_direct_dependency_is_pinned(project, constraints):
     extras = project["optional-dependencies"]
-    assert set(extras) == {"notebook", "lab", "test", "bench", "peers", "classroom", "cluster", "docs", "serve"}
+    assert set(extras) == {
+        "notebook",
+        "lab",
+        "test",
+        "bench",
+        "peers",
+        "classroom",
+        "cluster",
+        "docs",
+        "serve",
+    }
     direct = [Requirement(line) for lines in [project["dependencies"], *extras.values()] for line in lines]
     assert [one.name for one in direct if constraints.get(one.name.lower()) not in one.specifier] == []
     assert constraints["torch"] == "2.13.0"
