@@ -27,11 +27,11 @@ interpreter: setup
 	@$(PY) -c "import triton" 2>/dev/null || $(PIP) --retries 1 --no-deps --require-hashes --requirement requirements/interpreter.lock; \
 	$(PY) -c "import triton" 2>/dev/null || echo "warning: Triton is not installed here: the kernels for a GPU are NOT tested"
 
-# llama.cpp and OpenAI's types, which exported files are held against; once, and tests go on without them
-PEERS := $(PY) -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('openai', 'xllamacpp'))))"
+# llama.cpp, which exported files are held against; once, and tests go on without it
+PEERS := $(PY) -c "import sys, importlib.util as u; sys.exit(u.find_spec('xllamacpp') is None)"
 peers: setup
 	@$(PEERS) || $(PIP) --retries 1 --no-deps --require-hashes --requirement requirements/peers.lock; \
-	$(PEERS) || echo "warning: xllamacpp or openai is not installed here: exported files are NOT tested against llama.cpp and OpenAI's types"
+	$(PEERS) || echo "warning: xllamacpp is not installed here: exported files are NOT tested against llama.cpp"
 
 test: model interpreter peers ## set everything up and run all tests, notebooks included, on WORKERS processes
 	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=2400 $(ARGS)

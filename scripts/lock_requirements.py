@@ -5,7 +5,7 @@ every file of each version.
 
     all.lock          what the lessons and the tests need, but for PyTorch
     bench.lock        what `make bench` needs besides; classroom.lock: what a classroom with nbgrader does
-    peers.lock        llama.cpp and OpenAI's types, which `make test` holds exported files against
+    peers.lock        llama.cpp, which `make test` holds exported files against
     interpreter.lock  Triton, in whose interpreter `make test` runs the GPU's kernels; torch.lock has it on Linux
     torch.lock        PyTorch as PyPI has it, and on Linux the CUDA libraries that it needs there
     torch-cpu.lock    its CPU builds, which PyTorch's own index has under versions such as 2.13.0+cpu
