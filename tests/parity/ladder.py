@@ -34,6 +34,7 @@ from labkit.formats.trl_settings import bitsandbytes_settings, peft_settings, sf
 from labkit.lora.inject import lora_layers
 from labkit.paths import data_folder
 from labkit.training.limits import padding_id
+from labkit.training.loss import supervised_loss
 
 MISSING = "TRL is not installed here, so nothing is held against it: pip install trl datasets"
 pytest.importorskip("datasets", reason=MISSING)
@@ -218,6 +219,16 @@ def their_loss(trainer: Recording) -> torch.Tensor:
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     supervised = (inputs["labels"][:, 1:] != IGNORE).sum()
     return trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=supervised)
+
+
+def first_losses(case: Case, mine: nn.Module, trainer: Recording) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our loss of the first batch, and theirs, after the backward pass of both."""
+    batch = first_batch(case, mine)
+    loss = supervised_loss(mine, batch) / batch.n_supervised
+    theirs = their_loss(trainer)
+    loss.backward()
+    theirs.backward()
+    return loss, theirs
 
 
 @dataclass
