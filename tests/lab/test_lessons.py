@@ -10,7 +10,8 @@ def modules(package):
     return {module.name for module in pkgutil.iter_modules(package.__path__)}
 
 
-WORDS = modules(check) - {"compare"}
+SHARED = {"compare", "injection"}  # modules of checks that are no lesson's own
+WORDS = modules(check) - SHARED
 PARTS = {"panel", "answers", "background", "messages", "supervision", "training"}  # that are no lesson's own
 READERS = {"engines", "multitask", "prices"}  # of recorded results; a lesson has other pictures, too
 
@@ -25,7 +26,7 @@ def test_checks_explorers_pictures_and_tests_of_a_lesson_share_a_word():
 def test_each_lesson_has_a_check_and_an_explorer_that_lab_offers():
     for package in (check, explore):
         offered = {getattr(package, name).__module__.rpartition(".")[2] for name in package.__all__}
-        assert offered >= WORDS and offered - WORDS <= {"compare"} | PARTS
+        assert offered >= WORDS and offered - WORDS <= SHARED | PARTS
 
 
 def test_every_explorer_is_offered():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import labkit
-from labkit.lab.check import NotYet
+from labkit.lab.check import NotYet, inject
 from labkit.lab.check import lora as check
 from labkit.lab.explore import lora as explore
 from labkit.lora.inject import lora_layers
@@ -153,6 +153,59 @@ def test_the_break_even_rank_is_where_pytorch_counts_the_same():
         counts[rank] = counter.get_total_flops()
     full = 6 * d * k * len(x)
     assert counts[r] < full < counts[r + 1]
+
+
+# The stub that injects
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scaling = base.requires_grad_(False), alpha / r
+        self.A = torch.nn.Parameter(torch.randn(r, base.in_features))
+        self.B = torch.nn.Parameter(torch.zeros(base.out_features, r))
+
+    def forward(self, x):
+        return self.base(x) + self.scaling * (x @ self.A.T @ self.B.T)
+
+
+def injected(model, r, alpha, freeze=True, left_out=("lm_head",), depth=None, wrap=Wrapped):
+    if freeze:
+        model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name not in left_out and depth in (None, name.count(".")):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, wrap(module, r, alpha))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, r, a: None, "stub been filled in"),
+        (lambda m, r, a: 1 / 0, "raised ZeroDivisionError"),
+        (lambda m, r, a: "a string", "expected the model"),
+        (lambda m, r, a: m, "no layer was replaced"),
+        (lambda m, r, a: injected(m, r, a, left_out=()), "lm_head"),
+        (lambda m, r, a: injected(m, r, a, depth=2), "have no adapter"),
+        (
+            lambda m, r, a: injected(m, r, a, wrap=lambda b, r, a: Wrapped(copy.deepcopy(b), r, a)),
+            "made anew",
+        ),
+        (lambda m, r, a: injected(m, r, a).requires_grad_(False), "A and B are frozen"),
+        (lambda m, r, a: injected(m, r, a, freeze=False), "still trains"),
+        (lambda m, r, a: injected(m, 8, a), "`r` passed on"),
+        (lambda m, r, a: injected(m, r, 16.0), "`alpha` passed on"),
+    ],
+)
+def test_the_check_of_the_injection_names_the_mistake(function, message):
+    with pytest.raises(NotYet, match=message):
+        inject(function)
+
+
+def test_the_check_of_the_injection_accepts_a_right_one(capsys):
+    inject(injected)
+    assert "correct" in capsys.readouterr().out
 
 
 # The explorer

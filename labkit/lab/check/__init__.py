@@ -19,6 +19,7 @@ from labkit.lab.check.compare import NotYet
 from labkit.lab.check.double_quantization import constant_bytes, double_quantize, dynamic_decade, pair_table
 from labkit.lab.check.failures import effective_rate, label_counts, matrix_rates, silent_share
 from labkit.lab.check.forgetting import bits_per_parameter, forgetting_rise, gain_within, gap_share
+from labkit.lab.check.injection import inject
 from labkit.lab.check.lora import (
     break_even_rank,
     llama_lora_parameters,
@@ -85,6 +86,7 @@ __all__ = [
     "gguf_rows",
     "greedy_token",
     "ia3_merge",
+    "inject",
     "interval95",
     "keep_largest",
     "label_counts",

@@ -6,22 +6,25 @@ from collections.abc import Callable
 
 import torch
 
-from labkit.lab.check.compare import TRIES, NotYet
+from labkit.lab.check.compare import TRIES, NotYet, check_filled_in, is_asked, noted
 from labkit.lab.diagnosis import DIAGNOSES, make_run
 from labkit.quant.tensor import quantize
+from labkit.training.metrics import score_json
 
 
 def call(name: str, function: Callable, *arguments):
     """What the student's function returns; an exception, or nothing at all, is `NotYet`."""
     try:
         got = function(*arguments)
+    except NotImplementedError as error:
+        got = error
     except Exception as error:
         raise NotYet(f"{name}: your function raised {type(error).__name__}: {error}") from error
-    if got is None or got is Ellipsis:
-        raise NotYet(f"{name}: your function returned {got!r}; has the stub been filled in?")
+    check_filled_in(name, got)
     return got
 
 
+@noted("quant_backward")
 def quant_backward(function: type[torch.autograd.Function]) -> None:
     """`function.apply(x, weight)`: x (..., in), weight a `QuantizedTensor` (out, in), to (..., out); `backward` gives
     the gradient of x, and None for the weight. Nothing dense may be kept in between.
@@ -97,9 +100,12 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
 
 
+@noted("strict_match")
 def strict_match(function: Callable) -> None:
     """`function(answer, gold)`: is the text a JSON object with exactly these fields and values?"""
     name = "strict_match"
+    if is_asked(lambda answer, gold: score_json([answer], [gold]).exact == 1):
+        return
     for _ in range(TRIES):
         number, person = random.randint(1000, 9999), random.choice(["Ana", "Bo", "Chidi", "Dara"])
         gold = {
@@ -203,6 +209,7 @@ HINTS = {  # what a run has that was given another diagnosis
 }
 
 
+@noted("diagnose")
 def diagnose(function: Callable) -> None:
     """`function(run)`: one of `labkit.lab.diagnosis.DIAGNOSES`, of a run that has taken three steps."""
     name, wrong = "diagnose", []
