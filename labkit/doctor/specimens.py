@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from labkit.data.sql import load_questions, sql_record
 from labkit.data.tickets import load_tickets
 from labkit.doctor.case import heard_of, mean_loss
 from labkit.files.reading import read_json_lines
+from labkit.formats.adapters import load_adapter, save_adapter
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
 from labkit.lora.qlora import add_qlora
@@ -106,6 +108,25 @@ def train_records() -> list[dict]:
 def held_records() -> list[dict]:
     """Those held out."""
     return order_records()[1]
+
+
+def with_history(model: nn.Module, history: History | None = None, **given: Any) -> Specimen:
+    """A specimen on the usual records: those of the order numbers."""
+    return Specimen(model, tiny_llama()[1], train_records(), {"history": history} | given)
+
+
+def put_on(base: nn.Module, model: nn.Module, folder: Path, recorded: bool = True) -> nn.Module:
+    """The adapter of `model`, saved to `folder` and loaded onto `base` by a loader that asks no questions.
+
+    `recorded` leaves the record of its own base in the folder.
+    """
+    save_adapter(model, folder)
+    record = (folder / "labkit.json").read_bytes()
+    (folder / "labkit.json").unlink()
+    load_adapter(base, folder)
+    if recorded:
+        (folder / "labkit.json").write_bytes(record)
+    return base
 
 
 def adapted(seed: int, variant: str = "lora", **settings: Any) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from labkit.data.facts import make_facts
+from labkit.doctor.faint import merged_at_full_size, other_merge_below, part_in_optimizer, slow
 from labkit.doctor.specimens import (
     LABELS,
     LR,
@@ -22,21 +23,18 @@ from labkit.doctor.specimens import (
     fed_batches,
     healthy,
     held_records,
+    put_on,
     spoiled_labels,
     teach,
     tiny_llama,
     train_records,
     trained,
     valley_for,
+    with_history,
 )
-from labkit.formats.adapters import load_adapter, save_adapter
+from labkit.formats.adapters import save_adapter
 from labkit.lora.inject import lora_layers
 from labkit.lora.merging import merge
-
-
-def with_history(model: nn.Module, history=None, **given) -> Specimen:
-    """A specimen on the usual records."""
-    return Specimen(model, tiny_llama()[1], train_records(), {"history": history} | given)
 
 
 def checkpointing(seed: int, folder: Path, steps: int) -> Specimen:
@@ -177,13 +175,7 @@ def wrong_base(recorded: bool) -> Callable[[int, Path], Specimen]:
     """The adapter on another base of the same shape; with a record of its own base in the folder, or without."""
 
     def breed_one(seed: int, folder: Path) -> Specimen:
-        model, _ = trained(seed)
-        save_adapter(model, folder)
-        record = (folder / "labkit.json").read_bytes()
-        (folder / "labkit.json").unlink()
-        model = load_adapter(other_base(seed % 2), folder)
-        if recorded:
-            (folder / "labkit.json").write_bytes(record)
+        model = put_on(other_base(seed % 2), trained(seed)[0], folder, recorded)
         return with_history(model, adapter=folder)
 
     return breed_one
@@ -267,6 +259,10 @@ AFTER_A_RUN: dict[str, tuple[str, Callable[[int, Path], Specimen]]] = {
     "stale cache": ("cache", stale_cache),
     "base as reference": ("reference", base_as_reference),
     "end never learned": ("stopping", unlearned_end),
+    "another adapter merged below": ("origin", other_merge_below),
+    "optimizer of a part": ("training", part_in_optimizer),
+    "learning rate times 0.4": ("rate", slow),
+    "QLoRA merged into 4 bits": ("precision", merged_at_full_size),
 }
 SICK = {name: probe for name, (probe, _) in (FROM_THE_START | AFTER_A_RUN).items()}
 HEALTHY = tuple(f"healthy {variant}" for variant in VARIANTS)

@@ -87,8 +87,10 @@ def matrix_figure(lines: Sequence[Mapping], probes: Sequence[str]) -> Figure:
         probes: their names, in order.
     """
     plt.rcParams.update(STYLE)
-    names = list(dict.fromkeys(line["specimen"] for line in lines))
-    by_name = {name: [line for line in lines if line["specimen"] == name] for name in names}
+    by_name: dict[str, list[Mapping]] = {}
+    for line in sorted(lines, key=lambda line: line["expected"] is None):  # the sick first
+        by_name.setdefault(line["specimen"], []).append(line)
+    names = list(by_name)
     shares = np.array([[share_of(by_name[name], probe, SICK) for probe in probes] for name in names])
     silent = np.array([[share_of(by_name[name], probe, UNKNOWN) for probe in probes] for name in names])
     figure, axes = plt.subplots(figsize=(7.6, 0.2 * len(names) + 1.2), dpi=80, layout="constrained")
