@@ -1,6 +1,6 @@
 """The door to `labkit.sweeps` from the command line.
 
-    python -m labkit.sweep experiments/rank.toml [--jobs 2] [--minutes 60] [--on slurm]
+    python -m labkit.sweep experiments/rank.toml [--jobs 2] [--minutes 60] [--on slurm|local|ray]
 
 makes or completes data/results/rank.jsonl, and prints what it holds.
 """
@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to record; default: data/results/NAME.jsonl")
     parser.add_argument("--keep", type=Path, help="a folder for the adapters; default: they are not kept")
     parser.add_argument(
-        "--on", default="here", help="slurm: a job array; local: the same jobs on this machine"
+        "--on",
+        default="here",
+        help="slurm: a job array; local: the same jobs on this machine; ray: trials of Ray Tune",
     )
     chosen = parser.parse_args(arguments)
     try:

@@ -1,6 +1,7 @@
 """More than one process: what is shared among them, what crosses the wire, and whether they do the same thing.
 
     ranks.py           start processes, watch them, say which one failed; world.py is what each of them knows
+    torchrun.py        the same processes started from a script, as on a cluster
     ring.py            the collectives, written out; counting.py runs DDP and FSDP on them, and counts
     traffic.py         the same bytes in closed form
     sockets.py         the same bytes as the system sees them

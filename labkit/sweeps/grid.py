@@ -40,6 +40,7 @@ from labkit.paths import data_folder
 from labkit.sweeps.cluster import CLUSTERS, carry_out_on
 from labkit.sweeps.config import RunConfig
 from labkit.sweeps.processes import carry_out, default_jobs
+from labkit.sweeps.ray_tune import RAY, carry_out_on_ray
 from labkit.sweeps.records import Results, append, is_cut_off, load, mend_last_line
 
 PARTS = {"about": str, "seeds": list, "fixed": dict, "grid": list}
@@ -163,7 +164,8 @@ def run_experiment(
         progress: show a bar.
         minutes: how long a run may take before it is stopped and recorded as failed; None for no limit.
         keep: a folder for the adapters; a record names its own under "adapter". None to keep none.
-        on: "here", in processes of this machine; or "slurm", as jobs of a cluster (`labkit.sweeps.cluster`).
+        on: "here", in processes of this machine; "slurm", as jobs of a cluster (`labkit.sweeps.cluster`), "local" for
+            the same on this machine; or "ray", as trials of Ray Tune (`labkit.sweeps.ray_tune`).
 
     Returns:
         The records of these runs, in their order, and in `problems` what kept others from being run. Ctrl-C ends the
@@ -176,7 +178,7 @@ def run_experiment(
         labkit.files.CannotWrite: `path` cannot be written to; what is recorded there is intact.
     """
     jobs = default_jobs() if jobs is None else jobs
-    check_choice("on", on, (HERE, *CLUSTERS))
+    check_choice("on", on, (HERE, *CLUSTERS, RAY))
     check_whole("jobs", jobs, at_least=0 if on == HERE else 1)
     if minutes is not None:
         check_positive("minutes", minutes)
@@ -233,10 +235,13 @@ def complete(
     bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
     kept = Path(keep).absolute() if keep else None
     try:
+        left = path.with_name(f".{path.stem}.jobs")  # where jobs leave their records
         if on == HERE:
             records = carry_out(missing, jobs, minutes, kept)
+        elif on == RAY:
+            records = carry_out_on_ray(missing, jobs, left, minutes, kept)
         else:
-            records = carry_out_on(missing, on, jobs, path.with_name(f".{path.stem}.jobs"), minutes, kept)
+            records = carry_out_on(missing, on, jobs, left, minutes, kept)
         with closing(records) as done:
             for record in done:
                 if record["status"] == "not run":

@@ -1,53 +1,30 @@
 """A sweep as jobs of a cluster, by submitit's executor for this machine, of which one job is killed."""
 
 import json
-import threading
-import time
 from collections import Counter
 
-import psutil
 import pytest
 
 from labkit.sweeps import grid
 from labkit.sweeps.cluster import carry_out_on, place_of, take_record
+from recipes import killed_worker
 from tests.sweeps.cases import configs, table
 
 pytest.importorskip("submitit")
 
 
-def kill_one_job(killed: list[int]) -> None:
-    """Kill the second process of a job that comes up."""
-    seen: set[int] = set()
-    while not killed:
-        for process in psutil.Process().children(recursive=True):
-            try:
-                if "submitit.core._submit" in process.cmdline():
-                    seen.add(process.pid)
-                    if len(seen) == 2:
-                        process.kill()
-                        killed.append(process.pid)
-                        break
-            except psutil.Error:
-                continue
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
-def test_each_run_on_two_workers_of_which_one_is_killed_is_one_record(tmp_path):
-    runs = configs(r=[1, 2])
-    killed: list[int] = []
-    thread = threading.Thread(target=kill_one_job, args=(killed,), daemon=True)
-    thread.start()
-    path = tmp_path / "r.jsonl"
-    results = grid.run_experiment(runs, path, jobs=2, progress=False, on="local")
-    thread.join(5)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(killed) == 1 and len(lines) == len(runs) == 4
+def test_each_of_twelve_runs_on_two_workers_of_which_one_is_killed_is_one_record(tmp_path):
+    runs = killed_worker.configs()
+    results, watch = killed_worker.sweep("local", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert watch.killed is not None and len(watch.spans) == len(runs) + 1
+    assert len(lines) == len(runs) == 12
     assert max(Counter(json.dumps(line["config"]) for line in lines).values()) == 1
     assert {line["status"] for line in lines} == {"done"} and results.problems == []
-    assert not list((tmp_path / ".r.jobs").glob("*.json"))
-    here = grid.run_experiment(runs[:2], tmp_path / "here.jsonl", jobs=0, progress=False)
-    results.records = results.records[:2]
+    assert not list((tmp_path / ".sweep.jobs").glob("*.json"))
+    here = grid.run_experiment(runs[:3], tmp_path / "here.jsonl", jobs=0, progress=False)
+    results.records = results.records[:3]
     assert table(results) == table(here)
 
 
