@@ -39,6 +39,7 @@ from labkit.lab.check.quantization import (
     unpack_nibbles,
 )
 from labkit.lab.check.ranks import best_rate, interval95, pareto_front, rank_for_budget, target_parameters
+from labkit.lab.check.scaling import layer_part, rank_memory, sent_per_rank, shared_gradient
 from labkit.lab.check.serving import mixed_forward, reusable_tokens, segment_rows, step_seconds
 from labkit.lab.check.spectra import (
     count_intruders,
@@ -91,6 +92,7 @@ __all__ = [
     "keep_largest",
     "label_counts",
     "largest_batch",
+    "layer_part",
     "linear_keeps",
     "llama_lora_parameters",
     "lora_forward",
@@ -114,12 +116,15 @@ __all__ = [
     "prefix_cache_bytes",
     "quant_backward",
     "rank_for_budget",
+    "rank_memory",
     "read_moment",
     "reusable_tokens",
     "rslora_scaling",
     "scale_blocks",
     "segment_rows",
+    "sent_per_rank",
     "share_interval",
+    "shared_gradient",
     "silent_share",
     "similarity",
     "state_bytes",

@@ -16,6 +16,7 @@ from labkit.lab.explore.paging import card_explorer, paging_explorer
 from labkit.lab.explore.pipeline import labels_explorer
 from labkit.lab.explore.quantization import codebook_explorer, levels_explorer
 from labkit.lab.explore.ranks import sweep_explorer
+from labkit.lab.explore.scaling import wire_explorer
 from labkit.lab.explore.serving import serving_explorer
 from labkit.lab.explore.spectra import update_explorer
 from labkit.lab.explore.start import weight_memory
@@ -56,4 +57,5 @@ __all__ = [
     "update_explorer",
     "variant_explorer",
     "weight_memory",
+    "wire_explorer",
 ]

@@ -10,6 +10,7 @@ from labkit.lab.figures.multitask import multitask_figure
 from labkit.lab.figures.own_data import result_rows, written_answer
 from labkit.lab.figures.paging import residency_map
 from labkit.lab.figures.prices import load_prices, price_all, price_figure, price_table
+from labkit.lab.figures.scaling import gap_bars, rank_bars, rank_curves, wire_bars, worker_spans
 from labkit.lab.figures.serving import Span, batch_picture, cost_curves, evidence_picture, schedule_picture
 from labkit.lab.figures.training import run_figure
 
@@ -23,6 +24,7 @@ __all__ = [
     "crossings",
     "curve_wall",
     "evidence_picture",
+    "gap_bars",
     "load_prices",
     "matrix_figure",
     "multitask_figure",
@@ -32,9 +34,13 @@ __all__ = [
     "price_all",
     "price_figure",
     "price_table",
+    "rank_bars",
+    "rank_curves",
     "residency_map",
     "result_rows",
     "run_figure",
     "schedule_picture",
+    "wire_bars",
+    "worker_spans",
     "written_answer",
 ]
