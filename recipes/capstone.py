@@ -1,4 +1,4 @@
-"""Make data/results/capstone.jsonl: a prompt against an adapter, by how many definitions somebody has labelled.
+"""Make data/results/capstone.jsonl: a prompt against an adapter, where a form is to be learned and where a fact is asked.
 
     python -m recipes.capstone
 
@@ -9,6 +9,12 @@ held-out definitions measure both. The prompt shows each kind equally often, and
     prompt     n solved records before each question; three draws of them
     adapter    LoRA on all linear layers, one of `RATES`; three draws of the records, which are also the seeds
     whole      the adapter on all records that were not held out
+
+The other way round: which order number does a customer give? Of `TICKETS` messages the number stands in each.
+
+    document   the base, with the message and `SHOWN` solved ones in the prompt
+    memory     an adapter that was trained on all these messages, `PASSES` times, and on question and answer for half of
+               them; it is asked about the other half without the message
 
 The best rate of an adapter is chosen on the very records that measure it, which favours it. A line for each run, with what
 was right. A run that is recorded is not repeated. On one thread; about an hour.
@@ -26,6 +32,7 @@ import torch
 from labkit.checks import version_of
 from labkit.data import hold_out, read_records
 from labkit.data.posing import posed
+from labkit.data.tickets import load_tickets
 from labkit.files.reading import sha256
 from labkit.lora.config import LoRAConfig
 from labkit.lora.inject import add_lora
@@ -44,10 +51,11 @@ FILE = data_folder() / "definitions" / "definitions.csv"
 COLUMNS = ("definition", "kind")
 TASK = "Definition to kind: animal, body, food, person, place or plant."
 ASKED, TOKENS = 100, 4
-SIZES = {6: 12, 24: 30, 96: 72}  # labelled records → steps of 4: eight, five, and three passes
-WHOLE = 150
+SIZES = {6: 12, 24: 30}  # labelled records → steps of 4: eight passes, and five
+WHOLE = 60
 RATES = (5e-4, 1e-3, 2e-3)
 SEEDS = (0, 1, 2)
+TICKETS, SHOWN, PASSES, NUMBER = 80, 4, 3, 12  # the last: tokens of an answer
 
 
 @cache
@@ -98,18 +106,73 @@ def by_adapter(n: int, steps: int, lr: float, seed: int) -> list[int]:
     return judged(model, records()[1])
 
 
+def messages(seed: int) -> list[dict]:
+    """`TICKETS` short tickets of customers that are all different, each with an order number; the first half is asked."""
+    found: dict[str, dict] = {}
+    for ticket in sorted(load_tickets("train"), key=lambda one: len(one["message"])):
+        customer, order = ticket["label"]["customer"], ticket["label"]["order"]
+        if customer and order and customer in ticket["message"] and order in ticket["message"]:
+            found.setdefault(customer, ticket)
+    shortest = list(found.values())[: 2 * TICKETS]
+    return random.Random(seed).sample(shortest, TICKETS)
+
+
+def question(ticket: dict, with_message: bool) -> dict:
+    """A chat that asks for the order number."""
+    text = f"Which order number does {ticket['label']['customer']} give? Answer with the number."
+    text = f"{ticket['message']}\n\n{text}" if with_message else text
+    turns = (("user", text), ("assistant", ticket["label"]["order"]))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def from_document(seed: int) -> list[int]:
+    """What is right with the message in the prompt."""
+    half, rest = messages(seed)[: TICKETS // 2], messages(seed)[TICKETS // 2 :]
+    solved = [question(ticket, True) for ticket in rest[:SHOWN]]
+    return judged(
+        base()[0], [baselines.with_solved(question(ticket, True), solved) for ticket in half], NUMBER
+    )
+
+
+def from_memory(lr: float, seed: int) -> list[int]:
+    """What is right after training on the messages."""
+    half, rest = messages(seed)[: TICKETS // 2], messages(seed)[TICKETS // 2 :]
+    texts = [{"prompt": "", "completion": ticket["message"]} for ticket in half + rest]
+    learned = [*texts, *(question(ticket, False) for ticket in rest)]
+    torch.manual_seed(seed)
+    model = add_lora(copy.deepcopy(base()[0]), LoRAConfig(r=16, alpha=32))
+    steps = PASSES * len(learned) // 4
+    settings = TrainConfig(lr=lr, steps=steps, batch_size=4, batching="shuffled", seed=seed, progress=False)
+    train(model, base()[1], learned, settings)
+    return judged(model, [question(ticket, False) for ticket in half], NUMBER)
+
+
+HOW = {
+    "prompt": by_prompt,
+    "adapter": by_adapter,
+    "whole": by_adapter,
+    "document": from_document,
+    "memory": from_memory,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=data_folder() / "results" / "capstone.jsonl")
     given = parser.parse_args()
     torch.set_num_threads(1)
     about = {"model": MODEL, "data": sha256(FILE)[:16], "versions": {"torch": version_of("torch")}}
-    runs = [{"how": "prompt", "n": n, "seed": seed} for seed in SEEDS for n in (6, 24, 48)]
-    runs += [
-        {"how": "adapter", "n": n, "steps": steps, "lr": lr, "seed": seed}
-        for seed in SEEDS for n, steps in SIZES.items() for lr in RATES
-    ]  # fmt: skip
-    runs += [{"how": "whole", "n": 0, "steps": WHOLE, "lr": 1e-3, "seed": seed} for seed in SEEDS]
+    runs: list[dict] = []
+    for seed in SEEDS:
+        runs += [{"how": "prompt", "n": n, "seed": seed} for n in (6, 24, 48)]
+        runs += [{"how": "document", "seed": seed}]
+        for lr in RATES:
+            runs += [
+                {"how": "adapter", "n": n, "steps": steps, "lr": lr, "seed": seed}
+                for n, steps in SIZES.items()
+            ]
+        runs += [{"how": "memory", "lr": lr, "seed": seed} for lr in RATES[1:]]
+        runs += [{"how": "whole", "n": 0, "steps": WHOLE, "lr": 1e-3, "seed": seed}]
     with jsonl.resuming(given.out):
         there = [{key: line.get(key) for key in ("how", "n", "lr", "seed")} for line in jsonl.read(given.out)]
         for run in runs:
@@ -117,7 +180,7 @@ def main() -> None:
                 continue
             begun = time.perf_counter()
             settings = {key: run[key] for key in run if key != "how"}
-            right = (by_prompt if run["how"] == "prompt" else by_adapter)(**settings)
+            right = HOW[run["how"]](**settings)
             append(
                 given.out, run | {"right": right, "seconds": round(time.perf_counter() - begun, 1)} | about
             )

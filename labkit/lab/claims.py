@@ -58,10 +58,22 @@ def claim(number: str, statement: str, verdict: str, evidence: str, said: str = 
 
 
 def ledger(folder: str | Path = ".") -> list[dict]:
-    """All verdicts recorded in the notebooks of `folder`, by number, each with the name of its notebook."""
+    """All verdicts recorded in the notebooks of `folder`, by number, each with the name of its notebook and the last
+    heading above it.
+    """
     rows = []
     for path in sorted(Path(folder).glob("*.ipynb")):
+        heading = ""
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                heading = next(iter(headings_of("".join(cell["source"]))[::-1]), heading)
             found = [out["data"][MIME] for out in cell.get("outputs", []) if MIME in out.get("data", {})]
-            rows += [{**verdict, "notebook": path.name} for verdict in found]
+            rows += [{**verdict, "notebook": path.name, "heading": heading} for verdict in found]
     return sorted(rows, key=lambda row: int(row["claim"].lstrip("C")))
+
+
+def headings_of(source: str) -> list[str]:
+    """The headings in the source of a markdown cell, as they read: without marks of code and emphasis."""
+    without_code = re.sub(r"^(```|~~~).*?^\1", "", source, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^#{1,6} +(.+?) *#*$", without_code, re.MULTILINE)
+    return [re.sub(r"[`*]", "", heading).strip() for heading in found]
