@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab interpreter peers test test-fast campaign run bench gpu lint docs classroom lock clean
+.PHONY: help named setup model lab interpreter peers test test-fast campaign run bench gpu lint docs site slides bundle room classroom lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -65,6 +65,18 @@ lint: setup      ## check style, the direction of imports, and types
 
 docs: setup      ## make the API pages: build/docs/index.html
 	@$(PY) scripts/make_docs.py build/docs
+
+site: setup      ## make the course as web pages that need no network: build/site/index.html
+	@$(PY) scripts/make_site.py build/site
+
+slides: setup    ## make slides from the figures of the lessons: build/slides/index.html
+	@$(PY) scripts/make_slides.py build/slides
+
+bundle: setup    ## put packages, model and course into build/bundle, for a USB stick and a room without a network
+	@$(PY) scripts/make_bundle.py build/bundle
+
+room:            ## is this machine ready for a lesson? a line for each thing, and what to do; installs nothing
+	@$(PYTHON) scripts/check_room.py
 
 classroom: setup ## lay out build/classroom for nbgrader: the exercises of every lesson as assignments
 	@$(PIP) --no-deps --require-hashes --requirement requirements/classroom.lock
