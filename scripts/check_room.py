@@ -37,9 +37,14 @@ print(json.dumps({"cores": mine.cpus, "memory": mine.memory, "free": mine.free, 
 
 def python_line(version=None):
     version = tuple(version or sys.version_info[:3])
-    found = "%d.%d.%d on %s %s" % (version[:3] + (platform.system(), platform.machine()))
+    found = "%d.%d.%d on %s %s" % (*version[:3], platform.system(), platform.machine())
     if version < (3, 11):
-        return "Python", PROBLEM, found, "install Python 3.11 or newer; `make PYTHON=python3.12 room` asks another one"
+        return (
+            "Python",
+            PROBLEM,
+            found,
+            "install Python 3.11 or newer; `make PYTHON=python3.12 room` asks another one",
+        )
     return "Python", OK, found, ""
 
 
@@ -47,7 +52,12 @@ def packages_line(venv):
     if setup_env.is_ready(venv, setup_env.wanted_stamp(ROOT)):
         return "packages", OK, "installed in .venv, at the locked versions", ""
     found = "an older set in .venv" if os.path.isdir(venv) else "not installed"
-    return "packages", WARNING, found, "run `make model`, or start.py of a bundle: 3 minutes and no network needed with it"
+    return (
+        "packages",
+        WARNING,
+        found,
+        "run `make model`, or start.py of a bundle: 3 minutes and no network needed with it",
+    )
 
 
 def bundle_line(folders):
@@ -110,7 +120,12 @@ def port_line(port=PORT):
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            return "port", WARNING, "%d is taken" % port, "JupyterLab takes the next one: use the link that it prints"
+            return (
+                "port",
+                WARNING,
+                "%d is taken" % port,
+                "JupyterLab takes the next one: use the link that it prints",
+            )
     return "port", OK, "%d is free" % port, ""
 
 
@@ -118,8 +133,18 @@ def write_line():
     """May this account write here? Two people on one account share what they write, so it is said which account."""
     account = os.environ.get("USER") or os.environ.get("USERNAME") or "?"
     if not os.access(ROOT, os.W_OK):
-        return "folder", PROBLEM, "%s may not write to it" % account, "copy the course into a folder of your own"
-    return "folder", OK, "%s may write to it" % account, "one account for each seat, or two people save over each other"
+        return (
+            "folder",
+            PROBLEM,
+            "%s may not write to it" % account,
+            "copy the course into a folder of your own",
+        )
+    return (
+        "folder",
+        OK,
+        "%s may write to it" % account,
+        "one account for each seat, or two people save over each other",
+    )
 
 
 def speed_line(speed, device):
@@ -127,7 +152,12 @@ def speed_line(speed, device):
         return "speed", OK, "not measured yet", "is measured once the packages are there"
     found = "%.0f GFLOP/s on %s" % (speed, device)
     if speed < SLOW:
-        return "speed", WARNING, found, "start 08 early, and take the stated minutes times %.0f" % (140 / speed)
+        return (
+            "speed",
+            WARNING,
+            found,
+            "start 08 early, and take the stated minutes times %.0f" % (140 / speed),
+        )
     return "speed", OK, found, ""
 
 
@@ -150,7 +180,11 @@ def check(venv, bundles):
     ready = packages_line(venv)
     known = ask_labkit(venv)
     total, free = (known["memory"], known["free"]) if known else memory_bytes()
-    model = ("model", *known["model"]) if known else ("model", WARNING, "not looked for", "comes with `make model`")
+    model = (
+        ("model", *known["model"])
+        if known
+        else ("model", WARNING, "not looked for", "comes with `make model`")
+    )
     return [
         python_line(),
         ready,
@@ -167,12 +201,16 @@ def check(venv, bundles):
 
 def main(arguments):
     venv = os.path.join(ROOT, ".venv")
-    lines = check(venv, [*arguments, os.environ.get("LABKIT_BUNDLE", ""), os.path.join(ROOT, "build", "bundle")])
+    lines = check(
+        venv, [*arguments, os.environ.get("LABKIT_BUNDLE", ""), os.path.join(ROOT, "build", "bundle")]
+    )
     for what, state, found, advice in lines:
         print("%-8s %-9s %s%s" % (state, what, found, "  ->  " + advice if advice and state != OK else ""))
     problems, warnings = ([w for w, state, *_ in lines if state == s] for s in (PROBLEM, WARNING))
     verdict = "not ready: " + ", ".join(problems) if problems else "ready"
-    print("%s: %s%s" % (socket.gethostname(), verdict, "; look at " + ", ".join(warnings) if warnings else ""))
+    print(
+        "%s: %s%s" % (socket.gethostname(), verdict, "; look at " + ", ".join(warnings) if warnings else "")
+    )
     return 1 if problems else 0
 
 

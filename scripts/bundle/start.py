@@ -27,7 +27,7 @@ def fail(sentence):
 
 def this_platform():
     """What packages must be made for: system, processor, Python."""
-    return "%s-%s-py%d.%d" % ((platform.system().lower(), platform.machine().lower()) + sys.version_info[:2])
+    return "%s-%s-py%d.%d" % (platform.system().lower(), platform.machine().lower(), *sys.version_info[:2])
 
 
 def packages_here():
@@ -74,7 +74,9 @@ def verify(sums):
             what = "is missing"
         except OSError as error:
             what = "cannot be read (%s)" % error.strerror
-        fail("%s %s: copy the whole folder again, from where it is whole. Nothing was installed" % (path, what))
+        fail(
+            "%s %s: copy the whole folder again, from where it is whole. Nothing was installed" % (path, what)
+        )
 
 
 def copy_course(sums, place):
@@ -89,7 +91,9 @@ def copy_course(sums, place):
         if path.startswith("course/"):
             target = os.path.join(part, *path.split("/")[1:])
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copyfile(os.path.join(HERE, *path.split("/")), target)  # without the stick's read-only bits
+            shutil.copyfile(
+                os.path.join(HERE, *path.split("/")), target
+            )  # without the stick's read-only bits
     if os.path.isdir(place):
         os.rmdir(place)
     os.rename(part, place)
@@ -137,7 +141,9 @@ def main(arguments):
     copy_course(sums, place)
     variables = environment(packages)
     run([sys.executable, os.path.join("scripts", "setup_env.py"), ".venv"], place, variables)
-    python = os.path.join(place, ".venv", *(["Scripts", "python.exe"] if os.name == "nt" else ["bin", "python"]))
+    python = os.path.join(
+        place, ".venv", *(["Scripts", "python.exe"] if os.name == "nt" else ["bin", "python"])
+    )
     with open(os.path.join(place, "bundle.json"), "w") as file:
         json.dump({"from": HERE, "packages": os.path.basename(packages)}, file)
     run([python, "-m", "labkit.models", "fetch", "smollm2-135m"], place, variables)

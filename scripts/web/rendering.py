@@ -8,6 +8,7 @@ import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 from bs4 import BeautifulSoup, Tag
@@ -19,7 +20,15 @@ from traitlets.config import Config
 
 CLAIM = "application/vnd.labkit.claim+json"
 HEADINGS = ("h1", "h2", "h3")
-UNKNOWN_TO_MATHML = {r"\arg": r"\operatorname{arg}", r"\big": "", r"\Big": "", r"\bigl": "", r"\bigr": "", r"\lVert": r"\|", r"\rVert": r"\|"}
+UNKNOWN_TO_MATHML = {
+    r"\arg": r"\operatorname{arg}",
+    r"\big": "",
+    r"\Big": "",
+    r"\bigl": "",
+    r"\bigr": "",
+    r"\lVert": r"\|",
+    r"\rVert": r"\|",
+}
 
 
 @dataclass
@@ -138,6 +147,8 @@ def render_markdown(text: str) -> Rendered:
 def finish(soup: BeautifulSoup, blocks: list[Tag], files: dict[str, bytes]) -> Rendered:
     """Let wide tables scroll, and gather the sections."""
     sections: list[Section] = []
+    for heading in soup.select("h1[id], h2[id], h3[id], h4[id]"):
+        heading["id"] = unquote(heading["id"])  # as JupyterLab has it; links to it stay quoted
     for block in blocks:
         if block.name in HEADINGS and block.get("id"):
             sections.append(Section(int(block.name[1]), block["id"], title_of(block)))

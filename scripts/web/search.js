@@ -30,9 +30,8 @@ async function search() {
   if (asked !== box.value.trim()) return;  // more was typed meanwhile
   const fields = { title: { boost: 4 }, page: { boost: 1 }, text: { boost: 1 } };
   const words = asked.toLowerCase().split(/\s+/);
-  let hits = index.search(asked, { fields, bool: "AND", expand: true });
-  if (!hits.length) hits = index.search(asked, { fields, bool: "OR", expand: true });
-  list.innerHTML = hits.slice(0, 15).map(({ ref }) => {
+  const found = ["AND", "OR"].flatMap(bool => index.search(asked, { fields, bool, expand: true }).map(hit => hit.ref));
+  list.innerHTML = [...new Set(found)].slice(0, 15).map(ref => {
     const { title, page, href, text } = SECTIONS[ref];
     return `<li><a href="${root}${escaped(href)}"><b>${escaped(title)}</b><small>${escaped(page)}</small><small>${escaped(around(text, words))}</small></a></li>`;
   }).join("") || "<li><p>Nothing found. Try one word less.</p></li>";
