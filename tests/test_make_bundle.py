@@ -167,6 +167,12 @@ def test_the_scripts_for_macos_and_windows_start_the_same_program():
     assert lines.count(b"\r\n") == lines.count(b"\n") and lines.count(b"start.py") == 2
 
 
+def test_wheels_of_an_earlier_lock_are_dropped(tmp_path):
+    (tmp_path / "numpy-1.0-py3-none-any.whl").write_bytes(b"old")
+    make_bundle.drop_outdated(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_course_in_a_bundle_has_all_that_a_lesson_opens_and_nothing_made_here():
     names = {name for _, name in make_bundle.course_files()}
     assert {

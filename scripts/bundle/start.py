@@ -101,7 +101,7 @@ def copy_course(sums, place):
 
 def first_notebook(place):
     """The student's copy of the first lesson if the bundle has one, else the lesson."""
-    for folder in ("student", "notebooks"):
+    for folder in ("build/student", "notebooks"):
         name = folder + "/00_start_here.ipynb"
         if os.path.exists(os.path.join(place, *name.split("/"))):
             return name
