@@ -67,17 +67,6 @@ FIRST = {
     "packing": {"args": {"packing": True, "max_length": 1024}},
 }
 THEN = {
-    "all defaults": {
-        "columns": "messages",
-        "adapters": "bfloat16",
-        "lora": {"r": 8, "lora_alpha": 8, "target_modules": None},
-        "args": {
-            "learning_rate": 2e-5,
-            "warmup_steps": 0,
-            "per_device_train_batch_size": 8,
-            "max_length": 1024,
-        },
-    },
     "alpha = r": {"lora": {"lora_alpha": 16}},
     "8-bit AdamW": {"args": {"optim": "adamw_8bit"}},
     "dropout 0.05": {"lora": {"lora_dropout": 0.05}},
@@ -85,7 +74,6 @@ THEN = {
     "packing, as many tokens a step": {
         "args": {"packing": True, "max_length": 420, "per_device_train_batch_size": 1}
     },
-    "lr 2e-4": {"args": {"learning_rate": 2e-4}},
 }
 SETTINGS = FIRST | THEN
 

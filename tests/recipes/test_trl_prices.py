@@ -11,7 +11,7 @@ from labkit.data.tickets import load_tickets, ticket_answer
 from labkit.training.metrics import score_json
 from recipes import trl_prices as recipe
 
-TOGETHER = {"all defaults", "packing", "packing, as many tokens a step"}
+TOGETHER = {"packing", "packing, as many tokens a step"}
 
 
 def changes(setting):
@@ -32,21 +32,12 @@ def test_every_setting_switches_one_thing_alone_except_those_that_say_so():
     assert set(changes("packing")) == {"packing", "max_length"}
 
 
-def test_all_defaults_are_those_of_trl_and_peft(tmp_path):
-    chosen = recipe.options("all defaults")
+def test_what_is_called_a_default_is_one(tmp_path):
     args, lora = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), LoraConfig()
-    for name in (
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "max_grad_norm",
-        "max_length",
-        "packing",
-    ):
-        assert chosen["args"][name] == getattr(args, name), name
-    assert chosen["args"]["per_device_train_batch_size"] == args.per_device_train_batch_size
-    for name, value in chosen["lora"].items():
-        assert value == getattr(lora, name), name
+    for setting, name in (("lr 2e-5", "learning_rate"), ("checkpointing", "gradient_checkpointing")):
+        assert recipe.options(setting)["args"][name] == getattr(args, name), setting
+    assert recipe.options("q and v only")["lora"]["target_modules"] == lora.target_modules
+    assert lora.lora_alpha == lora.r and lora.lora_dropout == 0 and args.packing is False
 
 
 @pytest.mark.parametrize("setting", recipe.SETTINGS)
