@@ -9,6 +9,7 @@ is 0 if lessons will run, 1 if something must be done first.
 """
 
 import ctypes
+import getpass
 import os
 import platform
 import shutil
@@ -131,7 +132,10 @@ def port_line(port=PORT):
 
 def write_line():
     """May this account write here? Two people on one account share what they write, so it is said which account."""
-    account = os.environ.get("USER") or os.environ.get("USERNAME") or "?"
+    try:
+        account = getpass.getuser()
+    except (KeyError, OSError):  # a number without a name, as in some containers
+        account = "this account"
     if not os.access(ROOT, os.W_OK):
         return (
             "folder",

@@ -25,6 +25,9 @@ TEXT = 420  # characters: what a room reads from the back row
 def slides_of(rendered: Rendered) -> Iterator[tuple[str, str, str]]:
     """(kind, heading, HTML) of each slide of a lesson."""
     heading, optional = "", False
+    for link in rendered.soup.select("a[href]"):
+        if not link["href"].startswith("http"):
+            link.unwrap()  # what it leads to is not beside the slides
     for part in rendered.soup.select(".text_cell .rendered_html, .output_area"):
         if "output_area" not in part["class"]:
             for block in part.find_all(["h1", "h2", "h3"], recursive=False):

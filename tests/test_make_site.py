@@ -1,5 +1,6 @@
 """The site and the slides: every link leads somewhere, nothing is loaded from elsewhere, and search finds its page."""
 
+import copy
 import functools
 import itertools
 import re
@@ -21,11 +22,24 @@ import make_slides  # noqa: E402
 from web import rendering  # noqa: E402
 
 
+@functools.cache
+def rendered(path):
+    return rendering.render_notebook(path)
+
+
+def render_once(path):
+    """What rendering a notebook gives; site and slides may change it, and share the work."""
+    made = rendered(path)
+    return rendering.Rendered(copy.copy(made.soup), made.sections, dict(made.files))
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The whole site, but for the API, which takes a minute."""
     folder = tmp_path_factory.mktemp("site") / "site"
-    make_site.main(folder, with_api=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_site, "render_notebook", render_once)
+        make_site.main(folder, with_api=False)
     return folder
 
 
@@ -115,7 +129,8 @@ def test_search_finds_a_section_from_a_folder_and_no_page_is_wider_than_the_wind
 
 
 @pytest.mark.slow
-def test_every_lesson_has_slides_with_its_figures_and_without_the_optional_sections(tmp_path):
+def test_every_lesson_has_slides_with_its_figures_and_without_the_optional_sections(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_slides, "render_notebook", render_once)
     make_slides.main(tmp_path / "slides")
     assert broken(tmp_path / "slides") == []
     for path in (ROOT / "notebooks").glob("*.ipynb"):
