@@ -55,9 +55,8 @@ def beginning(heading: Tag) -> str:
     for block in heading.find_next_siblings():
         if block.name in ("h1", "h2", "h3"):
             break
-        if block.find("math", display="block") or (
-            block.name in ("pre", "ul", "ol") and len(block.get_text()) < TEXT
-        ):
+        drawn = block.find("math", display="block") or (block.name == "div" and block.find("pre"))
+        if drawn or (block.name in ("ul", "ol") and len(block.get_text()) < TEXT):
             shown.append(str(block))
         elif block.name == "p" and (not used or used + len(block.get_text()) < TEXT):
             shown.append(str(block))

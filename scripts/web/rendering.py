@@ -95,9 +95,13 @@ EXPORTER = Config(
 
 
 def render_notebook(path: Path) -> Rendered:
+    """The notebook at `path` with its outputs."""
+    return render(nbformat.read(path, as_version=4), path.stem)
+
+
+def render(notebook: nbformat.NotebookNode, name: str) -> Rendered:
     """A notebook with its outputs; figures become files `figures/NAME_CELL_OUTPUT.png`."""
-    notebook = nbformat.read(path, as_version=4)
-    resources = {"unique_key": path.stem, "output_files_dir": "figures"}
+    resources = {"unique_key": name, "output_files_dir": "figures"}
     body, resources = CourseExporter(config=EXPORTER).from_notebook_node(notebook, resources)
     soup = BeautifulSoup(body, "html.parser")
     for cell, drawn in zip(notebook.cells, soup.select("div.cell"), strict=True):
