@@ -11,24 +11,19 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 import jinja2
+import make_docs
 import pdoc
 from pygments.formatters import HtmlFormatter
-
-from labkit.lab import claims
+from web.registers import register_page
+from web.rendering import Rendered, render_markdown, render_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import make_docs  # noqa: E402
-from web.rendering import Rendered, render_markdown, render_notebook  # noqa: E402
-
 WEB = ROOT / "scripts" / "web"
 LABELS = {"README": "Overview", "gpu": "Run it on a GPU", "interview": "Thirty interview questions"}
 LABELS |= {
@@ -76,7 +71,15 @@ def lessons() -> list[Page]:
 
 def guides() -> list[Page]:
     """The pages of docs/, and the registers: reference first, then what a teacher needs."""
-    made = [Page("claims.html", "docs/claims.md", "Reference", LABELS["claims"], render_markdown(register()))]
+    made = [
+        Page(
+            "claims.html",
+            "docs/claims.md",
+            "Reference",
+            LABELS["claims"],
+            render_markdown(register_page(ROOT / "notebooks")),
+        )
+    ]
     for path in sorted((ROOT / "docs").rglob("*.md")):
         name = path.relative_to(ROOT / "docs").with_suffix("")
         if str(name) == "claims":
@@ -99,30 +102,6 @@ def home() -> Page:
         re.search(r"^## The course\n.*?(?=^## )", text, re.M | re.S)[0],
     )
     return Page("index.html", "README.md", "", "Start", render_markdown(f"{about}\n\n{course}"))
-
-
-def register() -> str:
-    """Every verdict of the notebooks, by number, as Markdown."""
-    rows = claims.ledger(ROOT / "notebooks")
-    lines = ["# What people claim, and what was measured", ""]
-    lines += [
-        f"{len(rows)} verdicts on {len({row['claim'] for row in rows})} claims about LoRA and QLoRA. Each was recorded by the "
-        "cell that measured it; follow its lesson for the controls. The letters name who says so.",
-        "",
-        "| | claim | verdict | evidence | where |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        stem = row["notebook"].removesuffix(".ipynb")
-        evidence = claims.SENTENCE_END.split(row["evidence"].strip(), maxsplit=1)[0].replace("|", "\\|")
-        statement = row["statement"].replace("|", "\\|")
-        who = f" ({', '.join(row['said'])})" if row.get("said") else ""
-        lines.append(
-            f"| {row['claim']} | “{statement}”{who} | <span class='verdict'>{row['verdict']}</span> | {evidence} "
-            f"| [{stem[:3].strip('_')}](../notebooks/{row['notebook']}#{row['claim']}) |"
-        )
-    lines += ["", "## Who says so", ""] + [f"- **{name}**: {title}" for name, title in claims.SOURCES.items()]
-    return "\n".join(lines)
 
 
 def link_names(pages: list[Page], api: Path) -> None:

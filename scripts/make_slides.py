@@ -12,12 +12,9 @@ from pathlib import Path
 
 import jinja2
 from bs4 import Tag
+from web.rendering import Rendered, render_notebook, title_of
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from web.rendering import Rendered, render_notebook, title_of  # noqa: E402
-
 WEB = ROOT / "scripts" / "web"
 TEXT = 420  # characters: what a room reads from the back row
 

@@ -128,7 +128,9 @@ def finish_code_cell(soup: BeautifulSoup, cell: nbformat.NotebookNode, drawn: Ta
     areas = drawn.select(".output_area")
     for output, area in zip(cell.outputs, areas, strict=True):
         if CLAIM in output.get("data", {}):
-            area["id"] = output["data"][CLAIM]["claim"]
+            number = output["data"][CLAIM]["claim"]
+            if not soup.find(id=number):  # a lesson may rule on parts of one claim
+                area["id"] = number
             area["class"] = [*area["class"], "claim"]
 
 
