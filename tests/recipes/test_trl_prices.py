@@ -1,5 +1,8 @@
 """The recipe of `data/results/trl_prices.jsonl`: each run changes what its name says, and nothing else."""
 
+import os
+from concurrent.futures.process import BrokenProcessPool
+
 import pytest
 
 pytest.importorskip("trl")
@@ -75,3 +78,8 @@ def test_the_fields_right_are_those_that_the_lesson_counts():
     assert [all(one) for one in right] == [i not in score.wrong for i in range(4)]
     for place, field in enumerate(recipe.TICKET_FIELDS):
         assert sum(one[place] for one in right) / 4 == score.per_field[field]
+
+
+def test_a_run_whose_process_dies_is_an_error_and_not_a_wait_without_end():
+    with pytest.raises(BrokenProcessPool):
+        recipe.alone(os._exit, 1)
