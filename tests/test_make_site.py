@@ -124,18 +124,19 @@ def test_every_verdict_has_a_row_that_leads_to_the_cell_that_measured_it(site):
 @pytest.mark.skipif(
     not shutil.which("chromium"), reason="no chromium here: the search was NOT tried in a browser"
 )
-@pytest.mark.parametrize("width", [1400, 400])
-def test_search_finds_a_section_from_a_folder_and_no_page_is_wider_than_the_window(site, width):
+def test_search_finds_a_section_from_a_folder_and_no_page_is_wider_than_the_window(site):
     from playwright.sync_api import sync_playwright
 
     from tests.browser.jupyter import CHROMIUM, FLAGS
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        shown = browser.new_page(viewport={"width": width, "height": 800})
+        shown = browser.new_page()
         for path in sorted(site.rglob("*.html")):
-            shown.goto(path.as_uri())
-            assert shown.evaluate("document.documentElement.scrollWidth") <= width, path
+            shown.goto(path.as_uri(), wait_until="domcontentloaded")
+            for width in (1400, 400):
+                shown.set_viewport_size({"width": width, "height": 800})
+                assert shown.evaluate("document.documentElement.scrollWidth") <= width, path
         shown.goto((site / "05_learns_less_forgets_less.html").as_uri())
         shown.keyboard.press("/")
         shown.keyboard.type("signed dynamic map")
