@@ -259,7 +259,7 @@ AFTER_A_RUN: dict[str, tuple[str, Callable[[int, Path], Specimen]]] = {
     "stale cache": ("cache", stale_cache),
     "base as reference": ("reference", base_as_reference),
     "end never learned": ("stopping", unlearned_end),
-    "another adapter merged below": ("origin", other_merge_below),
+    "adapter merged below": ("origin", other_merge_below),
     "optimizer of a part": ("training", part_in_optimizer),
     "learning rate times 0.4": ("rate", slow),
     "QLoRA merged into 4 bits": ("precision", merged_at_full_size),
