@@ -58,8 +58,8 @@ def claim(number: str, statement: str, verdict: str, evidence: str, said: str = 
 
 
 def ledger(folder: str | Path = ".") -> list[dict]:
-    """All verdicts recorded in the notebooks of `folder`, by number, each with the name of its notebook and the last
-    heading above it.
+    """All verdicts recorded in the notebooks of `folder`, by number, each with the name of its notebook, the id of its
+    cell, and the last heading above it.
     """
     rows = []
     for path in sorted(Path(folder).glob("*.ipynb")):
@@ -68,7 +68,8 @@ def ledger(folder: str | Path = ".") -> list[dict]:
             if cell["cell_type"] == "markdown":
                 heading = next(iter(headings_of("".join(cell["source"]))[::-1]), heading)
             found = [out["data"][MIME] for out in cell.get("outputs", []) if MIME in out.get("data", {})]
-            rows += [{**verdict, "notebook": path.name, "heading": heading} for verdict in found]
+            place = {"notebook": path.name, "cell": cell.get("id", ""), "heading": heading}
+            rows += [{**verdict, **place} for verdict in found]
     return sorted(rows, key=lambda row: int(row["claim"].lstrip("C")))
 
 

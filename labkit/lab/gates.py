@@ -25,6 +25,7 @@ from torch import nn
 from labkit.checks import needed
 from labkit.data.batches import endless_batches, make_batch_of
 from labkit.data.encoding import encode_all
+from labkit.data.own.findings import counted
 from labkit.data.own.leaks import find_leaks, hold_out
 from labkit.data.own.reading import read_records
 from labkit.doctor.examine import doctor
@@ -120,7 +121,7 @@ def data_gate(split: Split) -> Gate:
     leaks = find_leaks(split.train, split.held)
     report = split.report
     faults = report.n_faults + (report.test.n_faults if report.test else 0)
-    says = f"{len(split.train)} records to train on, {len(split.held)} held out; {faults} faulty lines, {len(leaks)} leaks"
+    says = f"{counted(len(split.train), 'record')} to train on, {len(split.held)} held out; {counted(faults, 'faulty line')}, {counted(len(leaks), 'leak')}"
     if leaks:
         worst = leaks[0]
         says += f"; held-out record {worst.test} is training record {worst.train} ({worst.kind})"
@@ -220,7 +221,7 @@ def seeds_gate(runs: Mapping[int, Sequence[float]], rivals: Mapping[str, Sequenc
     mean = sum(ahead) / len(ahead)
     listed = ", ".join(f"{share:.0%}" for share in means.values())
     says = (
-        f"right in {listed} ({len(runs)} seeds); the worst is ahead of {rival} "
+        f"right in {listed} ({counted(len(runs), 'seed')}); the worst is ahead of {rival} "
         f"({sum(rivals[rival]) / len(ahead):.0%}) by {100 * mean:+.0f} points ({100 * low:+.0f} to {100 * high:+.0f})"
     )
     do = f"use {rival} until more records, or a larger base, beat it"

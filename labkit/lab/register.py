@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
 
 from labkit.lab.claims import SENTENCE_END, SOURCES, VERDICTS, ledger
 from labkit.paths import data_folder
 
+RULED = ("verdict", "evidence", "statement", "notebook", "cell", "heading")
 OPEN, IN_PARTS = "open", "in parts"
 KINDS = {
     "measured": r"\b(?:measured|timed)\b",
@@ -29,6 +29,7 @@ KINDS = {
     "recorded": r"\brecorded\b",
 }
 DENIED = re.compile(r"\bnot (?:been )?measured\b|\bwere not measured\b|\bno run is recorded\b", re.IGNORECASE)
+WITHIN = re.compile(r"\([^()]*\)")  # parentheses
 MOST_DEPENDS = 27  # of 81: a third
 
 
@@ -41,13 +42,15 @@ class Ruling:
         evidence: all of it, as the cell printed it.
         statement: the claim, or the part of it that is ruled on.
         notebook: "04_rank_alpha_targets.ipynb".
-        heading: the last one above the cell.
+        cell: its id there.
+        heading: the last one above it.
     """
 
     verdict: str
     evidence: str
     statement: str
     notebook: str
+    cell: str
     heading: str
 
     @property
@@ -56,13 +59,19 @@ class Ruling:
         return [one for one in SENTENCE_END.split(self.evidence.strip()) if not one.startswith("Do:")]
 
     @property
+    def pieces(self) -> list[str]:
+        """The sentences, those that begin with a number or a name in small letters by themselves too."""
+        return [piece for one in self.sentences for piece in re.split(r"(?<=[.!?]) +", one)]
+
+    @property
     def first(self) -> str:
-        """Its first sentence; of "depends", up to the first number: where it turns."""
-        taken = self.sentences[:1]
-        for sentence in self.sentences[1:3]:
+        """What it says first, without the sample; of "depends", up to the first number: where it turns."""
+        said = [piece for piece in self.pieces if " · " not in WITHIN.sub("", piece)] or self.sentences
+        taken = said[:1]
+        for piece in said[1:5]:
             if self.verdict != "depends" or re.search(r"\d", " ".join(taken)):
                 break
-            taken.append(sentence)
+            taken.append(piece)
         return " ".join(taken)
 
     @property
@@ -74,14 +83,13 @@ class Ruling:
     @property
     def sample(self) -> str:
         """Seeds, model and steps, as the lesson says them; "" where nothing was sampled."""
-        pieces = [piece for one in self.sentences for piece in re.split(r"(?<=[.!?]) +", one)]
-        dotted = [piece for piece in pieces if " · " in piece]
+        dotted = [piece for piece in self.pieces if " · " in piece]
         if not dotted:
             return ""
-        within = re.findall(r"\(([^()]* · [^()]*)\)", dotted[-1])
-        return (within[-1] if within and " · " not in dotted[-1].partition("(")[0] else dotted[-1]).rstrip(
-            "."
+        last = (
+            dotted[-1] if " · " in WITHIN.sub("", dotted[-1]) else WITHIN.findall(dotted[-1])[-1].strip("()")
         )
+        return last.partition("; lesson")[0].rstrip(".")
 
     @property
     def lesson(self) -> str:
@@ -90,8 +98,8 @@ class Ruling:
 
     @property
     def link(self) -> str:
-        """Relative to the lessons' folder, with the heading's anchor, as JupyterLab and nbconvert make it."""
-        return f"{self.notebook}#{anchor_of(self.heading)}" if self.heading else self.notebook
+        """To the cell, relative to the lessons' folder. JupyterLab opens such a fragment, and nbconvert's pages have it."""
+        return f"{self.notebook}#cell-id={self.cell}" if self.cell else self.notebook
 
 
 @dataclass(frozen=True)
@@ -148,15 +156,6 @@ class RegisteredClaim:
         return self.paths.get(ruling.notebook.removesuffix(".ipynb"), "")
 
 
-def anchor_of(heading: str) -> str:
-    """The anchor of a heading, for a link.
-
-    >>> anchor_of("2 · Six cases")
-    '2-%C2%B7-Six-cases'
-    """
-    return quote(heading.replace(" ", "-"))
-
-
 def read_register(notebooks: str | Path = ".", path: str | Path | None = None) -> list[RegisteredClaim]:
     """All claims with the verdicts that the lessons in `notebooks` have reached.
 
@@ -177,9 +176,7 @@ def read_register(notebooks: str | Path = ".", path: str | Path | None = None) -
                 f"{row['notebook']} rules on {row['claim']}, which {path.name} does not have; add a line with claim, "
                 "statement, said, theme and do"
             )
-        rulings[row["claim"]].append(
-            Ruling(row["verdict"], row["evidence"], row["statement"], row["notebook"], row["heading"])
-        )
+        rulings[row["claim"]].append(Ruling(**{name: row[name] for name in RULED}))
     return [registered(line, rulings[line["claim"]], path.name) for line in lines]
 
 

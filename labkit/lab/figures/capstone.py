@@ -1,4 +1,4 @@
-"""The ledger as a table and as bars, gates as a table, and a prompt against an adapter by labelled records."""
+"""The ledger as a table and as bars, gates as a table, and prompts beside adapters."""
 
 import html
 import re
@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from IPython.display import HTML
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from labkit.lab.claims import SOURCES, VERDICTS
 from labkit.lab.gates import Gate
 from labkit.lab.plots import COLOURS, canvas, finish
 from labkit.lab.register import IN_PARTS, OPEN, GuideLine, RegisteredClaim, Ruling
-from labkit.sweeps.records import mean_interval
+from labkit.training.intervals import wilson
 
 SHADES = {  # of verdicts; the word always stands beside it
     "confirmed": COLOURS["lora"],
@@ -23,6 +24,7 @@ SHADES = {  # of verdicts; the word always stands beside it
     IN_PARTS: COLOURS["nf4"],
     OPEN: "#ffffff",
 }
+HATCHES = {"not testable here": "//"}  # beside another grey
 CELL = "text-align:left;vertical-align:top;white-space:normal"
 
 
@@ -46,10 +48,10 @@ def ruled(claim: RegisteredClaim, ruling: Ruling) -> tuple[str, str]:
     """The verdict of one ruling, and its evidence: what it rests on, and where it was reached."""
     path = claim.path_of(ruling)
     verdict = f"<b>{ruling.verdict}</b>" + (f"<br>{as_html(path)}" if path else "")
-    rests = " · ".join([", ".join(ruling.kinds), *([as_html(ruling.sample)] if ruling.sample else [])])
-    turns = f"{as_html(ruling.first)}<br>" if ruling.verdict == "depends" else ""
+    kinds = [kind for kind in ruling.kinds if kind not in ruling.sample]
+    rests = " · ".join([*([ruling.sample] if ruling.sample else []), *([", ".join(kinds)] if kinds else [])])
     link = f'<a href="{html.escape(ruling.link)}">{ruling.lesson}, {as_html(ruling.heading)}</a>'
-    return verdict, f"{turns}<em>{rests}</em><br>{link}"
+    return verdict, f"{as_html(ruling.first)}<br><em>{as_html(rests)}</em><br>{link}"
 
 
 def register_table(claims: Sequence[RegisteredClaim]) -> HTML:
@@ -79,7 +81,7 @@ def guide_table(lines: Sequence[GuideLine], claims: Sequence[RegisteredClaim]) -
             now = by_number[number].verdict
             changed = "" if now == verdict else f" (was {verdict}: read this line again)"
             rests.append(f'<a href="#{number}">{number}</a> {now}{changed}')
-        rows.append(row_of([as_html(line.ask), as_html(line.do), "<br>".join(rests)]))
+        rows.append(row_of([as_html(line.ask), as_html(line.do), " · ".join(rests)]))
     return HTML(f"<table>{''.join(rows)}</table>")
 
 
@@ -100,72 +102,60 @@ def gate_table(walks: Mapping[str, Sequence[Gate]]) -> HTML:
 
 
 def verdict_bars(groups: Mapping[str, Counter[str]], title: str) -> Figure:
-    """Stacked bars of verdicts, a row for each group, the numbers in them.
+    """A bar of the same length for each group, divided by verdict; how many claims stands in its parts.
 
     Args:
         groups: name → verdict → how many claims.
         title: of the figure.
     """
-    figure, axes = canvas(width=8.2, height=0.9 + 0.42 * len(groups))
+    figure, axes = canvas(width=8.2, height=1.4 + 0.42 * len(groups))
     names = list(groups)[::-1]
+    verdicts = [v for v in (*VERDICTS, IN_PARTS, OPEN) if any(group.get(v) for group in groups.values())]
     for row, name in enumerate(names):
-        left = 0
-        for verdict in (*VERDICTS, IN_PARTS, OPEN):
-            n = groups[name].get(verdict, 0)
-            if not n:
-                continue
-            axes.barh(row, n, left=left, color=SHADES[verdict], edgecolor="white")
-            axes.text(left + n / 2, row, str(n), ha="center", va="center", fontsize=9.5, color="white")
-            left += n
-    shown = [v for v in (*VERDICTS, IN_PARTS, OPEN) if any(group.get(v) for group in groups.values())]
-    for verdict in shown:
-        axes.barh(0, 0, color=SHADES[verdict], edgecolor="#888888", label=verdict)
-    axes.set_yticks(range(len(names)), names)
-    axes.legend(
-        ncols=len(shown),
-        loc="upper center",
-        bbox_to_anchor=(0.42, -0.28 / len(groups) ** 0.5 - 0.08),
-        frameon=False,
-    )
-    finish(axes, title, "claims", "")
+        left, total = 0.0, groups[name].total()
+        for verdict in verdicts:
+            if n := groups[name].get(verdict, 0):
+                axes.barh(
+                    row,
+                    100 * n / total,
+                    left=left,
+                    color=SHADES[verdict],
+                    edgecolor="white",
+                    hatch=HATCHES.get(verdict),
+                )
+                dark = verdict in ("depends", "not testable here", OPEN)
+                axes.text(left + 50 * n / total, row, str(n), ha="center", va="center", fontsize=9.5,
+                          color="black" if dark else "white")  # fmt: skip
+                left += 100 * n / total
+    handles = [Patch(facecolor=SHADES[v], edgecolor="white", hatch=HATCHES.get(v), label=v) for v in verdicts]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5)
+    axes.set_yticks(range(len(names)), [f"{name} ({groups[name].total()})" for name in names])
+    axes.set_xlim(0, 100)
+    finish(axes, title, "share of the claims (%)", "")
     return figure
 
 
-def by_records(lines: Sequence[Mapping], asked: int) -> Figure:
-    """Right answers of a prompt with n solved records, and of an adapter trained on n, each at its best rate.
+def prompt_or_adapter(panels: Mapping[str, Mapping[str, Sequence[Sequence[int]]]]) -> Figure:
+    """Shares of right answers: a panel for each task, a row for each way, a dot for each seed, and the 95 % interval of all.
 
     Args:
-        lines: of `data/results/capstone.jsonl`.
-        asked: held-out records.
+        panels: title → way → for each seed the scores, 0 or 1, of what was asked.
     """
-    figure, axes = canvas(width=7.0, height=3.4)
-    for how, colour, mark in (("prompt", COLOURS["full"], "s"), ("adapter", COLOURS["lora"], "o")):
-        sizes, means, halves = [], [], []
-        for n in sorted({line["n"] for line in lines if line["how"] == how}):
-            shares = [100 * sum(line["right"]) / asked for line in best_of(lines, how, n)]
-            mean, half = mean_interval(shares)
-            sizes.append(n)
-            means.append(mean)
-            halves.append(half)
-            axes.plot([n] * len(shares), shares, mark, color=colour, alpha=0.35, markersize=5)
-        axes.errorbar(sizes, means, halves, color=colour, marker=mark, linewidth=2, capsize=3)
-        axes.annotate(how, (sizes[-1], means[-1]), xytext=(8, -3), textcoords="offset points", color=colour)
-    axes.set_xscale("log")
-    axes.set_xticks([6, 24, 48, 96], ["6", "24", "48", "96"])
-    axes.minorticks_off()
-    axes.margins(x=0.12)
-    axes.set_ylim(0, 100)
-    finish(axes, "The same labelled records, in a prompt or in an adapter", "labelled records", "right (%)")
+    sizes = [len(ways) for ways in panels.values()]
+    figure, columns = canvas(width=8.6, height=1.1 + 0.42 * max(sizes), columns=len(panels))
+    for axes, (title, ways) in zip(columns, panels.items()):
+        for row, (way, runs) in enumerate(reversed(list(ways.items()))):
+            colour = COLOURS["lora"] if "adapter" in way else COLOURS["full"]
+            right, asked = sum(map(sum, runs)), sum(map(len, runs))
+            low, high = (100 * bound for bound in wilson(right, asked))
+            axes.plot(
+                [100 * sum(run) / len(run) for run in runs], [row] * len(runs), "o", color=colour, alpha=0.5
+            )
+            axes.plot([low, high], [row, row], color=colour, linewidth=2)
+            axes.annotate(f"{right / asked:.0%}", (100 * right / asked, row), xytext=(0, 7), textcoords="offset points",
+                          ha="center", color=colour, fontsize=9.5)  # fmt: skip
+        axes.set_yticks(range(len(ways)), list(ways)[::-1])
+        axes.set_xlim(-4, 104)
+        axes.set_ylim(-0.6, len(ways) - 0.2)
+        finish(axes, title, "right (%)", "")
     return figure
-
-
-def best_of(lines: Sequence[Mapping], how: str, n: int) -> list[Mapping]:
-    """The runs of an adapter at the rate that is best on the mean of all seeds; all those of a prompt."""
-    some = [line for line in lines if line["how"] == how and line["n"] == n]
-    seeds = {line["seed"] for line in some}
-    rates = {line.get("lr") for line in some}
-    whole = [lr for lr in rates if {line["seed"] for line in some if line.get("lr") == lr} == seeds]
-    best = max(
-        whole, key=lambda lr: sum(sum(line["right"]) for line in some if line.get("lr") == lr), default=None
-    )
-    return [line for line in some if line.get("lr") == best]
