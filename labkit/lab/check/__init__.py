@@ -15,6 +15,7 @@ from labkit.lab.check.breakdown import (
     peak_of_events,
     step_flops,
 )
+from labkit.lab.check.capstone import ahead, pairs_until
 from labkit.lab.check.compare import NotYet
 from labkit.lab.check.double_quantization import constant_bytes, double_quantize, dynamic_decade, pair_table
 from labkit.lab.check.failures import effective_rate, label_counts, matrix_rates, silent_share
@@ -60,6 +61,7 @@ from labkit.lab.check.variants import (
 
 __all__ = [
     "NotYet",
+    "ahead",
     "belady_victim",
     "best_rate",
     "bits_per_parameter",
@@ -108,6 +110,7 @@ __all__ = [
     "normal_float",
     "outlier_victims",
     "pair_table",
+    "pairs_until",
     "pareto_front",
     "peak_of_events",
     "pissa_split",

@@ -5,6 +5,7 @@ from labkit.lab.explore.answers import read_answer
 from labkit.lab.explore.background import UpdateSpectra
 from labkit.lab.explore.bill import bill_explorer
 from labkit.lab.explore.breakdown import peak_explorer
+from labkit.lab.explore.capstone import ledger_explorer
 from labkit.lab.explore.double_quantization import constants_explorer
 from labkit.lab.explore.failures import tensor_explorer
 from labkit.lab.explore.forgetting import plane_explorer, turned_down_explorer
@@ -36,6 +37,7 @@ __all__ = [
     "constants_explorer",
     "cost_explorer",
     "labels_explorer",
+    "ledger_explorer",
     "levels_explorer",
     "message_box",
     "mixing_explorer",
