@@ -3,7 +3,8 @@
     .venv/bin/python scripts/refresh_notebooks.py notebooks/08_qlora_finetune.ipynb
 
 Outputs are kept, because people read them on GitHub. Noise is removed: progress bars (stderr), widget views
-and their state, execution times. A notebook that fails is left as it was.
+and their state, execution times. A notebook that fails is left as it was. Numbers in the text that the new
+outputs contradict are listed (`labkit.lab.prose`).
 """
 
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from labkit.lab.prose import contradictions
 
 KEPT_CELL_METADATA = ("jupyter", "nbgrader", "tags")  # "jupyter" says which cells are collapsed
 KEPT_METADATA = {
@@ -48,3 +51,5 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or sys.exit("usage: refresh_notebooks.py NOTEBOOK [NOTEBOOK …]"):
         refresh(Path(name))
         print(f"{name}: run and cleaned, {Path(name).stat().st_size / 1e3:.0f} kB")
+        for line in contradictions(name):
+            print(f"  mend the text: {line}")

@@ -136,7 +136,8 @@ def card_explorer() -> None:
             max((n for n, gb in zip(LENGTHS, values) if gb <= card), default=0) for values in peaks.values()
         ]
         if reach[1] > reach[0]:
-            said = f"paging saves the run from {reach[0] or 'no'} to {reach[1]} tokens"
+            before = f"from {reach[0]} to {reach[1]}" if reach[0] else f"at {reach[1]}"
+            said = f"paging saves the run {before} tokens"
         else:
             said = f"paging changes nothing: {reach[0] or 'no'} tokens either way"
         axes.set_xscale("log", base=2)
