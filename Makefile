@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab interpreter peers test test-fast campaign run bench gpu lint docs site slides bundle room classroom lock clean
+.PHONY: help named setup model lab interpreter peers test test-fast campaign run bench gpu lint docs site slides bundle room student teacher classroom catch-up lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -78,9 +78,18 @@ bundle: setup    ## put packages, model and course into build/bundle, for a USB 
 room:            ## is this machine ready for a lesson? a line for each thing, and what to do; installs nothing
 	@$(PYTHON) scripts/check_room.py
 
+student: setup   ## write a student's copy of every lesson to build/student: stubs for solutions, no outputs, answers folded
+	@$(PY) scripts/make_classroom.py student build/student
+
+teacher: setup   ## write a teacher's copy to build/teacher: solutions, outputs, minutes, the mistakes that checks name
+	@$(PY) scripts/make_classroom.py teacher build/teacher
+
 classroom: setup ## lay out build/classroom for nbgrader: the exercises of every lesson as assignments
 	@$(PIP) --no-deps --require-hashes --requirement requirements/classroom.lock
-	@$(PY) scripts/make_classroom.py build/classroom
+	@$(PY) scripts/make_classroom.py nbgrader build/classroom
+
+catch-up: model  ## record the slow calls of lessons on this machine, for lab.catch_up; takes about half an hour
+	@$(PY) -m recipes.catch_up
 
 lock: setup      ## make requirements/*.lock again from constraints.txt, with uv
 	@$(PIP) uv

@@ -11,6 +11,21 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+def person_folder() -> Path:
+    """Where the progress of those who use this account is kept: the user's data folder for labkit.
+
+    Raises:
+        ValueError: there is no home folder to put it in.
+    """
+    try:
+        import platformdirs
+
+        folder = platformdirs.user_data_dir("labkit")
+    except ImportError:
+        folder = os.path.join(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "labkit")
+    return absolute("XDG_DATA_HOME", folder)
+
+
 def user_cache_dir(name: str) -> str:
     """The user's cache folder for `name`, where the system has it; without platformdirs, where Linux has it."""
     try:

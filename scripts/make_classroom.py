@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from classroom.assignments import write_course
-from classroom.copies import write_copies
+from classroom.assignments import write_course  # noqa: E402
+from classroom.copies import write_copies  # noqa: E402
 
 LESSONS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 KINDS = ("student", "teacher", "nbgrader")
@@ -24,11 +24,16 @@ def main(kind: str, folder: Path) -> None:
     """Make one kind of copies in `folder`."""
     if kind == "nbgrader":
         write_course(LESSONS, folder)
-        print(f"{folder}: now run `nbgrader generate_assignment 02_lora_from_scratch` there, or any other lesson")
+        print(
+            f"{folder}: now run `nbgrader generate_assignment 02_lora_from_scratch` there, or any other lesson"
+        )
         return
     written = write_copies(kind, LESSONS, folder)
     kept = len(LESSONS) - len(written)
-    print(f"{folder}: {len(written)} notebooks written" + (f"; {kept} were there, and stay as they are" if kept else ""))
+    print(
+        f"{folder}: {len(written)} notebooks written"
+        + (f"; {kept} were there, and stay as they are" if kept else "")
+    )
 
 
 if __name__ == "__main__":

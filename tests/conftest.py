@@ -19,10 +19,11 @@ LONGEST_FIRST = ("08", "16", "06", "02", "03", "10", "05", "04", "09", "11", "07
 def pytest_configure():
     """Share the cores between the workers; kernels and child processes inherit the environment.
 
-    What a shell starts in the background ignores Ctrl-C, and so would the tests that send it.
+    No test is anybody's progress. What a shell starts in the background ignores Ctrl-C, and so would the tests that send it.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["LABKIT_PROGRESS"] = "no"
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)

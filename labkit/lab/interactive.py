@@ -23,6 +23,15 @@ def is_interactive() -> bool:
     Raises:
         ValueError: LABKIT_STATIC is neither yes nor no.
     """
+    there = has_reader()
+    said_by_variable = switch("LABKIT_STATIC", None) is not None or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+    if not there and not said_by_variable and running_kernel() is not None:
+        tell()
+    return there
+
+
+def has_reader() -> bool:
+    """As `is_interactive`, and says nothing."""
     static = switch("LABKIT_STATIC", None)
     if static is not None:
         return not static
@@ -32,12 +41,7 @@ def is_interactive() -> bool:
     if any(name in os.environ for name in FRONT_ENDS) or "google.colab" in sys.modules:
         return True
     kernel = running_kernel()
-    if kernel is None:
-        return False
-    if "PYCHARM_HOSTED" in os.environ or names_its_cells(kernel):
-        return True
-    tell()
-    return False
+    return kernel is not None and ("PYCHARM_HOSTED" in os.environ or names_its_cells(kernel))
 
 
 def running_kernel() -> object | None:

@@ -29,7 +29,20 @@ PACKAGES = (
 )
 ON_A_SERVICE = "on a notebook service the cell that README.md gives"
 VARIABLES = tuple(
-    f"LABKIT_{name}" for name in ("CACHE", "DATA", "MODEL", "PROFILE", "STATIC", "FAST", "CAMPAIGN")
+    f"LABKIT_{name}"
+    for name in (
+        "CACHE",
+        "DATA",
+        "MODEL",
+        "PROFILE",
+        "STATIC",
+        "FAST",
+        "CAMPAIGN",
+        "PERSON",
+        "PROGRESS",
+        "GRADING",
+        "GRADING_UNSAFE",
+    )
 )
 # minutes on two cores of a server CPU with matrix units; `speed_line` scales them by the speed here
 REFERENCE_GFLOPS = 140.0

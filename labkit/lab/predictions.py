@@ -2,6 +2,7 @@
 
 from IPython.display import Markdown, display
 
+from labkit.lab import diary
 from labkit.lab.interactive import is_interactive
 
 
@@ -41,6 +42,7 @@ class Prediction:
             told = "You made no prediction; try one before the next run. "
         else:
             told = "You had it. " if self.choice == answer else f"You said: {self.choice}. "
+            diary.note_prediction(self.question, self.choice, self.choice == answer)
         display(Markdown(f"**Answer:** {told}**{answer}.** {why}"))
 
 

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import nbformat
-from classroom.exercises import STUB, has_exercise, read_exercise
 from nbformat import NotebookNode
+
+from classroom.exercises import STUB, has_exercise, read_exercise
 
 KERNEL = "labkit-grading"
 SETTINGS = f'''"""Settings of this course for nbgrader; `docs/teach/classroom.md` of the lab says what they protect from."""
@@ -65,7 +66,7 @@ def make_assignment(lesson: NotebookNode) -> NotebookNode:
         nbformat.v4.new_code_cell("\n".join(dict.fromkeys(imports)), metadata=mark("imports", locked=True)),
     ]
     for before, cell in itertools.pairwise(cells):
-        if has_exercise(cell):
+        if has_exercise(cell) and read_exercise(cell).check:  # an open experiment has no points
             if before.cell_type == "markdown":
                 made.append(nbformat.v4.new_markdown_cell(before.source))
             made += split_exercise(cell)

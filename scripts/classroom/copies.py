@@ -13,12 +13,16 @@ import re
 from pathlib import Path
 
 import nbformat
+from nbformat import NotebookNode
+
 from classroom import guide
 from classroom.exercises import Exercise, apart, has_exercise, names_in, read_exercise, statements
-from nbformat import NotebookNode
 
 HIDDEN = {"jupyter": {"source_hidden": True}}
 LINK = re.compile(r"(\]\(|\b(?:src|href)=\")(?![a-z]+:|#|/)([^)\s\"]+)")
+QUESTION = re.compile(r"(?=\([a-e]\) )")
+ANSWER = re.compile(r"\s\*(?!\*)(.+)\*$", re.S)  # in italics, to the end
+FOLDED = r"\n\n<details><summary>Answer</summary>\n\n\1\n\n</details>"
 FOR_STUDENTS = """
 
 > **Your copy.** Solutions are stubs, and answers are folded: click the bar at the left of a folded cell to open it, after you have chosen.
@@ -37,7 +41,7 @@ def student_copy(lesson: NotebookNode, links: str = "") -> NotebookNode:
     cells = []
     for number, cell in enumerate(lesson.cells):
         if cell.cell_type != "code":
-            cells.append(markdown(relink(cell.source, links), cell.id))
+            cells.append(markdown(fold_quiz(relink(cell.source, links)), cell.id))
         elif has_exercise(cell):
             cells += stub_cells(cell, lesson.cells[number + 1 :])
         else:
@@ -46,9 +50,23 @@ def student_copy(lesson: NotebookNode, links: str = "") -> NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata=lesson.metadata)
 
 
+def fold_quiz(text: str) -> str:
+    """A quiz that runs on, `(a) Question? *Answer.* (b) …`, with each answer folded."""
+    blocks = text.split("\n\n")
+    for number, block in enumerate(blocks):
+        if block.startswith("**Quiz"):
+            head, *asked = QUESTION.split(block)
+            if asked and all(ANSWER.search(one.strip()) for one in asked):
+                folded = [ANSWER.sub(FOLDED, one.strip()) for one in asked]
+                blocks[number] = "\n\n".join([head.strip(), *folded])
+    return "\n\n".join(blocks)
+
+
 def stub_cells(cell: NotebookNode, later: list[NotebookNode]) -> list[NotebookNode]:
     """An exercise without its solution, such that the lesson below it runs."""
     exercise = read_exercise(cell)
+    if not exercise.check:
+        return [code(exercise.stub, cell.id, {"tags": ["raises-exception"]})]
     free, needs = apart(exercise.rest, exercise.given)
     wanted = set().union(*(words(c.source) for c in later if c.cell_type == "code"))
     bound = set().union(*(names_in(node, ast.Store) for node, _ in statements(free)))
@@ -60,7 +78,9 @@ def stub_cells(cell: NotebookNode, later: list[NotebookNode]) -> list[NotebookNo
     if is_called(exercise, later):
         name = exercise.given
         made.append(
-            code(f"{name} = lab.yours_or_ours(lab.check.{exercise.check}, {name})", f"{cell.id}-go-on", HIDDEN)
+            code(
+                f"{name} = lab.yours_or_ours(lab.check.{exercise.check}, {name})", f"{cell.id}-go-on", HIDDEN
+            )
         )
     return made
 
@@ -119,7 +139,11 @@ def teacher_copy(lesson: NotebookNode, links: str = "") -> NotebookNode:
 
 def relink(text: str, links: str) -> str:
     """Relative links in `text` as they must be from a folder from which `links` leads to the lesson's."""
-    return LINK.sub(lambda found: found[1] + os.path.normpath(os.path.join(links, found[2])), text) if links else text
+    return (
+        LINK.sub(lambda found: found[1] + os.path.normpath(os.path.join(links, found[2])), text)
+        if links
+        else text
+    )
 
 
 def words(source: str) -> set[str]:

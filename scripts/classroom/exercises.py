@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from nbformat import NotebookNode
 
 STUB = 'raise NotImplementedError("your code here")'
+OPEN = "...  # your code here"  # of an open experiment, which has no function and no check
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 REGION = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.M | re.S)
 CHECK = re.compile(r"^(?:lab\.)?check\.(\w+)\((.*)\)$", re.M)
@@ -28,7 +29,7 @@ class Exercise:
     """One exercise cell, in its parts.
 
     Attributes:
-        check: the name in `lab.check`.
+        check: the name in `lab.check`; empty for an open experiment, which is all `solution`.
         given: what is handed to the check, the name of the student's function.
         solution: the source up to the check, with the marks.
         call: the line of the check.
@@ -44,7 +45,7 @@ class Exercise:
     @property
     def stub(self) -> str:
         """The source up to the check, the solution taken out."""
-        return REGION.sub(lambda found: found[1] + STUB, self.solution)
+        return REGION.sub(lambda found: found[1] + STUB if self.check else found[1] + OPEN, self.solution)
 
     @property
     def solution_lines(self) -> list[str]:
@@ -68,6 +69,8 @@ def read_exercise(cell: NotebookNode) -> Exercise:
         raise ValueError(f"the exercise in cell {cell.id} has a {BEGIN} without its {END}, or the reverse")
     before, _, after = cell.source.rpartition(END)
     found = CHECK.search(after)
+    if not found and all(not match[1] for match in REGION.finditer(cell.source)):
+        return Exercise("", "", cell.source, "", "")
     if not found:
         raise ValueError(f"the exercise in cell {cell.id} has no call of lab.check after its solution")
     solution = before + END + after[: found.start()].rstrip()
@@ -79,11 +82,11 @@ def names_in(node: ast.AST, context: type) -> set[str]:
     found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
     if context is ast.Store:
         found |= {
-            n.name for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
+            n.name
+            for n in ast.walk(node)
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
         }
-        found |= {
-            (n.asname or n.name).split(".")[0] for n in ast.walk(node) if isinstance(n, ast.alias)
-        }
+        found |= {(n.asname or n.name).split(".")[0] for n in ast.walk(node) if isinstance(n, ast.alias)}
     return found
 
 

@@ -4,8 +4,9 @@ import ast
 import inspect
 import re
 
-from classroom.exercises import has_exercise, read_exercise
 from nbformat import NotebookNode
+
+from classroom.exercises import has_exercise, read_exercise
 
 WORDS_PER_MINUTE, LINES_PER_MINUTE = 200, 15  # as in the box of each lesson: text read, code skimmed
 MINUTES = re.compile(r"\((?:[\w ,]*?)(\d+) minutes")
@@ -33,7 +34,12 @@ def minutes_table(lesson: NotebookNode) -> str:
             found["predictions"] += cell.source.count("lab.predict(")
             if not cell.metadata.get("jupyter", {}).get("source_hidden"):
                 found["lines"] += sum(bool(line.strip()) for line in cell.source.splitlines())
-    lines = ["**Minutes by section**", "", "| section | to read | predictions | exercises | their minutes |", "|---|---|---|---|---|"]
+    lines = [
+        "**Minutes by section**",
+        "",
+        "| section | to read | predictions | exercises | their minutes |",
+        "|---|---|---|---|---|",
+    ]
     total = [0.0, 0, 0, 0]
     for title, found in rows:
         reading = found["words"] / WORDS_PER_MINUTE + found["lines"] / LINES_PER_MINUTE
@@ -41,7 +47,10 @@ def minutes_table(lesson: NotebookNode) -> str:
         total = [a + b for a, b in zip(total, [reading, *counts])]
         lines.append(f"| {title} | {reading:.0f} | " + " | ".join(str(n or "") for n in counts) + " |")
     lines.append(f"| **together** | **{total[0]:.0f}** | " + " | ".join(f"**{n}**" for n in total[1:]) + " |")
-    lines += ["", f"Text at {WORDS_PER_MINUTE} words per minute, code that is not folded at {LINES_PER_MINUTE} lines."]
+    lines += [
+        "",
+        f"Text at {WORDS_PER_MINUTE} words per minute, code that is not folded at {LINES_PER_MINUTE} lines.",
+    ]
     return "\n".join(lines)
 
 
@@ -54,6 +63,8 @@ def minutes_of(text: str) -> int:
 def of_exercise(cell: NotebookNode) -> str:
     """The wrong answers to an exercise that its check names."""
     exercise = read_exercise(cell)
+    if not exercise.check:
+        return "**For the teacher.** An open experiment: no check; talk about what came out, and why."
     listed = "\n".join(f"- {message}" for message in known_mistakes(exercise.check))
     return f"**For the teacher.** What `{exercise.call}` recognises:\n\n{listed}"
 
@@ -83,7 +94,9 @@ def reachable(function) -> list[ast.AST]:
     module = inspect.getmodule(function)
     top = {}
     for node in ast.parse(inspect.getsource(module)).body:
-        for name in [getattr(node, "name", "")] + [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]:
+        for name in [getattr(node, "name", "")] + [
+            t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)
+        ]:
             top[name] = node
     wanted, seen = [function.__name__], []
     while wanted:
@@ -108,21 +121,28 @@ def of_prediction(cell: NotebookNode, cells: list[NotebookNode]) -> str:
     """The choices of a prediction and the right one, as the lesson's outputs have it."""
     if cell.cell_type != "code" or "lab.predict(" not in cell.source:
         return ""
-    call = next(
-        (n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "predict"),
-        None,
-    )
-    if call is None or len(call.args) < 2 or not isinstance(call.args[1], (ast.List, ast.Tuple)):
+    found = [
+        (statement, call)
+        for statement in ast.parse(cell.source).body
+        for call in ast.walk(statement)
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "predict"
+    ]
+    if not found or len(found[0][1].args) < 2 or not isinstance(found[0][1].args[1], (ast.List, ast.Tuple)):
         return ""
+    statement, call = found[0]
     choices = [said(choice) for choice in call.args[1].elts]
     if not all(choices):
-        return ""
-    name = next((t.id for n in ast.parse(cell.source).body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name) and call in ast.walk(n)), "prediction")
+        return ""  # computed in the lesson
+    name = next((t.id for t in getattr(statement, "targets", []) if isinstance(t, ast.Name)), "prediction")
     below = cells[cells.index(cell) + 1 :]
     revealed = next((c for c in below if c.cell_type == "code" and f"{name}.reveal(" in c.source), None)
     shown = " ".join(
-        "".join(output.get("data", {}).get("text/markdown", "")) for output in (revealed.outputs if revealed else [])
+        "".join(output.get("data", {}).get("text/markdown", ""))
+        for output in (revealed.outputs if revealed else [])
     )
     right = next((choice for choice in choices if f"**{choice}.**" in shown), "")
     lines = [f"- {choice}" + (" ← right" if choice == right else "") for choice in choices]
-    return "**For the teacher.** Ask for hands before you go on, and write the shares on the board:\n\n" + "\n".join(lines)
+    return (
+        "**For the teacher.** Ask for hands before you go on, and write the shares on the board:\n\n"
+        + "\n".join(lines)
+    )

@@ -30,21 +30,39 @@ class NotYet(AssertionError):
         return [f"Not yet. {self}"]
 
 
+class Stopped(KeyboardInterrupt):
+    """The reader stopped a check, or a time limit did; shown, as `NotYet`, without the code that knows the answer."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Stopped. {self}"]
+
+
 _asked: ContextVar[list[Callable] | None] = ContextVar("asked", default=None)  # where `reference` listens
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 @contextmanager
 def noted(name: str) -> Iterator[None]:
-    """Around a check: whether it passed goes into the reader's progress."""
+    """Around a check: whether it passed goes into the reader's progress, and no traceback shows the answer.
+
+    Raises:
+        NotYet: not solved; also when the student's function made the check itself fail.
+        Stopped: the check was interrupted.
+    """
+    passed = False
     try:
         yield
+        passed = True
     except NotYet:
-        if not _quiet.get():
-            diary.note_exercise(name, False)
         raise
-    if not _quiet.get():
-        diary.note_exercise(name, True)
+    except KeyboardInterrupt:
+        raise Stopped(f"{name}: your function was still running; does it come to an end?") from None
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise NotYet(f"{name}: the check could not go on after your function ({said})") from None
+    finally:
+        if not _quiet.get():
+            diary.note_exercise(name, passed)
 
 
 def is_asked(right: Callable) -> bool:
