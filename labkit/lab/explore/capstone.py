@@ -1,6 +1,5 @@
 """Look through the ledger: by theme, by verdict, by who says it, by a word."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from IPython.display import display
@@ -10,7 +9,7 @@ from labkit.lab.claims import SOURCES
 from labkit.lab.explore.panel import WIDE, panel
 from labkit.lab.figures.capstone import register_table, verdict_bars
 from labkit.lab.interactive import is_interactive
-from labkit.lab.register import RegisteredClaim
+from labkit.lab.register import RegisteredClaim, counted
 
 ALL = "all"
 SHOWN = 12  # rows of a table; the rest is counted
@@ -53,8 +52,10 @@ def ledger_explorer(claims: Sequence[RegisteredClaim], static: Sequence[Mapping[
             print(f"no claim matches {', '.join(words)}")
             return
         themes = dict.fromkeys(claim.theme for claim in found)
-        verdict_bars({one: Counter(c.verdict for c in found if c.theme == one) for one in themes}, title)
-        plt.show()
+        groups = {one: counted([claim for claim in found if claim.theme == one]) for one in themes}
+        figure = verdict_bars(groups, title)
+        display(figure)
+        plt.close(figure)
         display(register_table(found[:SHOWN]))
         if len(found) > SHOWN:
             print(f"and {len(found) - SHOWN} more")
