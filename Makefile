@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help named setup model lab interpreter peers test test-fast campaign run bench gpu lint docs site slides bundle room student teacher classroom catch-up lock clean
+.PHONY: help named setup model lab interpreter peers grader test test-fast campaign run bench gpu lint docs site slides bundle room student teacher classroom catch-up lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
@@ -33,7 +33,12 @@ peers: setup
 	@$(PEERS) || $(PIP) --retries 1 --no-deps --require-hashes --requirement requirements/peers.lock; \
 	$(PEERS) || echo "warning: xllamacpp is not installed here: exported files are NOT tested against llama.cpp"
 
-test: model interpreter peers ## set everything up and run all tests, notebooks included, on WORKERS processes
+# nbgrader, for a class; once, and tests go on without it
+grader: setup
+	@$(PY) -c "import nbgrader" 2>/dev/null || $(PIP) --retries 1 --no-deps --require-hashes --requirement requirements/classroom.lock; \
+	$(PY) -c "import nbgrader" 2>/dev/null || echo "warning: nbgrader is not installed here: grading is NOT tested"
+
+test: model interpreter peers grader ## set everything up and run all tests, notebooks included, on WORKERS processes
 	@LABKIT_STATIC=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=2400 $(ARGS)
 
 test-fast: model interpreter peers ## run everything but notebooks and slow tests, on WORKERS processes
@@ -84,8 +89,7 @@ student: setup   ## write a student's copy of every lesson to build/student: stu
 teacher: setup   ## write a teacher's copy to build/teacher: solutions, outputs, minutes, the mistakes that checks name
 	@$(PY) scripts/make_classroom.py teacher build/teacher
 
-classroom: setup ## lay out build/classroom for nbgrader: the exercises of every lesson as assignments
-	@$(PIP) --no-deps --require-hashes --requirement requirements/classroom.lock
+classroom: grader ## lay out build/classroom for nbgrader: the exercises of every lesson as assignments
 	@$(PY) scripts/make_classroom.py nbgrader build/classroom
 
 catch-up: model  ## record the slow calls of lessons on this machine, for lab.catch_up; takes about half an hour

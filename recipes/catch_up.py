@@ -3,7 +3,7 @@
     python -m recipes.catch_up 02 08                     # into the cache of this machine, all weights
     python -m recipes.catch_up --to data/catch_up 02     # what is committed: only small files
 
-Each lesson runs as far as its last cell that trains or generates. In `data/catch_up` weights are in fp16, and only of
+Of each lesson run the cells that train or generate for a later section, and what they need. In `data/catch_up` weights are in fp16, and only of
 runs whose file stays below 1 MB; `SHA256SUMS` holds what belongs together.
 """
 
@@ -12,29 +12,40 @@ import os
 from pathlib import Path
 
 from labkit.files import sha256, write_text
-from labkit.lab.catching_up import find_lesson, quietly, read_lesson
+from labkit.lab.catching_up import Cell, code_of, find_lesson, quietly, read_lesson
+from labkit.lab.slicing import needed_cells
 from labkit.lab.tapes import Recorder, in_place_of_slow_calls
 from labkit.paths import CHECKOUT, cache_folder
 
 LESSONS = ("02", "03", "08", "12")
+SHIPPED = {"08": "adapters/tickets"}  # a longer run's, in place of four minutes of training and 20 MB
 SMALL, ANY = 10**6, 10**9
+SLOW = ("labkit.train(", "evaluate.generate(", "generate_shared(")
+
+
+def cells_to_run(cells: list[Cell]) -> tuple[list[int], set[int]]:
+    """The cells to run, and those of them to record: slow ones that a later section needs, and what they need."""
+    sources = [cell.source for cell in cells]
+    wanted: set[int] = set()
+    for name in dict.fromkeys(cell.section for cell in cells[1:]):
+        numbers = [n for n, cell in enumerate(cells) if cell.section == name]
+        wanted |= set(needed_cells(sources[: numbers[0]], sources[numbers[0] : numbers[-1] + 1]))
+    slow = {n for n in wanted if any(call in sources[n] for call in SLOW)}
+    return sorted(slow.union(*(needed_cells(sources[:n], [sources[n]]) for n in slow if n))), slow
 
 
 def record(lesson: str, folder: Path, at_most: int) -> None:
-    """Run a lesson's cells, and write a tape for each that calls something slow."""
+    """Run what is needed of a lesson, and write a tape for each slow cell."""
     path = find_lesson(lesson)
     cells = read_lesson(path)
-    slow = [
-        n
-        for n, cell in enumerate(cells)
-        if any(f"{call}(" in cell.source for call in ("train", "generate", "generate_shared"))
-    ]
+    run, slow = cells_to_run(cells)
     namespace: dict = {"__name__": "__main__"}
-    for cell in cells[: max(slow, default=-1) + 1]:
-        recorder = Recorder()
+    for n in run:
+        cell = cells[n]
+        recorder = Recorder(SHIPPED.get(lesson))
         with quietly(), in_place_of_slow_calls(namespace, recorder.make):
-            exec(compile(cell.source, f"<{path.stem}, {cell.name}>", "exec"), namespace)
-        if recorder.calls:
+            exec(code_of(cell, path.stem), namespace)
+        if recorder.calls and n in slow:
             size = recorder.write(folder / path.stem / f"{cell.name}.json", cell.source, at_most)
             print(f"{path.stem} {cell.name}: {len(recorder.calls)} calls, {size / 1e3:.0f} kB", flush=True)
 

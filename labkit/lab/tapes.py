@@ -72,8 +72,10 @@ class Tape:
         if what != "train":
             return call[what]
         trained = [p for p in arguments[0].parameters() if p.requires_grad]
-        name = call.get("weights")
-        if name is None:
+        name, shipped = call.get("weights"), call.get("adapter")
+        if shipped is not None:
+            fill_from_adapter(arguments[0], data_folder() / shipped)
+        elif name is None:
             fill(trained, None)
         else:
             tensors = read_tensors(self.path.parent / name)
@@ -92,6 +94,21 @@ def fill(parameters: list[nn.Parameter], values: list[torch.Tensor] | None) -> N
         raise LookupError("the recorded weights have other shapes; make them again: make catch-up")
     for n, parameter in enumerate(parameters):
         parameter.fill_(float("nan")) if values is None else parameter.copy_(values[n])
+
+
+@torch.no_grad()
+def fill_from_adapter(model: nn.Module, folder: Path) -> None:
+    """Put the factors of an adapter folder into a model that has adapters of the same ranks in the same places.
+
+    Raises:
+        LookupError: another model, or other places.
+    """
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    trained = {f"base_model.model.{n}.weight": p for n, p in model.named_parameters() if p.requires_grad}
+    if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise LookupError(f"the adapter in {folder} does not fit this model")
+    for name, parameter in trained.items():
+        parameter.copy_(tensors[name])
 
 
 @contextmanager
@@ -127,12 +144,19 @@ def playing(namespace: dict, tape: Tape):
 class Recorder:
     """Runs slow calls and notes what they give, for a tape."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: str | None = None) -> None:
+        """`adapter`: do not train, take the factors of this folder in data/."""
+        self.adapter = adapter
         self.calls: list[dict] = []
         self.weights: dict[int, list[torch.Tensor]] = {}
 
     def make(self, what: str, function: Callable) -> Callable:
         def called(*arguments: Any, **options: Any) -> Any:
+            if what == "train" and self.adapter:
+                fill_from_adapter(arguments[0], data_folder() / self.adapter)
+                given = History(stopped="recorded")
+                self.calls.append({"train": {f: getattr(given, f) for f in FIELDS}, "adapter": self.adapter})
+                return given
             given = function(*arguments, **options)
             if what == "train":
                 trained = [p for p in arguments[0].parameters() if p.requires_grad]

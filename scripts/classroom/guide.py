@@ -6,11 +6,11 @@ import re
 
 from nbformat import NotebookNode
 
+from labkit.lab.reading import LEFT_OUT, LINES, WORDS, open_lines
+
 from classroom.exercises import has_exercise, read_exercise
 
-WORDS_PER_MINUTE, LINES_PER_MINUTE = 200, 15  # as in the box of each lesson: text read, code skimmed
 MINUTES = re.compile(r"\((?:[\w ,]*?)(\d+) minutes")
-EXERCISE = re.compile(r"^(?:#+ |\*\*)?(?:Exercise )?\**[\d.]*\**\s*\(", re.M)
 
 
 def minutes_table(lesson: NotebookNode) -> str:
@@ -25,15 +25,14 @@ def minutes_table(lesson: NotebookNode) -> str:
                 if line.startswith("## "):
                     found = dict.fromkeys(found, 0)
                     rows.append([line[3:], found])
-                found["words"] += len(line.split())
+            found["words"] += len(LEFT_OUT.sub("", cell.source).split())
             before = cell.source
         elif has_exercise(cell):
             found["exercises"] += 1
             found["minutes"] += minutes_of(before)
         else:
             found["predictions"] += cell.source.count("lab.predict(")
-            if not cell.metadata.get("jupyter", {}).get("source_hidden"):
-                found["lines"] += sum(bool(line.strip()) for line in cell.source.splitlines())
+            found["lines"] += open_lines(cell)
     lines = [
         "**Minutes by section**",
         "",
@@ -42,14 +41,14 @@ def minutes_table(lesson: NotebookNode) -> str:
     ]
     total = [0.0, 0, 0, 0]
     for title, found in rows:
-        reading = found["words"] / WORDS_PER_MINUTE + found["lines"] / LINES_PER_MINUTE
+        reading = found["words"] / WORDS + found["lines"] / LINES
         counts = [found["predictions"], found["exercises"], found["minutes"]]
         total = [a + b for a, b in zip(total, [reading, *counts])]
         lines.append(f"| {title} | {reading:.0f} | " + " | ".join(str(n or "") for n in counts) + " |")
     lines.append(f"| **together** | **{total[0]:.0f}** | " + " | ".join(f"**{n}**" for n in total[1:]) + " |")
     lines += [
         "",
-        f"Text at {WORDS_PER_MINUTE} words per minute, code that is not folded at {LINES_PER_MINUTE} lines.",
+        f"Text at {WORDS} words per minute, code that is not folded at {LINES} lines.",
     ]
     return "\n".join(lines)
 
