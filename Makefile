@@ -77,7 +77,7 @@ site: setup      ## make the course as web pages that need no network: build/sit
 slides: setup    ## make slides from the figures of the lessons: build/slides/index.html
 	@$(PY) scripts/make_slides.py build/slides
 
-bundle: student  ## put packages, model and course into build/bundle, for a USB stick and a room without a network
+bundle: setup    ## put packages, model and course into build/bundle, for a USB stick and a room without a network
 	@$(PY) scripts/make_bundle.py build/bundle
 
 room:            ## is this machine ready for a lesson? a line for each thing, and what to do; installs nothing

@@ -102,7 +102,10 @@ def make(*arguments, cwd=ROOT):
 
 def test_help_lists_every_command():
     listed = make("help").stdout
-    commands = "help setup model lab test test-fast campaign run bench gpu lint docs site slides bundle room classroom lock clean"
+    commands = (
+        "help setup model lab test test-fast campaign run bench gpu lint docs site slides bundle room student teacher "
+        "classroom catch-up lock clean"
+    )
     assert re.findall(r"^ *make ([\w-]+)", listed, re.M) == commands.split()
 
 
