@@ -65,8 +65,8 @@ def table(found: dict) -> str:
         of_done = f"{right} right of {done} made" if done else "–"
         cells = [
             f"<code>{escape(lesson)}</code>{details(part)}",
-            bar(done, n_predictions, "#3a86c8") + of_done,
-            bar(passed, n_exercises, "#2a9d6f") + f"{passed} of {max(n_exercises, passed)}",
+            bar(right, n_predictions, "#3a86c8", of_done),
+            bar(passed, n_exercises, "#2a9d6f", f"{passed} of {max(n_exercises, passed)}"),
             f"{part['minutes']:.0f}" if part["minutes"] else "–",
         ]
         rows.append(
@@ -98,9 +98,11 @@ def details(part: dict) -> str:
     return f"<details><summary style='opacity:.75'>which</summary>{'<br>'.join(lines)}</details>"
 
 
-def bar(part: int, whole: int, colour: str) -> str:
+def bar(part: int, whole: int, colour: str, text: str) -> str:
+    """A bar, filled as far as `part` of `whole`, with a text at its right."""
     share = min(1.0, part / whole) if whole else 0.0
-    return f"<span style='{TRACK}'><span style='{FILL}{colour};width:{share:.0%}'></span></span>"
+    fill = f"<span style='{FILL}{colour};width:{share:.0%}'></span>"
+    return f"<span style='white-space:nowrap'><span style='{TRACK}'>{fill}</span>{text}</span>"
 
 
 def short(path: Path) -> Path:
