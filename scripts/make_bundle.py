@@ -2,7 +2,7 @@
 
     start.sh, start.command, start.bat   start the course on Linux, macOS, Windows (start.py does the work)
     packages/PLATFORM/                   wheels of requirements/all.lock and PyTorch, and the package with the base model
-    course/                              this repository as it is committed; student copies, if build/student is there
+    course/                              this repository as it is committed, and the students' copies of its lessons
     SHA256SUMS                           of all of these
 
 Packages are for the machine that makes the bundle: its system, processor and Python. Made on another machine into the
@@ -98,7 +98,7 @@ def drop_outdated(packages: Path) -> None:
 
 
 def course_files() -> Iterator[tuple[Path, str]]:
-    """What is committed: (file, its path in the course). Student copies follow, if they are made."""
+    """What is committed: (file, its path in the course)."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
         names = [name for name in listed.stdout.split("\0") if name]
@@ -107,10 +107,6 @@ def course_files() -> Iterator[tuple[Path, str]]:
     for name in sorted(names):
         if not LEFT_OUT & set(Path(name).parts) and (ROOT / name).is_file():
             yield ROOT / name, name
-    student = ROOT / "build" / "student"
-    for path in sorted(student.rglob("*")) if student.is_dir() else []:
-        if path.is_file() and ".ipynb_checkpoints" not in path.parts:
-            yield path, path.relative_to(ROOT).as_posix()
 
 
 def copy_course(folder: Path) -> int:
@@ -122,6 +118,18 @@ def copy_course(folder: Path) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     return len(files)
+
+
+def write_student_copies(course: Path) -> None:
+    """Write the students' copies anew, by the course's own script: nobody's answers travel with a bundle.
+
+    Raises:
+        SystemExit: the script failed.
+    """
+    command = [sys.executable, "-B", "scripts/make_classroom.py", "student", "build/student"]
+    done = subprocess.run(command, cwd=course, env=os.environ | {"PYTHONPATH": str(course.resolve())})
+    if done.returncode:
+        start.fail("the students' copies could not be made (the reason is above)")
 
 
 def write_sums(folder: Path) -> None:
@@ -144,6 +152,7 @@ def main(folder: Path) -> None:
     download(packages)
     drop_outdated(packages)
     n_files = copy_course(folder)
+    write_student_copies(folder / "course")
     for path in HANDED_OUT.iterdir():
         if path.is_file():
             shutil.copy(path, folder / path.name)
