@@ -102,7 +102,7 @@ def memory_bars(rows: dict[str, dict[str, float]], title: str, axes: Axes | None
             if width > 0.07 * widest:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
                 place = {"ha": "center", "va": "center", "fontsize": 9, "bbox": box}
-                axes.text(start + width / 2, y, f"{width:.0f}", **place)
+                axes.text(start + width / 2, y, f"{width:.0f}" if widest > 20 else f"{width:.2f}", **place)
     axes.invert_yaxis()
     axes.legend(ncols=3, fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28))
     finish(axes, title, "megabytes", "")

@@ -65,7 +65,7 @@ def write_out(function: Callable, parts: dict[str, str]) -> None:
     parts[function.__name__] = ""  # it may call itself
     source = textwrap.dedent(inspect.getsource(function))
     for name in names_in(function, source):
-        if name in function.__globals__ and name not in parts:
+        if name in function.__globals__ and name not in parts and not name.startswith("__"):
             add(name, function.__globals__[name], function, parts)
     parts[function.__name__] = parts.pop(function.__name__) or f"\n\n{source}"
 

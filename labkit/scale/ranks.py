@@ -29,8 +29,11 @@ from labkit.checks import check_positive, check_whole
 from labkit.scale import world
 
 HOST = "127.0.0.1"
+STARTUP = 120.0  # seconds for all to be up: they import PyTorch first, on a machine that may be busy
 GRACE = 3.0  # seconds for the other ranks to say what they saw, once one has failed
 # a server process imports once and forks each rank in milliseconds, before torch has any thread
+# what ranks would import themselves, each for 5 s
+PRELOAD = ("labkit.scale.world", "transformers.models.llama.modeling_llama", "numba")
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -57,6 +60,7 @@ class Rank:
         step: where it said that it was last; None before it said anything.
         moved: when that was, on `time.monotonic`.
         outcome: how it ended, ("done", value), ("failed", text), ("waited", text) or ("died", text).
+        is_up: has it said that it has begun?
         doing: what it said when asked: does it wait for others, and where is it?
     """
 
@@ -66,6 +70,7 @@ class Rank:
     step: int | None = None
     moved: float = field(default_factory=time.monotonic)
     outcome: tuple[str, Any] | None = None
+    is_up: bool = False
     doing: tuple[bool, str] | None = None
 
     @property
@@ -155,9 +160,7 @@ def start_one(
     """One process, started."""
     context: Any = multiprocessing.get_context(METHOD)
     if METHOD == "forkserver":
-        context.set_forkserver_preload(
-            ["labkit.scale.world", function.__module__]
-        )  # heeded by the first call
+        context.set_forkserver_preload([*PRELOAD, function.__module__])  # heeded by the first call
     ours, its = context.Pipe()
     # twice the patience: a rank that waits should be asked what for, before it gives up
     place = world.Place(number, ranks, HOST, port, 2 * patience, counted)
@@ -181,7 +184,8 @@ def watch(running: list[Rank], patience: float) -> list[Any]:
             while time.monotonic() < until and any(rank.outcome is None for rank in running):
                 hear(running, until - time.monotonic())
             raise failure(running)
-        if time.monotonic() - max(rank.moved for rank in running) > patience:
+        allowed = patience if all(rank.is_up for rank in running) else max(patience, STARTUP)
+        if time.monotonic() - max(rank.moved for rank in running) > allowed:
             raise standstill(running, patience)
     return [rank.outcome[1] for rank in running]
 
@@ -195,8 +199,11 @@ def hear(running: list[Rank], seconds: float) -> None:
             with suppress(EOFError, OSError):
                 while rank.outcome is None and rank.connection.poll():
                     kind, value = pickle.loads(rank.connection.recv_bytes())  # of our own process
-                    rank.moved = time.monotonic()
-                    if kind == "at":
+                    if kind != "where":  # an answer is no step
+                        rank.moved = time.monotonic()
+                    if kind == "up":
+                        rank.is_up = True
+                    elif kind == "at":
                         rank.step = value
                     elif kind == "where":
                         rank.doing = value
@@ -254,7 +261,7 @@ def standstill(running: list[Rank], patience: float) -> RankFailed:
     names = " and ".join(f"rank {rank.number}" for rank in behind)
     others = f" while rank {waiting[0].number} waits for it {waiting[0].doing[1]}" if waiting else ""
     return RankFailed(
-        f"{names} has been {first.where} for {since:.0f} seconds{f', {first.doing[1]},' if first.doing else ''}{others}: "
+        f"{names} {'have' if len(behind) > 1 else 'has'} been {first.where} for {since:.0f} seconds{f', {first.doing[1]},' if first.doing else ''}{others}: "
         "a straggler, or a hang; all were ended. If it is only slow, give more patience",
         first.number,
         reports,

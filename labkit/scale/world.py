@@ -111,6 +111,7 @@ def take_part(place: Place, connection: Connection, function: Callable, argument
     _reporting = connection
     torch.set_num_threads(1)
     threading.Thread(target=answer, args=(connection,), daemon=True).start()
+    tell(connection, "up", None)
     try:
         with joined(place):
             outcome = pickle.dumps(("done", function(*arguments)))

@@ -40,6 +40,18 @@ def test_what_ranks_compute_is_what_the_functions_here_say():
     assert both.twice(1) == 10 and both.__name__ != "" and isinstance(sys.modules[both.__name__], ModuleType)
 
 
+def with_a_class_inside(n):
+    class Inner(torch.nn.Module):
+        size = FACTOR
+
+    return Inner().size + n
+
+
+def test_a_class_inside_a_function_goes_with_it():
+    module = for_ranks(with_a_class_inside)
+    assert module.__name__ == module.with_a_class_inside.__module__ and module.with_a_class_inside(1) == 4
+
+
 MODEL = torch.nn.Linear(2, 2)
 
 

@@ -100,13 +100,16 @@ def train_shares(way: str, bits: int) -> dict:
 
 
 def socket_bytes(n: int) -> dict:
-    """What the sockets of this rank send in an all-reduce of n fp32 numbers by gloo itself."""
+    """What the sockets of this rank send in an all-reduce of n fp32 numbers by gloo itself, in each of five."""
     tensor = torch.full((n,), float(dist.get_rank()))
     dist.all_reduce(tensor)  # connects
-    dist.barrier()
-    before = sockets.sent_by_sockets()
-    dist.all_reduce(tensor)
-    return {"sent": sockets.sent_by_sockets() - before, "first": float(tensor[0])}
+    sent = []
+    for _ in range(5):
+        dist.barrier()
+        before = sockets.sent_by_sockets()
+        dist.all_reduce(tensor)
+        sent.append(sockets.sent_by_sockets() - before)
+    return {"sent": sent, "first": float(tensor[0])}
 
 
 def ring_and_gloo(n: int) -> dict:

@@ -122,7 +122,7 @@ def layer_part(function: Callable) -> None:
     def cut(tensor: Tensor, dim: int, rank: int, ranks: int) -> Tensor:
         return tensor.chunk(ranks, dim)[rank]
 
-    def part(x, W, A, B, s, rank, ranks, layout, adapter: Callable | None = None, base: bool = True):
+    def part(x, W, A, B, s, rank, ranks, layout, adapter: Callable | None = None):
         if layout == "column":
             mine = x @ cut(W, 0, rank, ranks).T
             update = s * x @ A.T @ cut(B, 0, rank, ranks).T
@@ -131,6 +131,16 @@ def layer_part(function: Callable) -> None:
             mine = x @ cut(W, 1, rank, ranks).T
             update = s * x @ A.T @ B.T
         return mine + (update if adapter is None else adapter(update, layout, ranks))
+
+    def with_update(change: Callable) -> Callable:
+        """The right answer with another update."""
+        return lambda x, W, A, B, s, rank, ranks, layout: part(x, W, A, B, s, rank, ranks, layout, change)
+
+    def whole_update(x, W, A, B, s, rank, ranks, layout):
+        whole = s * x @ A.T @ B.T
+        return with_update(lambda u, kind, n: whole if kind == "row" else u)(
+            x, W, A, B, s, rank, ranks, layout
+        )
 
     def swapped(*arguments):
         *rest, layout = arguments
@@ -142,26 +152,14 @@ def layer_part(function: Callable) -> None:
         part,
         {
             "the layouts are the other way round: column divides the outputs, row the inputs": swapped,
-            "the adapter is missing in one of the layouts, or in both": (
-                lambda *a: part(*a, adapter=lambda u, layout, n: 0 * u)
+            "the adapter is missing in one of the layouts, or in both": with_update(
+                lambda u, layout, n: 0 * u
             ),
             "the ranks' parts are added up, not averaged: the adapter's part needs no division": (
-                lambda *a: part(*a, adapter=lambda u, layout, n: u / n)
+                with_update(lambda u, layout, n: u / n)
             ),
             "the scaling s is missing": lambda x, W, A, B, s, *rest: part(x, W, A, B, 1.0, *rest),
-            "in the row layout each rank adds the *whole* update: cut A and x where W is cut": (
-                lambda x, W, A, B, s, rank, n, layout: part(
-                    x,
-                    W,
-                    A,
-                    B,
-                    s,
-                    rank,
-                    n,
-                    layout,
-                    lambda u, kind, _: s * x @ A.T @ B.T if kind == "row" else u,
-                )
-            ),
+            "in the row layout each rank adds the *whole* update: cut A and x where W is cut": whole_update,
             "that is the whole layer; a rank has a part of it": lambda x, W, A, B, s, *_: (
                 x @ W.T + s * x @ A.T @ B.T
             ),

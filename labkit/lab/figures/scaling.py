@@ -28,7 +28,7 @@ def rank_bars(ways: Mapping[str, Mapping[str, Ledger]], ranks: int = 2) -> Figur
     """
     plt.rcParams.update(STYLE)
     figure, panels = plt.subplots(
-        1, len(ways), figsize=(4.3 * len(ways), 3.3), layout="constrained", squeeze=False
+        1, len(ways), figsize=(3.3 * len(ways), 3.3), layout="constrained", squeeze=False
     )
     for axes, (title, ledgers) in zip(panels[0], ways.items()):
         for n, (_, ledger) in enumerate(ledgers.items()):
@@ -78,7 +78,8 @@ def wire_bars(measured: Mapping[str, int], planned: Mapping[str, int], title: st
     axes.set_yticks(range(len(measured)), list(measured))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=max(measured.values()) / 1e6 * 8)
+    axes.set_xlim(min(measured.values()) / 4e6, max(measured.values()) / 1e6 * 8)
+    axes.xaxis.set_major_formatter("{x:g}")
     finish(axes, title, "MB per step, all ranks (line: formula)", "")
     return axes
 
@@ -151,12 +152,12 @@ def gap_bars(
         by_kind = {kind: sum(size for _, size, k in parts if k == kind) for kind in look}
         by_kind["left"] = published[case] - sum(by_kind.values())
         start = 0.0
-        for size in by_kind.values():
-            if size > 0.9:
+        for kind, size in by_kind.items():
+            if size:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.88}
-                axes.text(
-                    start + size / 2, y, f"{size:.1f}", ha="center", va="center", fontsize=9.5, bbox=box
-                )
+                place = {"fact": (y - 0.32, "bottom"), "guess": (y + 0.32, "top")}.get(kind, (y, "center"))
+                x = start + size / 2
+                axes.text(x, place[0], f"{size:.1f}", ha="center", va=place[1], fontsize=9.5, bbox=box)
             start += size
         axes.plot([published[case]] * 2, [y - 0.42, y + 0.42], color=COLOURS["full"], linewidth=3)
         axes.text(published[case] + 0.4, y, f"{published[case]:g} GB published", va="center", fontsize=10)
@@ -179,7 +180,7 @@ def gap_bars(
     return axes
 
 
-def worker_spans(sweeps: Mapping[str, Sequence[Sequence]], workers: int = 2) -> Figure:
+def worker_spans(sweeps: Mapping[str, Sequence[Sequence[float]]], workers: int = 2) -> Figure:
     """When worker processes of a sweep lived, one panel a sweep, a row for each that ran beside others; a cross: killed.
 
     Args:
@@ -192,18 +193,17 @@ def worker_spans(sweeps: Mapping[str, Sequence[Sequence]], workers: int = 2) -> 
     )
     for axes, (title, spans) in zip(panels[:, 0], sweeps.items()):
         free = [0.0] * workers
-        for first, last, killed in sorted(spans):
+        for first, last, killed in sorted(spans, key=lambda span: span[0]):
             row = min(range(workers), key=lambda n: (free[n] > first, free[n]))
             free[row] = last
             colour = COLOURS["qlora"] if killed else COLOURS["lora"]
             axes.barh(row, max(last - first, 0.4), left=first, height=0.6, color=colour, edgecolor="white")
             if killed:
                 axes.plot(last, row, "X", color=COLOURS["full"], markersize=9)
-                axes.annotate(
-                    "killed", (last, row), xytext=(6, 9), textcoords="offset points", fontsize=10, va="center"
-                )
+                axes.annotate("killed", (last, row), xytext=(0, 17), textcoords="offset points", fontsize=10)
         axes.set_yticks(range(workers), [f"worker {n + 1}" for n in range(workers)])
-        axes.set_ylim(-0.6, workers - 0.2)
+        axes.set_ylim(-0.5, workers + 0.1)
+        axes.set_xlim(left=0)
         finish(axes, title, "", "")
     panels[-1, 0].set_xlabel("seconds")
     return figure
