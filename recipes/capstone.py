@@ -162,9 +162,11 @@ def main() -> None:
     runs: list[dict] = []
     for seed in SEEDS:
         runs += [{"how": "prompt", "n": n, "seed": seed} for n in (6, 24, 48)]
-        runs += [{"how": "document", "seed": seed}, {"how": "memory", "lr": MEMORY_RATE, "seed": seed}]
+        runs += [{"how": "document", "seed": seed}]
         runs += [{"how": "adapter", "n": FEW, "steps": FEW_STEPS, "lr": FEW_RATE, "seed": seed}]
+    for seed in SEEDS:
         runs += [{"how": "whole", "n": 0, "steps": WHOLE_STEPS, "lr": WHOLE_RATE, "seed": seed}]
+        runs += [{"how": "memory", "lr": MEMORY_RATE, "seed": seed}]
     with jsonl.resuming(given.out):
         there = [{key: line.get(key) for key in ("how", "n", "lr", "seed")} for line in jsonl.read(given.out)]
         for run in runs:
