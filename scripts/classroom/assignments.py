@@ -32,6 +32,7 @@ if "autograde" in __import__("sys").argv:
     c.ExecutePreprocessor.kernel_name = "{KERNEL}"
 c.ExecutePreprocessor.timeout = 60  # seconds a cell; then it is interrupted, and the next one runs
 c.ExecutePreprocessor.interrupt_on_timeout = True
+c.ExecutePreprocessor.startup_timeout = 300  # a busy machine takes its time to load PyTorch
 '''
 
 

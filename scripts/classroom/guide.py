@@ -6,9 +6,8 @@ import re
 
 from nbformat import NotebookNode
 
-from labkit.lab.reading import LEFT_OUT, LINES, WORDS, open_lines
-
 from classroom.exercises import has_exercise, read_exercise
+from labkit.lab.reading import LEFT_OUT, LINES, WORDS, open_lines
 
 MINUTES = re.compile(r"\((?:[\w ,]*?)(\d+) minutes")
 
