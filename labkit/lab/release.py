@@ -131,12 +131,14 @@ def on_trial(
         draw = random.Random(seed)
         for first in range(0, visitors, AT_ONCE):
             for visitor in range(first, min(first + AT_ONCE, visitors)):
-                body = CompletionBody(
-                    model=alias,
-                    prompt=draw.choice(questions)["prompt"],
-                    max_tokens=LONGEST,
-                    temperature=0,
-                    user=f"visitor {visitor}",
+                body = CompletionBody.model_validate(
+                    {
+                        "model": alias,
+                        "prompt": draw.choice(questions)["prompt"],
+                        "max_tokens": LONGEST,
+                        "temperature": 0,
+                        "user": f"visitor {visitor}",
+                    }
                 )
                 service.submit(body, lambda index, event: None, f"answer {visitor}")
             settle(engine)
