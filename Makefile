@@ -92,7 +92,7 @@ teacher: setup   ## write a teacher's copy to build/teacher: solutions, outputs,
 classroom: grader ## lay out build/classroom for nbgrader: the exercises of every lesson as assignments
 	@$(PY) scripts/make_classroom.py nbgrader build/classroom
 
-catch-up: model  ## record the slow calls of lessons on this machine, for lab.catch_up; takes about half an hour
+catch-up: model  ## record the slow calls of lessons on this machine, for lab.catch_up: runs their slow cells once
 	@$(PY) -m recipes.catch_up
 
 lock: setup      ## make requirements/*.lock again from constraints.txt, with uv
