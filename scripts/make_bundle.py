@@ -10,13 +10,14 @@ same folder, the bundle serves both. pip downloads with the hashes of the locks.
 the build with CUDA, which is larger by gigabytes; it says so.
 """
 
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import zipfile
 from pathlib import Path
 
 from packaging.markers import Marker
@@ -97,27 +98,17 @@ def drop_outdated(packages: Path) -> None:
             wheel.unlink()
 
 
-def course_files() -> Iterator[tuple[Path, str]]:
-    """What is committed: (file, its path in the course)."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode == 0:
-        names = [name for name in listed.stdout.split("\0") if name]
-    else:  # an archive of the repository
-        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
-    for name in sorted(names):
-        if not LEFT_OUT & set(Path(name).parts) and (ROOT / name).is_file():
-            yield ROOT / name, name
-
-
 def copy_course(folder: Path) -> int:
-    """Write course/ anew; returns its number of files."""
-    shutil.rmtree(folder / "course", ignore_errors=True)
-    files = list(course_files())
-    for path, name in files:
-        target = folder / "course" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    return len(files)
+    """Write course/ anew: what is committed, not what lies about in the working tree; returns its number of files."""
+    course = folder / "course"
+    shutil.rmtree(course, ignore_errors=True)
+    archive = subprocess.run(["git", "archive", "--format=zip", "HEAD"], cwd=ROOT, capture_output=True)
+    if archive.returncode == 0:
+        with zipfile.ZipFile(io.BytesIO(archive.stdout)) as packed:
+            packed.extractall(course)
+    else:  # an archive of the repository, unpacked
+        shutil.copytree(ROOT, course, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    return sum(path.is_file() for path in course.rglob("*"))
 
 
 def write_student_copies(course: Path) -> None:

@@ -195,12 +195,16 @@ def test_wheels_of_an_earlier_lock_are_dropped(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_course_in_a_bundle_has_all_that_a_lesson_opens_and_nothing_made_here():
-    names = {name for _, name in make_bundle.course_files()}
-    assert {
-        "Makefile",
-        "scripts/setup_env.py",
-        "requirements/all.lock",
-        "notebooks/02_lora_from_scratch.ipynb",
-    } <= names
+def test_the_course_in_a_bundle_is_what_is_committed(tmp_path):
+    """And not a file that somebody has half written: such a bundle could not even import labkit."""
+    number = make_bundle.copy_course(tmp_path)
+    course = tmp_path / "course"
+    names = {path.relative_to(course).as_posix() for path in course.rglob("*") if path.is_file()}
+    wanted = "Makefile scripts/setup_env.py requirements/all.lock notebooks/02_lora_from_scratch.ipynb labkit/__init__.py"
+    assert set(wanted.split()) <= names and number == len(names)
     assert not [name for name in names if name.startswith((".venv", "build/", ".git/"))]
+    listed = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", "-z", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode == 0:
+        assert names == {name for name in listed.stdout.split("\0") if name}
