@@ -9,6 +9,7 @@ from labkit.lab.explore.capstone import ledger_explorer
 from labkit.lab.explore.double_quantization import constants_explorer
 from labkit.lab.explore.failures import tensor_explorer
 from labkit.lab.explore.forgetting import plane_explorer, turned_down_explorer
+from labkit.lab.explore.knobs import knobs_explorer
 from labkit.lab.explore.lora import strength_explorer
 from labkit.lab.explore.merging import mixing_explorer, survival_explorer
 from labkit.lab.explore.messages import message_box
@@ -36,6 +37,7 @@ __all__ = [
     "codebook_explorer",
     "constants_explorer",
     "cost_explorer",
+    "knobs_explorer",
     "labels_explorer",
     "ledger_explorer",
     "levels_explorer",
