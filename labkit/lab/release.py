@@ -10,6 +10,7 @@ that has a known answer, and a judge compares. A version that is worse is rolled
 
 import copy
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -35,7 +36,7 @@ from labkit.serving.versions import Version
 
 AT_ONCE = 8  # visitors that are answered in one batch
 LONGEST = 16  # tokens of an answer
-IDLE = 10_000  # steps of an engine, after which it is stuck
+PATIENCE = 60.0  # seconds without anything computed, after which an engine is stuck
 
 
 class InTurn(Executor):
@@ -151,11 +152,14 @@ def on_trial(
 
 def settle(engine: Engine) -> None:
     """Answer all that wait."""
-    for _ in range(IDLE):
-        if engine.is_idle:
-            return
-        engine.step()
-    raise RuntimeError(f"the engine has not come to rest in {IDLE} steps")
+    until = time.monotonic() + PATIENCE
+    while not engine.is_idle:
+        if not engine.step():
+            time.sleep(0.002)  # an adapter is on its way from the disk
+            if time.monotonic() > until:
+                raise RuntimeError(f"the engine has computed nothing for {PATIENCE} s, and answers wait")
+        else:
+            until = time.monotonic() + PATIENCE
 
 
 def trial_gate(trial: Trial) -> Gate:
