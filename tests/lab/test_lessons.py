@@ -12,7 +12,15 @@ def modules(package):
 
 SHARED = {"compare", "injection"}  # modules of checks that are no lesson's own
 WORDS = modules(check) - SHARED
-PARTS = {"knobs", "panel", "answers", "background", "messages", "supervision", "training"}  # that are no lesson's own
+PARTS = {
+    "knobs",
+    "panel",
+    "answers",
+    "background",
+    "messages",
+    "supervision",
+    "training",
+}  # that are no lesson's own
 READERS = {"engines", "multitask", "prices"}  # of recorded results; a lesson has other pictures, too
 
 
