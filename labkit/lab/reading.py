@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WORDS, LINES = 200, 3  # per minute
+COUNTED = ("words", "lines", "core_words", "core_lines", "exercises", "core_exercises")
 HEADING = re.compile(r"^(#{1,6}) +(.*)$")
 LEFT_OUT = re.compile(r"<!--.*?-->|<details.*?</details>", re.S)  # not seen, or folded
 EXERCISE = re.compile(r"\((core)?(?:, )?(easy|medium|hard)?(?:, )?(\d+) minutes\)")
@@ -76,7 +77,7 @@ def reading_time(path: str | Path) -> ReadingTime:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a notebook that can be read: {error}") from None
-    counts = dict.fromkeys(ReadingTime.__dataclass_fields__, 0)
+    counts = dict.fromkeys(COUNTED, 0)
     for cell, is_core in zip(cells, core_cells(cells)):
         if cell["cell_type"] == "markdown":
             kind, n = "words", len(LEFT_OUT.sub("", source_of(cell)).split())
@@ -88,8 +89,8 @@ def reading_time(path: str | Path) -> ReadingTime:
         counts["exercises"] += minutes
         counts["core_exercises"] += minutes if is_core else 0
     run = RUN.search(source_of(cells[0]))
-    counts["run"] = max(float(run[1]), float(run[3] or 0)) + (0.5 if run[2] else 0) if run else 0.0
-    return ReadingTime(**counts)
+    waiting = max(float(run[1]), float(run[3] or 0)) + (0.5 if run[2] else 0) if run else 0.0
+    return ReadingTime(**counts, run=waiting)
 
 
 def graded_exercises(cells: list[dict]) -> list[tuple[bool, int]]:

@@ -59,7 +59,8 @@ def train_side_by_side(r: int, alphas: Tensor, rates: Tensor, start: str) -> Ten
     A, B = starting_point(start, r, len(rates))
     parts = [A.requires_grad_(), B.requires_grad_()]
     first, second = ([torch.zeros_like(p) for p in parts] for _ in range(2))
-    untrained, losses = (y - x @ W.T).square().mean(), []
+    untrained = (y - x @ W.T).square().mean()
+    losses: list[Tensor] = []
     for step in range(1, STEPS + 2):
         merged = W + scaling[:, None, None] * (B @ A)  # (runs, out, in)
         loss = (y - x @ merged.mT).square().mean((1, 2)) / untrained  # (runs,)
@@ -101,7 +102,14 @@ def knobs_explorer() -> None:
         right.pcolormesh(range(len(RATES) + 1), range(len(ALPHAS) + 1), table.log10(), cmap="viridis_r")
         best = table.argmin(1)
         if start != NEITHER:
-            right.plot(best + 0.5, torch.arange(len(ALPHAS)) + 0.5, "o", color="white", markeredgecolor="black", markersize=6)
+            right.plot(
+                best + 0.5,
+                torch.arange(len(ALPHAS)) + 0.5,
+                "o",
+                color="white",
+                markeredgecolor="black",
+                markersize=6,
+            )
         at = math.log2(lr / RATES[0]) + 0.5, math.log2(alpha / ALPHAS[0]) + 0.5
         right.plot(*at, "x", color=COLOURS["full"], markersize=10, markeredgewidth=2.5)
         right.set_xticks(
