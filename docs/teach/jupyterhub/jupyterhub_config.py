@@ -45,7 +45,8 @@ c.SimpleLocalProcessSpawner.home_dir_template = str(PLACE / "home" / "{username}
 c.Spawner.cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
 c.Spawner.args = [] if os.geteuid() else ["--allow-root"]
 c.Spawner.default_url = "/lab/tree/lora-lab/notebooks/00_start_here.ipynb"
-c.Spawner.start_timeout = c.Spawner.http_timeout = 180  # the usual 30 s is too short when a room starts at once
+# The usual 30 s for an answer are too short when a room starts at once
+c.Spawner.start_timeout = c.Spawner.http_timeout = 180
 c.Spawner.environment = {
     "PYTHONPATH": str(COURSE),
     "LABKIT_CACHE": str(PLACE / "models"),  # one model of 0.5 GB for all, fetched by the teacher
