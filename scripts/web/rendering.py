@@ -59,7 +59,7 @@ class Rendered:
 def mathml(latex: str, display: str) -> str:
     """An equation of LaTeX as MathML, which keeps its source as `alttext`."""
     known = re.sub(r"\\[A-Za-z]+", lambda m: UNKNOWN_TO_MATHML.get(m[0], m[0]), latex.strip())
-    drawn = convert(known, display=display)
+    drawn = convert(known, display=display).replace(r"\%", "%")  # which it leaves as it is inside \text
     return drawn.replace("<math ", f'<math alttext="{html.escape(latex.strip(), quote=True)}" ', 1)
 
 
