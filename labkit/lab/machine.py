@@ -64,6 +64,7 @@ COURSE_MINUTES = {
     "14_many_adapters": 1.4,
     "15_failure_zoo": 1.5,
     "16_production_pipeline": 3.5,
+    "17_scaling_out": 3.0,
     "18_capstone": 1.4,
 }
 WITHOUT_MATRIX_UNITS = {"08_qlora_finetune": 6.6}  # on the same two cores, with products in fp32
