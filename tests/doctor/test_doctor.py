@@ -176,9 +176,23 @@ def test_a_flat_loss_is_no_fall():
 
     assert look([2 + 0.1 * n for n in noise]).outcome == SICK
     assert look([2 - 0.05 * i + 0.1 * n for i, n in enumerate(noise)]).outcome == HEALTHY
+    steep = [7.0, 1.6, 1.5, 1.3, 1.1, 1.0, 0.95, 0.9, 0.9, 0.8, 0.85, 0.8, 0.75, 0.7, 0.7]
+    assert look(steep).outcome == HEALTHY  # its first third falls so far that thirds alone are not sure
     assert look([2.0, float("nan")]).outcome == SICK
     with pytest.raises(Exception, match="too few"):
         look([2.0, 1.0])
+
+
+def test_how_sure_a_fall_is_agrees_with_kendalls_test():
+    stats = pytest.importorskip("scipy.stats")
+    from labkit.doctor.sizes import kendall
+
+    for seed in range(5):
+        losses = (
+            torch.randn(24, generator=torch.Generator().manual_seed(seed)) - torch.arange(24) / 9
+        ).tolist()
+        result = stats.kendalltau(range(24), losses, method="asymptotic")
+        assert kendall(losses) == pytest.approx(stats.norm.isf(result.pvalue / 2), rel=1e-6)
 
 
 def test_each_probe_gives_its_threshold_a_reason_in_every_form(moved):

@@ -142,9 +142,8 @@ def layer_part(function: Callable) -> None:
             x, W, A, B, s, rank, ranks, layout
         )
 
-    def swapped(*arguments):
-        *rest, layout = arguments
-        return part(*rest, "row" if layout == "column" else "column")
+    def swapped(x, W, A, B, s, rank, ranks, layout):
+        return part(x, W, A, B, s, rank, ranks, "row" if layout == "column" else "column")
 
     compare(
         "layer_part",
