@@ -109,7 +109,7 @@ STEP = {
     "cards": 2,
     "link": "pcie 4.0 x16",
     "r": 16,
-    "bits": "4.13, NF4",
+    "bits": "NF4",
     "tokens": 1024,
     "teraflops": 150,
 }
@@ -122,7 +122,7 @@ def test_what_the_wire_costs_is_what_the_formulas_say():
     assert wire == pytest.approx(4 * 39_976_960 / 31.5e9)
     assert computing == pytest.approx(1024 * 6 * 6_738_415_616 / 150e12)
     sixteen, four = (
-        explore.lost_times(**STEP | {"bits": bits})["LoRA, FSDP"][1] for bits in ("16, bf16", "4.13, NF4")
+        explore.lost_times(**STEP | {"bits": bits})["LoRA, FSDP"][1] for bits in ("bf16", "NF4")
     )
     assert 3 < sixteen / four < 3.88
     assert times["full, DDP"][1] == pytest.approx(2 * 6_738_415_616 / 31.5e9)
@@ -140,7 +140,7 @@ def test_the_explorer_draws_headless_and_for_every_value_of_its_controls():
     assert "64 cards" in explorers.title(
         explorer.figure_at_controls() and explorer.figure(cards=64, link="nvlink 4 (H100)")
     )
-    slow = explorer.figure(model="llama-2-70b", link="ethernet, 10 Gbit/s", bits="16, bf16", tokens=256)
+    slow = explorer.figure(model="llama-2-70b", link="ethernet, 10 Gbit/s", bits="bf16", tokens=256)
     assert any("lost" in text.get_text() for text in slow.axes[0].texts)
 
 

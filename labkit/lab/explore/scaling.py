@@ -15,13 +15,9 @@ from labkit.scale import traffic
 
 CARDS = (2, 4, 8, 16, 32, 64)
 RANKS = (4, 8, 16, 32, 64, 128, 256)
-BITS = {"16, bf16": 16.0, "8": 8.0, "4.13, NF4": 4.127}
+BITS = {"bf16": 16.0, "8 bits": 8.0, "NF4": 4.127}
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-TERAFLOPS = (
-    40,
-    150,
-    400,
-)  # what a card reaches, not what its data sheet says: a consumer's, an A100, an H100
+TERAFLOPS = (40, 150, 400)  # that a consumer's card, an A100, an H100 reach; data sheets say more
 
 
 def lost_times(
@@ -53,6 +49,11 @@ def lost_times(
     }
 
 
+def short(seconds: float) -> str:
+    """Two digits, and no powers of ten."""
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
+
+
 def wire_explorer(static: Sequence[Mapping[str, Any]]) -> None:
     """Choose a model, cards, their link, rank, bits and tokens: computing and the wire, side by side, for three ways to share.
 
@@ -75,13 +76,15 @@ def wire_explorer(static: Sequence[Mapping[str, Any]]) -> None:
                 hatch="//",
                 edgecolor="white",
             )
-            said = f"wire {wire:.2g} s: " + (f"{lost:.2g} s lost" if lost else "can hide behind computing")
+            said = f"wire {short(wire)} s: " + (
+                f"{short(lost)} s lost" if lost else "can hide behind computing"
+            )
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
             axes.text(wire + 0.01 * longest, row + 0.19, said, va="center", fontsize=9.5, bbox=box)
             axes.text(
                 computing + 0.01 * longest,
                 row - 0.19,
-                f"computing {computing:.2g} s",
+                f"computing {short(computing)} s",
                 va="center",
                 fontsize=9.5,
                 bbox=box,
@@ -91,7 +94,7 @@ def wire_explorer(static: Sequence[Mapping[str, Any]]) -> None:
         axes.invert_yaxis()
         finish(
             axes,
-            f"{model}, {cards} cards, {link}, rank {r}, {bits} bits, {tokens} tokens a card",
+            f"{model}, {cards} cards, {link}, rank {r}, {bits}, {tokens:,} tokens a card",
             "seconds per step",
             "",
         )
