@@ -76,6 +76,7 @@ def update_explorer(
             if other != method:
                 place = {"xytext": (0, -11), "textcoords": "offset points", "ha": "center", "fontsize": 8.5}
                 middle = len(ks) // 2
+                place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
                 right.annotate(other, (ks[middle], shares[middle]), color=shade, **place)
         share = share_kept(method, k)
         diamond = {"color": COLOURS["gold"], "markersize": 9, "markeredgecolor": "black"}
