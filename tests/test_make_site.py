@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -125,6 +126,11 @@ def test_every_verdict_has_a_row_that_leads_to_the_cell_that_measured_it(site):
     not shutil.which("chromium"), reason="no chromium here: the search was NOT tried in a browser"
 )
 def test_search_finds_a_section_from_a_folder_and_no_page_is_wider_than_the_window(site):
+    with ThreadPoolExecutor(1) as thread:  # the browser of other tests may hold this thread's event loop
+        thread.submit(look_at_every_page, site).result()
+
+
+def look_at_every_page(site):
     from playwright.sync_api import sync_playwright
 
     from tests.browser.jupyter import CHROMIUM, FLAGS

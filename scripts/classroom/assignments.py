@@ -4,9 +4,9 @@ An exercise of a lesson is one cell. nbgrader wants two: a *solution cell*, whic
 cell*, which gives the points.
 """
 
+import ast
 import itertools
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -59,24 +59,53 @@ def split_exercise(cell: NotebookNode) -> list[NotebookNode]:
 def make_assignment(lesson: NotebookNode) -> NotebookNode:
     """The exercises of a lesson, each with the text before it, after the cell with the imports."""
     cells = lesson.cells
-    imports = [
-        line for c in cells if c.cell_type == "code" for line in c.source.splitlines() if is_import(line)
-    ]
+    imports = [line for c in cells if c.cell_type == "code" for line in import_lines(c.source)]
     made = [
         nbformat.v4.new_markdown_cell(f"{cells[0].source.splitlines()[0]}: exercises"),
         nbformat.v4.new_code_cell("\n".join(dict.fromkeys(imports)), metadata=mark("imports", locked=True)),
     ]
+    given: dict[str, str] = {}
     for before, cell in itertools.pairwise(cells):
         if has_exercise(cell) and read_exercise(cell).check:  # an open experiment has no points
             if before.cell_type == "markdown":
                 made.append(nbformat.v4.new_markdown_cell(before.source))
+            given |= (new := {n: text for n, text in definitions_for(cell, cells).items() if n not in given})
+            made += [
+                nbformat.v4.new_code_cell(text, metadata=mark(n, locked=True)) for n, text in new.items()
+            ]
             made += split_exercise(cell)
     return nbformat.v4.new_notebook(cells=made, metadata=lesson.metadata)
 
 
-def is_import(line: str) -> bool:
-    """Is the line a whole import statement?"""
-    return bool(re.match(r"(import \S|from \S+ import [^(])", line))
+def definitions_for(exercise: NotebookNode, cells: list[NotebookNode]) -> dict[str, str]:
+    """{name: source} of what a solution takes from cells above it: functions and classes that are no exercise."""
+    defined: dict[str, str] = {}
+    for cell in cells[: cells.index(exercise)]:
+        if cell.cell_type == "code" and not has_exercise(cell):
+            for node in statements(cell.source):
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    defined[node.name] = ast.get_source_segment(cell.source, node) or ""
+    used = {
+        node.id
+        for node in ast.walk(ast.parse(read_exercise(exercise).solution))
+        if isinstance(node, ast.Name)
+    }
+    return {name: text for name, text in defined.items() if name in used}
+
+
+def statements(source: str) -> list[ast.stmt]:
+    """The statements of a cell; none of one with a magic in it, such as %matplotlib."""
+    try:
+        return ast.parse(source).body
+    except SyntaxError:
+        return []
+
+
+def import_lines(source: str) -> list[str]:
+    """The whole import statements of a cell, a line each; what stands in a string is none."""
+    return [
+        ast.unparse(node) for node in statements(source) if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
 
 
 def write_course(lessons: list[Path], folder: Path) -> None:

@@ -105,7 +105,7 @@ def render(notebook: nbformat.NotebookNode, name: str) -> Rendered:
     body, resources = CourseExporter(config=EXPORTER).from_notebook_node(notebook, resources)
     soup = BeautifulSoup(body, "html.parser")
     for cell, drawn in zip(notebook.cells, soup.select("div.cell"), strict=True):
-        drawn["id"] = f"cell-{cell.id}"
+        drawn["id"] = f"cell-id={cell.id}"  # as JupyterLab has it
         if cell.cell_type == "code":
             finish_code_cell(soup, cell, drawn)
     heading = ""

@@ -93,7 +93,7 @@ def matrix_figure(lines: Sequence[Mapping], probes: Sequence[str]) -> Figure:
     names = list(by_name)
     shares = np.array([[share_of(by_name[name], probe, SICK) for probe in probes] for name in names])
     silent = np.array([[share_of(by_name[name], probe, UNKNOWN) for probe in probes] for name in names])
-    figure, axes = plt.subplots(figsize=(7.6, 0.2 * len(names) + 1.2), dpi=80, layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 0.2 * len(names) + 1.2), dpi=70, layout="constrained")
     axes.imshow(shares, cmap=SHADES, vmin=0, vmax=1.25, aspect="auto")
     for row, name in enumerate(names):
         for column, probe in enumerate(probes):
