@@ -121,9 +121,7 @@ def test_what_the_wire_costs_is_what_the_formulas_say():
     computing, wire = times["LoRA, DDP"]
     assert wire == pytest.approx(4 * 39_976_960 / 31.5e9)
     assert computing == pytest.approx(1024 * 6 * 6_738_415_616 / 150e12)
-    sixteen, four = (
-        explore.lost_times(**STEP | {"bits": bits})["LoRA, FSDP"][1] for bits in ("bf16", "NF4")
-    )
+    sixteen, four = (explore.lost_times(**STEP | {"bits": bits})["LoRA, FSDP"][1] for bits in ("bf16", "NF4"))
     assert 3 < sixteen / four < 3.88
     assert times["full, DDP"][1] == pytest.approx(2 * 6_738_415_616 / 31.5e9)
 
