@@ -63,7 +63,7 @@ COURSE_MINUTES = {
     "13_merging_and_export": 1.3,
     "14_many_adapters": 1.4,
     "15_failure_zoo": 1.5,
-    "16_production_pipeline": 3.4,
+    "16_production_pipeline": 2.6,
     "17_scaling_out": 3.0,
     "18_capstone": 1.4,
 }

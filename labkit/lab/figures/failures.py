@@ -55,6 +55,7 @@ def curve_wall(
         rows,
         columns,
         figsize=(2.15 * columns, height * rows),
+        dpi=80,
         layout="constrained",
         sharey=True,
         squeeze=False,
