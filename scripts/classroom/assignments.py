@@ -14,6 +14,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from classroom.exercises import STUB, has_exercise, read_exercise
+from labkit.lab.slicing import uses_of
 
 KERNEL = "labkit-grading"
 SETTINGS = f'''"""Settings of this course for nbgrader; `docs/teach/classroom.md` of the lab says what they protect from."""
@@ -85,11 +86,7 @@ def definitions_for(exercise: NotebookNode, cells: list[NotebookNode]) -> dict[s
             for node in statements(cell.source):
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                     defined[node.name] = ast.get_source_segment(cell.source, node) or ""
-    used = {
-        node.id
-        for node in ast.walk(ast.parse(read_exercise(exercise).solution))
-        if isinstance(node, ast.Name)
-    }
+    used = uses_of(read_exercise(exercise).solution).needs
     return {name: text for name, text in defined.items() if name in used}
 
 
