@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 from labkit import lab
 from labkit.lab import check
 from labkit.lab.check.compare import GRADING
+from tests.short_lesson import time_a_step_once
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -165,7 +166,7 @@ def test_an_exercise_with_a_missing_mark_or_without_a_check_is_an_error_that_nam
 def test_a_students_copy_runs_to_its_end_and_stops_only_at_stubs(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("LABKIT_STATIC", "1")
     copies.write_copies("student", [ROOT / "notebooks" / "00_start_here.ipynb"], tmp_path)
-    copy = nbformat.read(tmp_path / "00_start_here.ipynb", 4)
+    copy = time_a_step_once(nbformat.read(tmp_path / "00_start_here.ipynb", 4))
     NotebookClient(copy, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     for cell in code_of(copy):
         errors = [output for output in cell.outputs if output.output_type == "error"]

@@ -21,6 +21,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from packaging.requirements import Requirement
 
 from labkit.paths import cache_folder
+from tests.short_lesson import time_a_step_once
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = (
@@ -258,6 +259,6 @@ def test_the_cell_of_the_readme_is_enough_for_a_lesson_and_leaves_pytorch_as_it_
         if not any(Path(file).is_relative_to(one) for one in allowed) and os.path.isabs(file)
     ] == []
 
-    lesson = nbformat.read(ROOT / "notebooks" / f"{LESSON}.ipynb", as_version=4)
+    lesson = time_a_step_once(nbformat.read(ROOT / "notebooks" / f"{LESSON}.ipynb", as_version=4))
     ran = run_cells(python, empty, [new_code_cell(cell), *lesson.cells])  # after a restart
     assert "Ready" in printed(ran[0]) and "Installing" not in printed(ran[0])
