@@ -8,8 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -30,65 +28,21 @@ from labkit.training.config import TrainConfig
 from labkit.training.history import BestWeights, EvaluationRecord, History, StepRecord, TrainingWarning
 from labkit.training.loop import train
 from labkit.training.optimizer import make_optimizer
+from tests.training import to_kill
 from tests.training.small_runs import QUIET, SHORT, tiny_adapted, tiny_llama, weights
-
-SCRIPT = textwrap.dedent(
-    """
-    import hashlib, json, sys, torch
-    from labkit.data.tickets import load_tickets, ticket_chat
-    from labkit.lora.config import LoRAConfig
-    from labkit.lora.inject import add_lora
-    from labkit.paths import cache_folder
-    from labkit.quant.model import quantize_model
-    from labkit.training.config import TrainConfig
-    from labkit.training.loop import train
-    from tests.conftest import make_small_llama
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(cache_folder() / "smollm2-135m")
-    model = make_small_llama()
-    quantize_model(model, progress=False)
-    torch.manual_seed(3)
-    add_lora(model, LoRAConfig(r=4, dropout=0.1))
-    records = [ticket_chat(t) for t in load_tickets("train")[:16]]
-    config = TrainConfig(lr=1e-2, steps=30, batch_size=2, accumulation=2, progress=False, eval_every=10,
-                         checkpoint_folder=sys.argv[1], checkpoint_every=4)
-    history = train(model, tokenizer, records, config, held_out=records[:4])
-    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-    print(json.dumps([history.losses, [e["loss"] for e in history.evals], hashlib.sha256(weights.numpy().tobytes()).hexdigest()]))
-    """
-)
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_mid_training_reaches_the_same_loss_and_weights_bit_for_bit(tmp_path, smollm2):
-    """With dropout, so that the random state must come back too. Killed with SIGKILL, twice."""
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-
-    def start(folder):
-        return subprocess.Popen(
-            [sys.executable, script, folder], env=environment, stdout=subprocess.PIPE, text=True
-        )
-
-    unbroken = start(tmp_path / "unbroken").communicate()[0]
-    killed = 0
-    for _ in range(2):
-        state = tmp_path / "killed" / "run.safetensors"
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        process = start(tmp_path / "killed")
-        deadline = time.time() + 120
-        while time.time() < deadline and process.poll() is None:
-            if state.exists() and state.stat().st_mtime_ns > before:
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-                break
-            time.sleep(0.002)
-        process.communicate()
-    assert killed == 2, "the run must really have been killed between its checkpoints"
-    resumed = start(tmp_path / "killed").communicate()[0]
-    assert resumed == unbroken != ""
+def test_a_run_killed_in_mid_training_reaches_the_same_loss_and_weights_bit_for_bit(tmp_path, one_thread):
+    """With dropout, so that the random state must come back too. Killed with SIGKILL, in the middle of a step, twice."""
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.training.to_kill", str(tmp_path / "killed"), "7"]
+    for kept in (4, 8):  # of the first process's six whole steps, and of the second's
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, ""), ended.stderr
+        state = load_file(tmp_path / "killed" / checkpoint.FILE)[checkpoint.STATE]
+        assert json.loads(state.numpy().tobytes())["steps_done"] == kept
+    assert to_kill.run(tmp_path / "killed") == to_kill.run(tmp_path / "unbroken")
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny):
