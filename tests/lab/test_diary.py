@@ -150,7 +150,9 @@ def test_what_cannot_be_written_is_said_once_and_written_later(folder, monkeypat
 
 
 def test_kernels_that_write_at_once_lose_nothing(folder):
-    usual, *_ = multiprocessing.get_all_start_methods()  # forks where it can: importing labkit.lab takes seconds
+    usual, *_ = (
+        multiprocessing.get_all_start_methods()
+    )  # forks where it can: importing labkit.lab takes seconds
     context = multiprocessing.get_context("fork" if usual != "spawn" else usual)
     both = context.Barrier(2)
     workers = [context.Process(target=note_twenty, args=(kernel, both)) for kernel in "ab"]
