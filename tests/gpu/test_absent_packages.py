@@ -1,4 +1,4 @@
-"""What may be missing, is: packages, a network, an installed labkit, folders that can be written. Each in another process."""
+"""What may be missing, is: packages, a network, an installed labkit, folders that can be written. In other processes."""
 
 import importlib.metadata
 import json
@@ -76,10 +76,30 @@ def test_without_any_of_them_everything_needed_works_with_the_same_bits(tmp_path
     assert recorded["versions"]["labkit"] == "unknown", "a checkout that nobody installed"
 
 
+@pytest.fixture(scope="module")
+def without_each(tmp_path_factory):
+    """(folder, stderr) of a process and of its forks, each without one package from when it is asked for."""
+    folder = tmp_path_factory.mktemp("each")
+    done = hiding.run(["tests/gpu/without_each.py", str(folder)], folder, FORKS_WITHOUT=" ".join(OPTIONAL))
+    assert not (folder / "attempts").exists(), (folder / "attempts").read_text()
+    return folder, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", OPTIONAL)
-def test_without_one_of_them_everything_needed_works_with_the_same_bits(tmp_path, expected, package):
-    check_same(json.loads(out_of(["tests/gpu/work.py", str(tmp_path)], tmp_path, [package])), expected)
+def test_without_one_of_them_everything_needed_works_with_the_same_bits(without_each, expected, package):
+    folder, stderr = without_each
+    never_asked_for = not (folder / package).exists()  # then it is all the same whether it is there
+    made = folder / ("." if never_asked_for else package) / "made.json"
+    assert made.exists(), stderr[-3000:]
+    check_same(json.loads(made.read_text()), expected)
+
+
+@pytest.mark.slow
+def test_what_is_needed_asks_for_some_of_them(without_each):
+    """Otherwise the forks would show nothing."""
+    folder, _ = without_each
+    assert {"numba", "platformdirs", "scipy"} <= {path.name for path in folder.iterdir()}
 
 
 def test_what_needs_one_says_so_when_it_is_called(tmp_path):
