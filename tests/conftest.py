@@ -11,9 +11,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from labkit import models
 
-# Notebooks that take half a minute or more, the longest first: a worker that starts one of them last keeps the
-# others waiting.
-LONGEST_FIRST = ("08", "17", "16", "18", "06", "02", "03", "10", "05", "04", "09", "11", "07", "00")
+# What takes half a minute or more, the longest first: a worker that starts one of them last keeps the others waiting.
+# All other notebooks follow, then all other files of tests, of which none takes long.
+LONGEST_FIRST = (
+    *("08", "17", "16", "18", "06", "02", "03", "10", "05", "04", "09", "11", "07", "00"),
+    *(
+        "test_notebook_service",
+        "test_absent_packages",
+        "test_grading",
+        "test_training_panel",
+        "test_catching_up",
+    ),
+    *("test_cluster", "test_explorer"),
+)
 
 
 def pytest_configure():
@@ -36,11 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
 
     def place(item: pytest.Item) -> int:
         name = item.path.name
-        if item.path.suffix != ".ipynb":
-            return len(LONGEST_FIRST)
-        return next(
-            (i for i, number in enumerate(LONGEST_FIRST) if name.startswith(number)), len(LONGEST_FIRST)
-        )
+        others = len(LONGEST_FIRST) + (item.path.suffix != ".ipynb")
+        return next((i for i, start in enumerate(LONGEST_FIRST) if name.startswith(start)), others)
 
     items.sort(key=place)
 
