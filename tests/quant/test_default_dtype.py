@@ -9,11 +9,17 @@ import torch
 from labkit.quant.codebooks import CODEBOOKS
 
 SCRIPT = """
-import hashlib, sys
+import hashlib, os, sys
 import torch
 
-default = getattr(torch, sys.argv[1])
-torch.set_default_dtype(default)  # before labkit makes its tables
+for default in sys.argv[1:]:  # each in a process of its own, which labkit is imported in
+    child = os.fork() if hasattr(os, "fork") else 0
+    if child == 0:
+        break
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    sys.exit()
+torch.set_default_dtype(getattr(torch, default))  # before labkit makes its tables
 
 from labkit.hardware import set_fast
 from labkit.optim.adamw import AdamW, AdamW8bit
