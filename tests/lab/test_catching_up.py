@@ -1,5 +1,6 @@
 """Beginning in the middle of a lesson: what a section needs is found, run, and played from tape where that is slow."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def test_asserts_checks_and_answers_of_the_lesson_are_left_out():
     assert not catching_up.run(Cell("c", source, "1"), "lesson", namespace) and namespace["x"] == 1
 
 
+def test_functions_that_it_made_have_their_source():
+    namespace: dict = {}
+    catching_up.run(Cell("c", "assert True\n\n\ndef f():\n    return 1\n", "1"), "lesson", namespace)
+    assert inspect.getsource(namespace["f"]) == "def f():\n    return 1\n"
+
+
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
     """A tape of a cell that trains twice and generates; the weights of the second run were too large to keep."""
@@ -128,8 +135,10 @@ def test_slow_calls_are_themselves_again_after_a_cell_whatever_happens():
     fake = tapes.in_place_of_slow_calls(namespace, lambda name, function: lambda *_: name)
     with pytest.raises(ZeroDivisionError), fake:
         assert namespace["generate"]() == evaluate.generate() == "generate"
+        exec("from labkit.training.evaluate import generate as imported_here", namespace)
         1 / 0  # noqa: B018
     assert namespace["generate"] is evaluate.generate is tapes.SLOW["generate"]
+    assert namespace["imported_here"] is evaluate.generate
 
 
 def test_committed_recordings_are_small_and_are_what_their_checksums_say():
@@ -158,7 +167,7 @@ def run_section(lesson: str, section: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lesson", "section"), [("04", "7"), ("09", "7"), ("15", "5")])
+@pytest.mark.parametrize(("lesson", "section"), [("04", "7"), ("09", "7"), ("15", "5"), ("18", "6")])
 def test_a_section_runs_on_what_it_caught_up_with(lesson, section, monkeypatch, capsys):
     monkeypatch.setenv("LABKIT_STATIC", "1")
     title = run_section(lesson, section)
