@@ -126,8 +126,10 @@ def in_place_of_slow_calls(namespace: dict, make: Callable[[str, Callable], Call
     finally:
         for module, name in homes:
             setattr(module, name, SLOW[name])
-        for name, function in by_name:
-            namespace[name] = function
+        back = {other: function for function, other in others.items()}
+        for name, value in namespace.items():  # also what the block itself has imported
+            if callable(value) and is_in(value, back):
+                namespace[name] = back[value]
 
 
 def is_in(value: object, functions: dict) -> bool:
