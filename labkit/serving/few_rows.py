@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from labkit.quant.kernels import threads
+from labkit.quant.kernels.kept import compiled
 from labkit.quant.kernels.tasks import TASK
 from labkit.quant.kernels.vectors import next_part, pointer
 from labkit.serving.segments import Segment
@@ -84,7 +85,7 @@ def add_row(x, A, B, r, scaling, y):
             y[j] += z * B[k * height + j]
 
 
-@numba.cfunc(TASK)
+@compiled(TASK)
 def add_task(arguments):
     a = numba.carray(arguments, 9)
     parts, width, height, rows = a[1], a[4], a[5], a[6]

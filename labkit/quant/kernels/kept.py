@@ -3,8 +3,8 @@
 What numba keeps is looked up by the file of one function, though a kernel calls functions of other files; it is
 believed without a look at its bytes; and without a folder to keep it in, numba refuses to compile. Here
 
-- the name of what is kept is a hash of all that it was made from: every source of this folder, the versions of
-  numba and of LLVM, the processor, and the variables that steer numba. Whatever changes, another name is asked for;
+- the name of what is kept is a hash of all that it was made from: every source of this folder, and the file of the
+  kernel if it stands elsewhere, the versions of numba and of LLVM, the processor, and the variables that steer numba. Whatever changes, another name is asked for;
 - the file begins with a hash of its bytes. Damaged or cut off, it counts as missing, and is replaced;
 - it is written by way of `labkit.files`, so two processes at once, or a kill, leave a whole one;
 - keeping is optional. With no place to write, kernels are compiled anew in each process, with one warning.
@@ -39,7 +39,7 @@ def compiled(signature: Any) -> Callable[[Callable], CFunc]:
 
     def compile_or_load(function: Callable) -> CFunc:
         kernel = CFunc(function, normalize_signature(signature), locals={}, options={})
-        kernel._cache = Kept(function.__name__)  # type: ignore[attr-defined]
+        kernel._cache = Kept(function.__name__, Path(function.__code__.co_filename))  # type: ignore[attr-defined]
         kernel.compile()
         return kernel
 
@@ -49,13 +49,13 @@ def compiled(signature: Any) -> Callable[[Callable], CFunc]:
 class Kept:
     """Where a `CFunc` of numba asks for what it has compiled before, and hands over what it has compiled now."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, source: Path):
+        self.name, self.source = name, source
 
     def load_overload(self, signature: Any, target: Any) -> CompileResult | None:
         """What was compiled before from the same; None if there is none, or it is damaged."""
         target.refresh()
-        name = file_name(self.name, target.codegen().magic_tuple())
+        name = file_name(self.name, target.codegen().magic_tuple(), self.source)
         for folder in folders():
             try:
                 content = (folder / name).read_bytes()
@@ -68,7 +68,7 @@ class Kept:
     def save_overload(self, signature: Any, result: CompileResult) -> None:
         """Keep it in the first folder that can be written, in place of what older sources made there."""
         payload = dumps(result._reduce())
-        name = file_name(self.name, result.codegen.magic_tuple())
+        name = file_name(self.name, result.codegen.magic_tuple(), self.source)
         reasons = []
         for folder in folders():
             try:
@@ -81,18 +81,19 @@ class Kept:
         warn_once("; ".join(reasons))
 
 
-def file_name(task: str, processor: tuple) -> str:
-    """TASK.MACHINE.SOURCES.kernel; the last two are hashes."""
+def file_name(task: str, processor: tuple, source: Path) -> str:
+    """TASK.MACHINE.SOURCES.kernel; the last two are hashes. The task stands in the file `source`."""
     steering = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and "CACHE" not in k}
     machine = sys.version, numba.__version__, llvmlite.__version__, processor, sorted(steering.items())
-    return f"{task}.{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.{hash_sources(SOURCES)}.kernel"
+    sources = hash_sources(SOURCES, None if source.parent == SOURCES else source)
+    return f"{task}.{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.{sources}.kernel"
 
 
 @cache
-def hash_sources(folder: Path) -> str:
-    """A hash of all sources of a folder, with their names."""
+def hash_sources(folder: Path, another: Path | None) -> str:
+    """A hash of all sources of a folder, and of another one, with their names."""
     digest = hashlib.sha256()
-    for source in sorted(folder.glob("*.py")):
+    for source in [*sorted(folder.glob("*.py")), *([another] if another else [])]:
         digest.update(f"{source.name} {source.stat().st_size} ".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 

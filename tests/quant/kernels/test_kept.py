@@ -100,7 +100,26 @@ def test_another_machine_and_other_variables_of_numba_have_their_own(place, monk
     assert compile_task().cache_hits == 0
     monkeypatch.delenv("NUMBA_OPT")
     assert compile_task().cache_hits == 1 and len(kept_in(place)) == 2
-    assert kept.file_name("task", ("x86", "a")) != kept.file_name("task", ("x86", "b"))
+    here = Path(__file__)
+    assert kept.file_name("task", ("x86", "a"), here) != kept.file_name("task", ("x86", "b"), here)
+
+
+def test_a_task_that_stands_elsewhere_is_kept_by_its_own_file_too(place, tmp_path):
+    """As that of `labkit.serving.few_rows`."""
+    elsewhere = tmp_path / "elsewhere.py"
+
+    def compile_there(number):
+        elsewhere.write_text(
+            f"import numba\n\n\ndef task(arguments):\n    numba.carray(arguments, 1)[0] = {number}\n"
+        )
+        kept.hash_sources.cache_clear()
+        namespace: dict = {}
+        exec(compile(elsewhere.read_text(), str(elsewhere), "exec"), namespace)
+        return kept.compiled(tasks.TASK)(namespace["task"])
+
+    kernels = [compile_there(number) for number in (7, 7, 8)]
+    assert [kernel.cache_hits for kernel in kernels] == [0, 1, 0]
+    assert [result(kernel) for kernel in kernels] == [7, 7, 8] and len(kept_in(place)) == 1
 
 
 @pytest.mark.parametrize(
@@ -183,13 +202,20 @@ def run(tree: Path, **variables: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_kernels_kept_elsewhere_follow_a_change_of_a_source_that_holds_none(tmp_path):
+def test_kernels_kept_elsewhere_follow_a_change_of_a_source_that_holds_none(tmp_path, monkeypatch):
     shutil.copytree(
         Path(labkit.__file__).parent,
         tmp_path / "tree" / "labkit",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
     tree, cache = tmp_path / "tree", tmp_path / "cache"
+    with monkeypatch.context() as patch:  # what is compiled here already need not be compiled twice
+        patch.setattr(kept, "SOURCES", tree / "labkit" / "quant" / "kernels")
+        patch.setattr(numba.config, "CACHE_DIR", str(cache))
+        (folder,) = kept.folders()
+    folder.mkdir(parents=True)
+    for kernel in kept.SOURCES.glob("__pycache__/*.kernel"):
+        shutil.copy(kernel, folder)
     first = run(tree, NUMBA_CACHE_DIR=str(cache))
     assert "tensor(4096.)" in first.stdout and "kept" not in first.stderr, first.stderr
     stores = tree / "labkit" / "quant" / "kernels" / "stores.py"
