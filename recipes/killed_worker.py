@@ -81,12 +81,12 @@ class Watch(threading.Thread):
         self.join()
 
 
-def sweep(on: str, folder: Path, progress: bool = False) -> tuple[Results, Watch]:
+def sweep(on: str, folder: Path, runs: list[RunConfig], progress: bool = False) -> tuple[Results, Watch]:
     """The sweep, with a worker killed; its records are in folder/sweep.jsonl."""
     watch = Watch(MARKS[on])
     watch.start()
     try:
-        results = grid.run_experiment(configs(), folder / "sweep.jsonl", WORKERS, progress, on=on)
+        results = grid.run_experiment(runs, folder / "sweep.jsonl", WORKERS, progress, on=on)
     finally:
         watch.stop()
     return results, watch
@@ -103,7 +103,7 @@ def numbers(results: Results) -> list[dict]:
 
 def measure(on: str, folder: Path) -> dict:
     """What is kept of a sweep whose worker was killed."""
-    results, watch = sweep(on, folder, progress=True)
+    results, watch = sweep(on, folder, configs(), progress=True)
     lines = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
     undisturbed = grid.run_experiment(configs(), folder / "undisturbed.jsonl", 0, False)
     return {

@@ -14,12 +14,13 @@ pytest.importorskip("submitit")
 
 
 @pytest.mark.slow
-def test_each_of_twelve_runs_on_two_workers_of_which_one_is_killed_is_one_record(tmp_path):
-    runs = killed_worker.configs()
-    results, watch = killed_worker.sweep("local", tmp_path)
+def test_each_of_six_runs_on_two_workers_of_which_one_is_killed_is_one_record(tmp_path):
+    """The recorded sweep has twelve; each is a process that imports PyTorch for seconds."""
+    runs = killed_worker.configs()[::2]
+    results, watch = killed_worker.sweep("local", tmp_path, runs)
     lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
     assert watch.killed is not None and len(watch.spans) == len(runs) + 1
-    assert len(lines) == len(runs) == 12
+    assert len(lines) == len(runs) == 6
     assert max(Counter(json.dumps(line["config"]) for line in lines).values()) == 1
     assert {line["status"] for line in lines} == {"done"} and results.problems == []
     assert not list((tmp_path / ".sweep.jobs").glob("*.json"))

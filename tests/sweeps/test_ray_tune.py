@@ -41,7 +41,7 @@ def test_a_trial_leaves_a_record_and_is_not_repeated_if_it_has(tmp_path):
     importlib.util.find_spec("ray") is None, reason="Ray is an optional extra: pip install 'ray[tune]'"
 )
 def test_each_of_twelve_trials_on_two_workers_of_which_one_is_killed_is_one_record(tmp_path):
-    results, watch = killed_worker.sweep("ray", tmp_path)
+    results, watch = killed_worker.sweep("ray", tmp_path, killed_worker.configs())
     lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
     assert watch.killed is not None and len(lines) == 12 and results.problems == []
     assert len({json.dumps(line["config"]) for line in lines}) == 12
