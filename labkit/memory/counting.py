@@ -15,6 +15,7 @@ numbers).
 import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -134,7 +135,7 @@ def tensors_of(config, setup: Setup) -> ModelTensors:
     if setup.method == "full":
         return tensors
     LoRAConfig(r=setup.r, targets=setup.targets)  # its checks
-    for name in matching_layers(model, setup.targets):
+    for name in _matching(model, _hashable(setup.targets)):
         layer = model.get_submodule(name)
         limit = min(layer.in_features, layer.out_features)
         if setup.r > limit:
@@ -144,7 +145,7 @@ def tensors_of(config, setup: Setup) -> ModelTensors:
             )
         tensors.adapted[name] = layer.in_features, layer.out_features
     if setup.method == "qlora":
-        tensors.quantized = {f"{name}.weight" for name in matching_layers(model, setup.quantize)}
+        tensors.quantized = {f"{name}.weight" for name in _matching(model, _hashable(setup.quantize))}
     return tensors
 
 
@@ -152,6 +153,16 @@ def tensors_of(config, setup: Setup) -> ModelTensors:
 def _built(config: str, attention: str, dtype: str) -> nn.Module:
     """The meta model of a config; cached, because building one takes longer than counting it."""
     return meta_model(config_of(json.loads(config)), attention, DTYPES[dtype])
+
+
+@functools.lru_cache(maxsize=64)
+def _matching(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
+    """Its `matching_layers`; cached, because an explorer plans a hundred batches of one model."""
+    return matching_layers(model, targets)
+
+
+def _hashable(targets: str | Sequence[str]) -> str | tuple[str, ...]:
+    return targets if isinstance(targets, str) else tuple(targets)
 
 
 def constants_bytes(n: int, setup: Setup | None = None) -> int:

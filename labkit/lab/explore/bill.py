@@ -4,7 +4,8 @@ The bar shows what a `Ledger` of `labkit.memory.formulas` holds at its peak, so 
 must hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from IPython.display import display
@@ -43,10 +44,19 @@ def verdict(ledger: Ledger, cards: Sequence[float] = CARDS, reserve: float = RES
 
 def largest_batch(card: float, model: str, method: str, reserve: float = RESERVE, **settings: Any) -> int:
     """The most examples whose peak fits a card of so many GB with `reserve` kept free; 0 if none does."""
+    return largest_batches([card], model, method, reserve, **settings)[card]
 
-    def fits(batch: int) -> bool:
-        return plan(model, method, **settings | {"batch_size": batch}).fits(card, reserve)
 
+def largest_batches(
+    cards: Sequence[float], model: str, method: str, reserve: float = RESERVE, **settings: Any
+) -> dict[float, int]:
+    """`largest_batch` of each card; a batch is planned once for all of them."""
+    ledger = cache(lambda batch: plan(model, method, **settings | {"batch_size": batch}))
+    return {card: most(lambda batch, card=card: ledger(batch).fits(card, reserve)) for card in cards}
+
+
+def most(fits: Callable[[int], bool]) -> int:
+    """The most examples that fit, up to `MOST`; more never fit where fewer do not."""
     low, high = 0, 1
     while high <= MOST and fits(high):
         low, high = high, 2 * high
@@ -99,8 +109,8 @@ def bill_explorer(model: str = "llama-2-7b") -> None:
             # the smallest card that may hold it
             reach = [card for card in CARDS if card > ledger.peak / 1e9][:1]
             shown = [card for card in CARDS if card <= max([ledger.peak / 1e9, *reach])]
-            most = {card: largest_batch(card, model, method, **settings) for card in CARDS}
-            room = "largest batch: " + ", ".join(f"{n or 'none'} on {card:g} GB" for card, n in most.items())
+            rooms = largest_batches(CARDS, model, method, **settings)
+            room = "largest batch: " + ", ".join(f"{n or 'none'} on {card:g} GB" for card, n in rooms.items())
             bill_bars({what: ledger}, f"{model}, {what}, {how}:\n{verdict(ledger)}\n{room}", axes, cards=())
             if reach:
                 axes.set_xlim(0, max(axes.get_xlim()[1], 1.02 * reach[0]))
