@@ -55,7 +55,7 @@ def bits(value):
             str(value.dtype),
             tuple(value.shape),
             value.requires_grad,
-            data.view(torch.uint8).tolist(),
+            data.view(torch.uint8).numpy().tobytes(),
         )
     if isinstance(value, dict):
         return {str(key): bits(one) for key, one in value.items()}
