@@ -12,7 +12,6 @@ from labkit.lab.reading import STATED, core_code, reading_time, with_minutes
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("[0-9]*.ipynb"))
 FIRST_AFTERNOON = ("00", "01", "02", "08")  # from nothing to a trained model
-NOT_YET_ALONE = {"03", "05", "09", "11"}  # their cores use names that an optional section makes
 lessons = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -44,9 +43,7 @@ def test_the_first_afternoon_takes_three_hours_at_most():
     assert len(times) == len(FIRST_AFTERNOON) and sum(times.values()) <= 180, times
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if p.name.split("_")[0] not in NOT_YET_ALONE], ids=lambda path: path.stem
-)
+@lessons
 def test_the_core_uses_no_name_that_only_an_optional_section_defines(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     known = set(dir(builtins)) | {"display", "get_ipython"}
