@@ -126,12 +126,15 @@ def card_explorer() -> None:
         out = [(one.peak - one.at_peak("optimizer")) / 1e9 for one in ledgers.values()]
         peaks["state paged out"] = out
         figure, axes = canvas(width=8, height=3.4)
-        for (name, values), style, colour in zip(peaks.items(), ("o-", "s--"), ("qlora", "optimizer")):
+        looks = ("o-", "s--"), ("qlora", "optimizer"), ("bottom", "top")
+        for (name, values), style, colour, side in zip(peaks.items(), *looks):
             axes.plot(LENGTHS, values, style, color=COLOURS[colour], markersize=6)
-            beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            beside = {"xytext": (7, 0), "textcoords": "offset points", "va": side}
             axes.annotate(name, (LENGTHS[-1], values[-1]), color=COLOURS[colour], **beside)
         axes.axhline(card, color=COLOURS["full"], linewidth=1, linestyle=":")
-        axes.text(LENGTHS[0], card, f"{card:g} GB", va="bottom")
+        axes.annotate(
+            f"{card:g} GB", (LENGTHS[0], card), xytext=(0, -4), textcoords="offset points", va="top"
+        )
         reach = [
             max((n for n, gb in zip(LENGTHS, values) if gb <= card), default=0) for values in peaks.values()
         ]
