@@ -5,7 +5,7 @@ must hold.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from IPython.display import display
@@ -52,7 +52,11 @@ def largest_batches(
 ) -> dict[float, int]:
     """`largest_batch` of each card; a batch is planned once for all of them."""
     ledger = cache(lambda batch: plan(model, method, **settings | {"batch_size": batch}))
-    return {card: most(lambda batch, card=card: ledger(batch).fits(card, reserve)) for card in cards}
+
+    def fits(card: float, batch: int) -> bool:
+        return ledger(batch).fits(card, reserve)
+
+    return {card: most(partial(fits, card)) for card in cards}
 
 
 def most(fits: Callable[[int], bool]) -> int:
