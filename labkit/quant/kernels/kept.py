@@ -1,13 +1,13 @@
 """Compiled kernels, kept from one process to the next, so that only the first waits for the compiler.
 
-What numba keeps is looked up by the file of one function, though a kernel calls functions of other files; it is
-believed without a look at its bytes; and without a folder to keep it in, numba refuses to compile. Here
+What numba keeps is looked up by the file of one function, though a kernel calls functions of others; it is believed
+without a look at its bytes; and with no folder to keep it in, numba refuses to compile. Here
 
-- the name of what is kept is a hash of all that it was made from: every source of this folder, and the file of the
-  kernel if it stands elsewhere, the versions of numba and of LLVM, the processor, and the variables that steer numba. Whatever changes, another name is asked for;
+- the name of what is kept is a hash of all that it was made from: the sources of this folder and the kernel's own file, the
+  versions of numba and LLVM, the processor, the variables that steer numba;
 - the file begins with a hash of its bytes. Damaged or cut off, it counts as missing, and is replaced;
-- it is written by way of `labkit.files`, so two processes at once, or a kill, leave a whole one;
-- keeping is optional. With no place to write, kernels are compiled anew in each process, with one warning.
+- two processes at once, or a kill, leave a whole file (`labkit.files`);
+- with no place to write, kernels are compiled anew in each process, with one warning.
 """
 
 import hashlib
