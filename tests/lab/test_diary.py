@@ -150,9 +150,8 @@ def test_what_cannot_be_written_is_said_once_and_written_later(folder, monkeypat
 
 
 def test_kernels_that_write_at_once_lose_nothing(folder):
-    usual, *_ = (
-        multiprocessing.get_all_start_methods()
-    )  # forks where it can: importing labkit.lab takes seconds
+    # forks where that is usual: importing labkit.lab takes seconds
+    usual = multiprocessing.get_all_start_methods()[0]
     context = multiprocessing.get_context("fork" if usual != "spawn" else usual)
     both = context.Barrier(2)
     workers = [context.Process(target=note_twenty, args=(kernel, both)) for kernel in "ab"]
